@@ -9,6 +9,7 @@ Layers are alike, so a deep decoder is run with a few layers and the counts are 
 from __future__ import annotations
 
 import copy
+import functools
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -222,7 +223,8 @@ def count_pass(config: dict, model_config: ModelConfig, shape: RowShape, setting
     """
     if not settings.train_vision:
         config = _without_tower(config)
-    return _continued(config, lambda small: _count_with(small, model_config, shape, settings))
+    run = functools.partial(_count_with, model_config=model_config, shape=shape, settings=settings)
+    return _continued(config, run, first=2 + (_added_layers(config) if settings.train_vision else 0))
 
 
 def count_prefill(config: dict, model_config: ModelConfig, shape: RowShape, device: str) -> Counts:
@@ -264,14 +266,18 @@ def count_vision(config: dict, model_config: ModelConfig, shape: RowShape, devic
     return max(live.peaks.values(), key=lambda counts: sum(counts.values()))
 
 
-def _continued(config: dict, run: Callable[[dict], dict[str, Counts]]) -> Counts:
-    """Return the counts at the highest peak of a model's phases, from models with fewer layers.
+def _added_layers(config: dict) -> int:
+    """Return the number of layers that add features. With a trained tower, each of them also keeps a gradient."""
+    return len((config.get("vision_config") or {}).get("deepstack_visual_indexes") or ())
 
-    In each phase, the peak grows by the same bytes with each layer.
+
+def _continued(config: dict, run: Callable[[dict], dict[str, Counts]], first: int = 2) -> Counts:
+    """Return the counts at the highest peak of a model's phases, from models with `first` layers and one more.
+
+    In each phase, the peak grows by the same bytes with each layer. The last layer is the first in backward, and has a
+    phase of its own.
     """
-    layers = (config.get("text_config") or {})["num_hidden_layers"]
-    # The first layers also add features, and the last one is the first in backward.
-    first = 2 + len((config.get("vision_config") or {}).get("deepstack_visual_indexes") or ())
+    layers = config["text_config"]["num_hidden_layers"]
     if layers <= first + 1:
         phases = run(_with_layers(config, layers))
     else:

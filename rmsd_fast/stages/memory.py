@@ -156,15 +156,18 @@ def fit_lines(settings: RunConfig, config: dict[str, Any], plan: MemoryPlan, roo
     if alone:
         return [*lines, *alone]
     together: tuple[str, ...] = ()
-    best = plan.total
-    for change in changes:
-        keys = {setting.partition("=")[0] for setting in change}
-        tried = (*(s for s in together if s.partition("=")[0] not in keys), *change)
-        total = _total(settings, config, plan.device, processes, tried)
-        if total is not None and total < best:
-            together, best = tried, total
-        if best <= room:
-            return [*lines, f"set {' '.join(together)}, planned {best / GIB:.1f} GiB"]
+    best, before = plan.total, plan.total + 1
+    # A change of one phase may only count after another phase was lowered.
+    while best < before:
+        before = best
+        for change in changes:
+            keys = {setting.partition("=")[0] for setting in change}
+            tried = (*(s for s in together if s.partition("=")[0] not in keys), *change)
+            total = _total(settings, config, plan.device, processes, tried)
+            if total is not None and total < best:
+                together, best = tried, total
+            if best <= room:
+                return [*lines, f"set {' '.join(together)}, planned {best / GIB:.1f} GiB"]
     tail = f"the smallest plan found has {best / GIB:.1f} GiB, with {' '.join(together)}; " if together else ""
     return [*lines, f"{tail}use a smaller model, a larger GPU, or more GPUs"]
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-from rmsd_fast.config import ModelConfig, SettingsError
+from rmsd_fast.config import RECIPES, ModelConfig, SettingsError
+from rmsd_fast.models import pass_memory
 from rmsd_fast.models.pass_memory import (
     ACTIVATIONS,
     PassSettings,
@@ -122,15 +125,16 @@ def test_the_count_equals_what_autograd_saves(dtype, adapter):
     assert counted[1][ACTIVATIONS] - counted[0][ACTIVATIONS] == saved[3] - saved[2]
 
 
-def test_a_deep_model_is_continued_exactly():
+@pytest.mark.parametrize("trains", ["policy", "discriminator", ""])
+@pytest.mark.parametrize("train_vision", [False, True])
+def test_a_deep_model_is_continued_exactly(trains, train_vision):
     shape = RowShape("shared", (200,), ((80, 80),), (9,))
-    for trains in ("policy", "discriminator", ""):
-        for checkpointing in (True, False):
-            cfg = ModelConfig(dtype="float32", gradient_checkpointing=checkpointing)
-            counts = {n: count_pass(_layers(n), cfg, shape, PassSettings("cpu", trains)) for n in (4, 9, 10)}
-            whole = {n: sum(sizes.values()) for n, sizes in counts.items()}
-            # The model with 4 layers is run as it is, and the others are continued from 3 and 4 layers.
-            assert (whole[9] - whole[4]) == 5 * (whole[10] - whole[9]), (trains, checkpointing)
+    for checkpointing in (True, False):
+        cfg = ModelConfig(dtype="float32", gradient_checkpointing=checkpointing)
+        settings = PassSettings("cpu", trains, train_vision=train_vision and bool(trains))
+        whole = pass_memory._count_with(_layers(7), cfg, shape, settings)
+        highest = max(sum(sizes.values()) for sizes in whole.values())
+        assert sum(count_pass(_layers(7), cfg, shape, settings).values()) == highest
 
 
 def test_prefill_keeps_keys_and_values():
@@ -178,7 +182,7 @@ def test_padded_rows_repeat_keys_and_hold_a_mask():
     shape = RowShape("padded", (20,), ((8, 8),), (0,))
     assert shape.rows == (2, 28)
     five, six = (count_pass(_layers(n), cfg, shape, PassSettings("cpu", "discriminator"))[ACTIVATIONS] for n in (5, 6))
-    # As for packed rows, but with k and v of all 4 heads, and the layer's own copy of the mask as numbers, 28 per token.
+    # As for packed rows, but with k and v of all 4 heads, and the layer's own mask of numbers, 28 per token.
     per_token = 6 * 64 + 2 * 96 + 8 + 4 * 64 + 4 + 4 * 96 + 28
     assert six - five == 2 * 28 * 4 * per_token
 
@@ -246,3 +250,35 @@ def test_the_states_of_a_stage_by_hand(monkeypatch):
 
 def _layers(number: int) -> dict:
     return CONFIG | {"text_config": TEXT | {"num_hidden_layers": number}}
+
+
+def config_8b() -> dict:
+    text = dict(vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36)
+    text |= dict(num_attention_heads=32, num_key_value_heads=8, head_dim=128)
+    vision = dict(depth=27, hidden_size=1152, intermediate_size=4304, num_heads=16, out_hidden_size=4096)
+    return {
+        "text_config": text,
+        "vision_config": vision | {"deepstack_visual_indexes": [8, 16, 24]},
+        "tie_word_embeddings": False,
+    }
+
+
+@pytest.mark.parametrize(
+    ("recipe", "config", "processes", "gpu_gb"),
+    [
+        ("rmsd_qwen3vl_4b", config_4b(), 8, 80),
+        ("rmsd_qwen3vl_4b_lora", config_4b(), 1, 80),
+        ("rmsd_qwen3vl_4b_lora_24gb", config_4b(), 1, 24),
+        ("rmsd_qwen3vl_8b_lora_80gb", config_8b(), 1, 80),
+    ],
+)
+def test_the_head_of_a_recipe_tells_its_plan(recipe, config, processes, gpu_gb):
+    settings = load_settings(recipe)
+    plan = plan_memory(settings, config, processes=processes, device="cuda")
+    told = re.search(r"Memory plan, per GPU: ([\d.]+) GiB", (RECIPES / f"{recipe}.yaml").read_text())
+    assert told and told[1] == f"{plan.total / GIB:.1f}"
+    assert plan.total < 0.9 * gpu_gb * 1e9
+    if recipe.endswith("24gb"):
+        # The goal: 2k prompts, 512 response tokens, N=8, recomputed layers.
+        assert (settings.data.max_prompt_tokens, settings.rollout.max_new_tokens, settings.rollout.n) == (2048, 512, 8)
+        assert settings.model.gradient_checkpointing and plan.total < 22e9
