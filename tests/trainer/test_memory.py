@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -22,7 +23,9 @@ from rmsd_fast.models.shared_prefix import enable_shared_prefix
 from rmsd_fast.runtime.engine_memory import EngineMemory, engine_memory
 from rmsd_fast.settings import load_settings
 from rmsd_fast.stages import memory
-from rmsd_fast.stages.memory import GIB, Parameters, count_parameters, plan_memory
+from rmsd_fast.stages import plan as stage_plan
+from rmsd_fast.stages.memory import GIB, Parameters, check_memory, count_parameters, fit_lines, plan_memory
+from rmsd_fast.train import main
 from rmsd_kernels.heads.chunks import workspace_bytes
 from rmsd_kernels.shared_prefix.attention import SharedPrefixPlan
 
@@ -282,3 +285,80 @@ def test_the_head_of_a_recipe_tells_its_plan(recipe, config, processes, gpu_gb):
         # The issue's goal: 2k prompts, 512 response tokens, N=8, recomputed layers.
         assert (settings.data.max_prompt_tokens, settings.rollout.max_new_tokens, settings.rollout.n) == (2048, 512, 8)
         assert settings.model.gradient_checkpointing and plan.total < 22e9
+
+
+@pytest.fixture
+def simple_counts(monkeypatch):
+    """Replace the counted passes: 1 MiB per token, or 10 MiB without recomputation; 1 GiB per prompt of a prefill."""
+
+    def count(config, model, shape, how):
+        checkpointing = model[2]
+        return {"activations": shape.rows[0] * shape.rows[1] * (1 if checkpointing else 10) * 2**20}
+
+    monkeypatch.setattr(memory, "_counted_pass", count)
+    monkeypatch.setattr(memory, "_counted_prefill", lambda config, model, shape, _: {"a": len(shape.prefixes) * GIB})
+    monkeypatch.setattr(memory, "_counted_vision", lambda *_: {"vision": 0})
+
+
+def test_settings_that_make_it_fit(simple_counts):
+    overrides = ["model.gradient_checkpointing=false", "data.max_prompt_tokens=512", "micro_tokens=4096"]
+    overrides += ["rollout.prompts_per_batch=2", "made.train_clips=8"]
+    settings = load_settings("quickstart", overrides)
+    plan = plan_memory(settings, CONFIG, processes=1, device="cuda")
+    # 4096 tokens of 10 MiB.
+    assert plan.stages["distill"].parts["activations"] == 40 * GIB
+    assert fit_lines(settings, CONFIG, plan, 2 * plan.total, 1) == []
+    (close,) = fit_lines(settings, CONFIG, plan, plan.total, 1)
+    assert "less than a tenth is left" in close
+    # Either of the two is enough: 4 GiB with recomputation, or 20 GiB with half of the tokens.
+    first, *found = fit_lines(settings, CONFIG, plan, 24 * GIB, 1)
+    assert first.startswith("memory: expected at most 24.0 GiB per process, got a plan of ")
+    for change in ("model.gradient_checkpointing=true", "micro_tokens=2048"):
+        told = next(line for line in found if line.startswith(f"set {change}, planned "))
+        changed = plan_memory(load_settings("quickstart", [*overrides, change]), CONFIG, processes=1, device="cuda")
+        assert told.endswith(f"{changed.total / GIB:.1f} GiB") and changed.total <= 24 * GIB
+    assert not any("prompts_per_batch" in line or "zero_stage=1" in line for line in found)
+    # No single change is enough for 3 GiB; the smallest micro_tokens is the longest prompt with its response.
+    _, both = fit_lines(settings, CONFIG, plan, 4 * GIB, 1)
+    assert "model.gradient_checkpointing=true" in both and "micro_tokens=" in both
+    *_, none = fit_lines(settings, CONFIG, plan, GIB // 2, 1)
+    assert "use a smaller model, a larger GPU, or more GPUs" in none
+
+
+def test_a_run_is_refused_before_its_models_are_loaded(simple_counts, monkeypatch):
+    settings = load_settings("quickstart", ["model.gradient_checkpointing=false"])
+    given = {"processes": 1, "device": torch.device("cuda")}
+    monkeypatch.setattr(memory, "device_room", lambda _: 24 * GIB)
+    with pytest.raises(SettingsError, match=r"memory: expected at most 24\.0 GiB .*model\.gradient_checkpointing=true"):
+        check_memory(settings, CONFIG, **given)
+    settings.runtime.check_memory = False
+    assert "expected at most 24.0 GiB" in check_memory(settings, CONFIG, **given)[1]
+    settings.runtime.check_memory = True
+    monkeypatch.setattr(memory, "device_room", lambda _: 1000 * GIB)
+    (line,) = check_memory(settings, CONFIG, **given)
+    assert line.startswith("memory planned per process: ")
+    # A CPU's memory is not checked.
+    monkeypatch.setattr(memory, "device_room", lambda _: 0)
+    assert len(check_memory(settings, CONFIG, processes=1, device=torch.device("cpu"))) == 1
+
+
+def test_dry_run_for_a_gpu_that_is_not_here(simple_counts, monkeypatch, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    monkeypatch.setattr(stage_plan, "_model", lambda _: (tmp_path, f"model.path: {tmp_path}", ""))
+    settings = load_settings("quickstart")
+    text, ready = stage_plan.describe_plan(settings, 1000)
+    assert ready and "fits in 1000.0 GiB" in text and re.search(r"\n    total +\d", text)
+    text, ready = stage_plan.describe_plan(settings, 8)
+    assert not ready
+    assert "DOES NOT FIT: memory: expected at most 8.0 GiB" in text
+    assert text.endswith("not ready: change the settings above so that the run fits")
+
+
+def test_dry_run_without_the_model_says_so():
+    text, _ = stage_plan.describe_plan(load_settings("rmsd_qwen3vl_4b"), 80)
+    assert "memory: cannot be planned before Qwen/Qwen3-VL-4B-Instruct is downloaded" in text
+
+
+def test_gpu_gib_needs_a_dry_run(capsys):
+    assert main(["quickstart", "--gpu-gib", "24"]) == 2
+    assert "--gpu-gib: expected --dry-run" in capsys.readouterr().err
