@@ -94,6 +94,7 @@ class PassSettings:
         adapted: whether the model has an adapter, if model.adapter says so.
         reference_heads: number of further heads whose logits a chunk of the loss holds, 1 with distill.kl=full.
         scores: whether a pass without gradients ends with the head.
+        masked: whether the attention of padded rows takes a mask; flash_attention_2 does not.
     """
 
     device: str
@@ -102,6 +103,7 @@ class PassSettings:
     adapted: bool = True
     reference_heads: int = 0
     scores: bool = True
+    masked: bool = True
 
 
 class LiveBytes(TorchDispatchMode):
@@ -311,7 +313,7 @@ def _made(
     config: dict, model_config: ModelConfig, shape: RowShape, settings: PassSettings
 ) -> Iterator[tuple[nn.Module, LiveBytes, MediaFeatures | None]]:
     """Yield a model without data in the dtype and with the adapters of the settings, a counter, and vision features."""
-    # A flash attention that is not installed here saves the same tensors as sdpa.
+    # A flash attention, which may not be installed here, saves the same tensors as sdpa without a mask.
     attention = "eager" if model_config.attention == "eager" else "sdpa"
     with torch.device("meta"):
         model = Qwen3VLForConditionalGeneration._from_config(
@@ -395,7 +397,7 @@ def _loss(model, live: LiveBytes, shape: RowShape, settings: PassSettings, featu
     if shape.packing == "shared":
         with unset_fake_temporarily():
             plan = SharedPrefixPlan.from_lengths(*shape.segments)
-    hidden = _body(model, shape, features, plan)
+    hidden = _body(model, shape, features, plan, masked=settings.masked)
     live.tag, live.phase = HEADS, "heads"
     flat = hidden.flatten(0, 1)
     if settings.trains == "discriminator":
@@ -419,8 +421,8 @@ def _loss(model, live: LiveBytes, shape: RowShape, settings: PassSettings, featu
     return loss
 
 
-def _body(model, shape: RowShape, features: MediaFeatures, plan: Any) -> Tensor:
-    """Return the hidden states of the rows, as `forward_hidden` computes them."""
+def _body(model, shape: RowShape, features: MediaFeatures, plan: Any, *, masked: bool = True) -> Tensor:
+    """Return the hidden states of the rows, as `forward_hidden` computes them. A flash attention takes no mask."""
     rows, length = shape.rows
     copies = [len(group) for group in shape.responses] if shape.packing == "padded" else [1] * len(shape.prefixes)
     order = [prompt for prompt, count in enumerate(copies) for _ in range(count)]
@@ -429,9 +431,11 @@ def _body(model, shape: RowShape, features: MediaFeatures, plan: Any) -> Tensor:
     positions = torch.zeros(3, rows, length, dtype=torch.int64)
     if plan is not None:
         options = {"shared_prefix": plan}
-    else:
+    elif masked:
         # transformers expands the mask of each row to all pairs of positions.
         options = {"attention_mask": torch.ones(rows, 1, length, length, dtype=torch.bool)}
+    else:
+        options = {"attention_mask": None}
     language_model = model.model.language_model
     return language_model(position_ids=positions, use_cache=False, **inputs, **options).last_hidden_state
 

@@ -421,6 +421,7 @@ class _Planner:
             adapted=bool(kind),
             reference_heads=int(bool(full_kl)),
             scores=scores,
+            masked=settings.model.attention != "flash_attention_2",
         )
         sizes = dict(_counted_pass(_key(self.config), _model_key(settings.model), shape, how))
         features = 0 if inside else self._features(self.questions)

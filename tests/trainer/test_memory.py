@@ -188,6 +188,10 @@ def test_padded_rows_repeat_keys_and_hold_a_mask():
     # As for packed rows, but with k and v of all 4 heads, and the layer's own mask of numbers, 28 per token.
     per_token = 6 * 64 + 2 * 96 + 8 + 4 * 64 + 4 + 4 * 96 + 28
     assert six - five == 2 * 28 * 4 * per_token
+    # Flash attention takes neither a mask nor copies of the two heads of k and v.
+    flash = PassSettings("cpu", "discriminator", masked=False)
+    five, six = (count_pass(_layers(n), cfg, shape, flash)[ACTIVATIONS] for n in (5, 6))
+    assert six - five == 2 * 28 * 4 * (per_token - 28 - 2 * 2 * 16)
 
 
 @pytest.mark.parametrize(
