@@ -33,7 +33,6 @@ from rmsd_fast.config import ModelConfig
 from rmsd_fast.models.adapters import POLICY, add_adapter
 from rmsd_fast.models.shared_prefix import enable_shared_prefix
 from rmsd_fast.models.students import DTYPES, MediaFeatures, embed, freeze
-from rmsd_fast.rollout.shared_cache import PrefixCache
 from rmsd_kernels.heads.chunks import workspace_bytes
 from rmsd_kernels.shared_prefix.attention import SharedPrefixPlan
 
@@ -229,7 +228,9 @@ def count_pass(config: dict, model_config: ModelConfig, shape: RowShape, setting
     return _continued(config, run, first=2 + (_added_layers(config) if settings.train_vision else 0))
 
 
-def count_prefill(config: dict, model_config: ModelConfig, shape: RowShape, device: str) -> Counts:
+def count_prefill(
+    config: dict, model_config: ModelConfig, shape: RowShape, device: str, make_cache: Callable[[list[int]], Any]
+) -> Counts:
     """Return the bytes that the prefill of prompts adds at its peak, including their K/V.
 
     Args:
@@ -237,12 +238,13 @@ def count_prefill(config: dict, model_config: ModelConfig, shape: RowShape, devi
         model_config: `model` section of the settings.
         shape: packed prompts without responses.
         device: "cuda" or "cpu".
+        make_cache: function that makes the cache of the keys and values of prompts with these lengths.
     """
 
     def run(small: dict) -> dict[str, Counts]:
         with _made(small, model_config, shape, PassSettings(device)) as (model, live, features):
             with unset_fake_temporarily():
-                cache = PrefixCache(list(shape.prefixes))
+                cache = make_cache(list(shape.prefixes))
             with torch.no_grad(), live:
                 hidden = _body(model, shape, features, cache)
                 model.lm_head(hidden[0, : len(shape.prefixes)])

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 import yaml
+from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from rmsd_fast.config import ModelConfig, RunConfig, SettingsError
 from rmsd_fast.models.adapters import target_layers
@@ -29,7 +30,8 @@ from rmsd_fast.models.pass_memory import (
     count_prefill,
     count_vision,
 )
-from rmsd_fast.rollout.shared_cache import BLOCK
+from rmsd_fast.rollout.shared_cache import BLOCK, PrefixCache
+from rmsd_fast.runtime.engine import LARGEST_BUCKET
 from rmsd_fast.runtime.engine_memory import EngineMemory, engine_memory
 from rmsd_fast.setting_rules import check_together, uses_discriminator, uses_reference
 
@@ -254,8 +256,6 @@ def count_parameters(config: dict[str, Any], model_config: ModelConfig) -> Param
 
 @functools.lru_cache(maxsize=8)
 def _count_parameters(config: str, adapter: str, rank: int, targets: tuple[str, ...]) -> Parameters:
-    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
-
     with torch.device("meta"):
         model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(**json.loads(config)))
     distinct = {id(p): p.numel() for p in model.parameters()}
@@ -401,8 +401,6 @@ class _Planner:
         }
 
     def _fills_buckets(self, engine: EngineMemory) -> bool:
-        from rmsd_fast.runtime.engine import LARGEST_BUCKET
-
         return self._trained_by_policy() > LARGEST_BUCKET and self.settings.runtime.zero_stage >= 2
 
     def _pass(self, responses: list[int], kind: str, *, scores: bool = True) -> dict[str, int]:
@@ -565,7 +563,7 @@ def _counted_pass(config: str, model: tuple, shape: RowShape, how: PassSettings)
 
 @functools.lru_cache(maxsize=64)
 def _counted_prefill(config: str, model: tuple, shape: RowShape, device: str) -> dict[str, int]:
-    return count_prefill(json.loads(config), _model_of(model), shape, device)
+    return count_prefill(json.loads(config), _model_of(model), shape, device, PrefixCache)
 
 
 @functools.lru_cache(maxsize=64)

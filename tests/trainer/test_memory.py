@@ -20,6 +20,7 @@ from rmsd_fast.models.pass_memory import (
     count_prefill,
 )
 from rmsd_fast.models.shared_prefix import enable_shared_prefix
+from rmsd_fast.rollout.shared_cache import PrefixCache
 from rmsd_fast.runtime.engine_memory import EngineMemory, engine_memory
 from rmsd_fast.settings import load_settings
 from rmsd_fast.stages import memory
@@ -143,7 +144,7 @@ def test_a_deep_model_is_continued_exactly(trains, train_vision):
 def test_prefill_keeps_keys_and_values():
     shape = RowShape("shared", (20, 12), ((), ()), (0, 0))
     cfg = ModelConfig(dtype="bfloat16")
-    sizes = [sum(count_prefill(_layers(n), cfg, shape, "cpu").values()) for n in (5, 6)]
+    sizes = [sum(count_prefill(_layers(n), cfg, shape, "cpu", PrefixCache).values()) for n in (5, 6)]
     # K and V of 32 tokens with 2 heads of 16 in 2 bytes.
     assert sizes[1] - sizes[0] == 2 * 32 * 2 * 16 * 2
 
