@@ -14,6 +14,8 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
+
 from bench.core.records import REPOSITORY, RESULTS, save
 from bench.memory.step import Case
 
@@ -30,6 +32,7 @@ CASES = (
     Case("shared, checkpointing, 4 groups", **_LORA, checkpointing=True, groups=4),
     Case("shared, padded", **_LORA, packing="padded", groups=1),
     Case("shared, bfloat16", **_LORA, dtype="bfloat16"),
+    Case("separate, ZeRO-3", zero=3),
     Case("head", mode="head"),
     Case("head, lora, ZeRO-0", mode="head", adapter="lora", zero=0),
 )
@@ -61,6 +64,8 @@ def main() -> None:
     parser.add_argument("--only", help="run the configurations whose name has this part")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder or .jsonl file for the records")
     arguments = parser.parse_args()
+    # The record names the threads of this process.
+    torch.set_num_threads(1)
     for case in CASES:
         if arguments.only and arguments.only not in case.name:
             continue

@@ -9,6 +9,8 @@ import pytest
 import torch
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
+from bench.core.records import REPOSITORY, read_lines
+from bench.memory.report import modes_table, plan_table
 from rmsd_fast.config import RECIPES, ModelConfig, SettingsError
 from rmsd_fast.models import pass_memory
 from rmsd_fast.models.pass_memory import (
@@ -367,3 +369,11 @@ def test_dry_run_without_the_model_says_so():
 def test_gpu_gib_needs_a_dry_run(capsys):
     assert main(["quickstart", "--gpu-gib", "24"]) == 2
     assert "--gpu-gib: expected --dry-run" in capsys.readouterr().err
+
+
+def test_the_manual_shows_the_records():
+    text = (REPOSITORY / "docs" / "memory.md").read_text()
+    assert "\n".join(plan_table()) in text and "\n".join(modes_table()) in text
+    records = read_lines(REPOSITORY / "bench" / "results" / "memory.jsonl")
+    assert len(records) >= 8
+    assert all(abs(record["planned"] / record["peak"] - 1) < 0.15 for record in records)
