@@ -27,6 +27,7 @@ CASES = (
     Case("separate, ZeRO-0", zero=0),
     Case("separate, bfloat16", dtype="bfloat16"),
     Case("separate, bfloat16, checkpointing, ZeRO-0", dtype="bfloat16", checkpointing=True, zero=0),
+    Case("separate, bfloat16, checkpointing, ZeRO-1", dtype="bfloat16", checkpointing=True, zero=1),
     Case("separate, 4 groups", groups=4),
     Case("shared", **_LORA),
     Case("shared, checkpointing, 4 groups", **_LORA, checkpointing=True, groups=4),
