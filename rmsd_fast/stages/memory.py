@@ -320,8 +320,8 @@ class _Planner:
             weights["whole" if referenced else "split"] += self.size.total
         held = self._states(engines, weights)
         lasting = sum(engine.lasting for engine in engines)
-        phases = {"rollout": self._add(held, self._rollout(), gradients=lasting)}
-        phases["vision"] = self._add(held, self._tower(), gradients=lasting)
+        phases = {"rollout": self._add(held, self._rollout(), self._gathered(), gradients=lasting)}
+        phases["vision"] = self._add(held, self._tower(), self._gathered(), gradients=lasting)
         drawn = [settings.rollout.max_new_tokens + 1] * settings.rollout.n
         answers = [settings.rollout.max_new_tokens] * settings.teacher.responses
         gradients = lasting
@@ -379,6 +379,11 @@ class _Planner:
             held[OPTIMIZER] += sum(engine.host for engine in engines)
         return held
 
+    def _gathered(self) -> dict[str, int]:
+        """Return the bytes of weights that ZeRO-3 gathers for rollouts, beyond those that it gathers for passes."""
+        more = self.size.total - _MOST_GATHERED if self.settings.runtime.zero_stage == 3 else 0
+        return {WEIGHTS: self.width * max(0, more)}
+
     def _add(self, held: dict[str, int], *parts: dict[str, int], gradients: int = 0) -> dict[str, int]:
         total = held | {GRADIENTS: gradients}
         for sizes in parts:
@@ -393,14 +398,15 @@ class _Planner:
         sizes = self._pass(responses, kind, scores=name == "policy")
         buckets = {BUCKETS: engine.bucket}
         # Buckets that are full before the end are summed while most activations are still held.
-        early = {BUCKETS: engine.bucket + engine.reduction} if self._fills_buckets(engine) else buckets
+        early = {BUCKETS: engine.bucket + engine.reduction} if self._fills_buckets else buckets
         return {
             name: self._add(held, sizes, early, gradients=gradients),
             f"{name} sums": self._add(held, {BUCKETS: engine.bucket + engine.reduction}, gradients=gradients),
             f"{name} step": self._add(held, {BUCKETS: engine.step}, gradients=gradients),
         }
 
-    def _fills_buckets(self, engine: EngineMemory) -> bool:
+    @property
+    def _fills_buckets(self) -> bool:
         return self._trained_by_policy() > LARGEST_BUCKET and self.settings.runtime.zero_stage >= 2
 
     def _pass(self, responses: list[int], kind: str, *, scores: bool = True) -> dict[str, int]:
@@ -422,7 +428,10 @@ class _Planner:
             masked=settings.model.attention != "flash_attention_2",
         )
         sizes = dict(_counted_pass(_key(self.config), _model_key(settings.model), shape, how))
-        features = 0 if inside else self._features(self.questions)
+        # Inside of the pass, a frozen tower encodes only the media of the pass, and the features of a trained one are
+        # counted with its activations.
+        features = self._features(len(shape.prefixes) if inside else self.questions)
+        features = 0 if self.train_vision else features
         sizes[VISION] = sizes.get(VISION, 0) + features
         if full_kl:
             sizes[HEADS] = sizes.get(HEADS, 0) + shape.scored * self.text["hidden_size"] * self.width

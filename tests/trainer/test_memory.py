@@ -32,6 +32,7 @@ from rmsd_fast.train import main
 from rmsd_kernels.heads.chunks import workspace_bytes
 from rmsd_kernels.shared_prefix.attention import SharedPrefixPlan
 
+STAGES = "stages=[sft,distill]"
 TEXT = dict(vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=6, num_attention_heads=4)
 TEXT |= dict(num_key_value_heads=2, head_dim=16, tie_word_embeddings=True)
 TEXT |= dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[4, 2, 2]))
@@ -377,3 +378,13 @@ def test_the_manual_shows_the_records():
     records = read_lines(REPOSITORY / "bench" / "results" / "memory.jsonl")
     assert len(records) >= 8
     assert all(abs(record["planned"] / record["peak"] - 1) < 0.15 for record in records)
+
+
+def test_zero_3_gathers_all_weights_for_rollouts(simple_counts, monkeypatch):
+    size = Parameters(total=10**10, vision=0, head=0, adapter=0, largest=10**8, largest_of_adapter=0)
+    monkeypatch.setattr(memory, "count_parameters", lambda *_: size)
+    settings = load_settings("rmsd_qwen3vl_4b", ["runtime.zero_stage=3", "distill.kl_coef=0", "reward.alpha=0", STAGES])
+    phases = plan_memory(settings, config_4b(), processes=4, device="cuda").stages["distill"].phases
+    # A quarter of the weights, and 10**9 gathered elements in passes, in 2 bytes.
+    assert phases["policy"]["weights"] == 2 * (10**10 // 4 + 10**9)
+    assert phases["rollout"]["weights"] == 2 * (10**10 // 4 + 10**10)
