@@ -39,18 +39,20 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.print_config:
             print(to_yaml(settings), end="")
             return 0
+        if arguments.gpu_gib is not None and not arguments.dry_run:
+            raise SettingsError("--gpu-gib: expected --dry-run with it, got none; a run reads the memory of its GPU")
         if arguments.dry_run:
-            return _dry_run(settings)
+            return _dry_run(settings, arguments.gpu_gib)
     except UserError as error:
         tell(f"rmsd_fast.train: {error}")
         return 2
     return _run(settings, arguments)
 
 
-def _dry_run(settings) -> int:
+def _dry_run(settings, gpu_gib: float | None) -> int:
     from rmsd_fast.stages.plan import describe_plan
 
-    plan, ready = describe_plan(settings)
+    plan, ready = describe_plan(settings, gpu_gib)
     # torchrun starts one process per GPU, and the plan is the same for all of them.
     if os.environ.get("RANK", "0") == "0":
         print(plan)
@@ -92,7 +94,20 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         action="store_true",
         help="check settings and inputs and print the plan; exit with code 2 if not ready",
     )
+    parser.add_argument(
+        "--gpu-gib",
+        type=_positive,
+        metavar="GIB",
+        help="with --dry-run: plan the memory for GPUs of this size, which need not be here",
+    )
     return parser.parse_intermixed_args(argv)
+
+
+def _positive(text: str) -> float:
+    size = float(text)
+    if not 0 < size < 1e6:
+        raise ValueError(text)
+    return size
 
 
 if __name__ == "__main__":

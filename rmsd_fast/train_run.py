@@ -14,6 +14,7 @@ from rmsd_fast.config import STAGES, CheckpointError, DistillConfig, RunConfig, 
 from rmsd_fast.data.media import MediaReader
 from rmsd_fast.data.records import Question
 from rmsd_fast.files import write_text_atomic
+from rmsd_fast.models.folders import resolve_folder
 from rmsd_fast.report import ReportError, write_report
 from rmsd_fast.runtime.engine import Engine
 from rmsd_fast.runtime.process_group import World, on_main
@@ -23,6 +24,7 @@ from rmsd_fast.stages import distill, sft
 from rmsd_fast.stages.build import build_distillation, build_imitation
 from rmsd_fast.stages.held_out import evaluate
 from rmsd_fast.stages.material import prepare_material
+from rmsd_fast.stages.memory import check_memory
 from rmsd_fast.stages.run import (
     Step,
     TrainingRun,
@@ -59,16 +61,25 @@ def train(
         allow_changes: whether settings and inputs may differ from those of the run to continue.
     """
     material = prepare_material(settings, world)
+    memory = on_main(world, lambda: _plan_memory(settings, material.model_path, world))
     with run_folder(settings, world, resume) as folder:
         stop.run_folder = folder
         with MediaReader(settings.data, world.device) as media:
             resumed = resume is not None
             run = open_run(settings, world, folder, material, media, stop, resumed=resumed, allow_changes=allow_changes)
+            for line in memory:
+                run.metrics.message(line)
             run_stages(run)
         on_main(world, lambda: finish(run))
         # A library may have converted an interrupt to an error, in which case no report was written.
         stop.check()
     return folder
+
+
+def _plan_memory(settings: RunConfig, model_path: str, world: World) -> list[str]:
+    """Return lines about the memory plan. Raise SettingsError if it exceeds the memory of the GPU."""
+    config = json.loads((resolve_folder(model_path) / "config.json").read_text())
+    return check_memory(settings, config, processes=world.size, device=world.device)
 
 
 def run_stages(run: TrainingRun) -> None:

@@ -1,31 +1,30 @@
-"""Describe what a run would do, for `--dry-run`: inputs, steps and a memory estimate, without training anything."""
+"""Describe what a run would do, for `--dry-run`: inputs, steps and memory, without training anything."""
 
 from __future__ import annotations
 
 import json
 import os
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
-from rmsd_fast.config import ModelConfig, ModelError, RunConfig
+from rmsd_fast.config import ModelError, RunConfig
 from rmsd_fast.data.errors import counted
-from rmsd_fast.models.adapters import target_layers
-from rmsd_fast.models.families import family_of
 from rmsd_fast.models.folders import find_folder, open_folder
-from rmsd_fast.setting_rules import uses_discriminator, uses_reference
+from rmsd_fast.setting_rules import uses_discriminator
 from rmsd_fast.stages.inputs import read_inputs
 from rmsd_fast.stages.material import check_batches
+from rmsd_fast.stages.memory import GIB, device_room, fit_lines, plan_memory
 
-GIB = 2**30
 
-
-def describe_plan(settings: RunConfig) -> tuple[str, bool]:
+def describe_plan(settings: RunConfig, gpu_gib: float | None = None) -> tuple[str, bool]:
     """Return a text about steps, inputs and memory, and whether a run could start.
 
     Inputs that exist are read and checked; missing inputs are listed.
 
+    Args:
+        settings: settings of the run.
+        gpu_gib: memory of the GPU to plan for, in GiB; None = the GPU of this machine, or its CPU.
     Raises:
         UserError: an existing input is damaged, the pool belongs to other questions, or the batches cannot be divided
             among the processes that torchrun has started.
@@ -56,9 +55,13 @@ def describe_plan(settings: RunConfig) -> tuple[str, bool]:
     missing += [fault] if fault else []
     lines += [f"  {line}" for line in present]
     lines += [f"  MISSING: {line}" for line in missing]
-    lines += _memory_lines(settings, folder, processes)
-    lines.append("not ready: provide the missing inputs above" if missing else "ready")
-    return "\n".join(lines), not missing
+    memory, too_large = ([], []) if fault else _memory_lines(settings, folder, processes, gpu_gib)
+    lines += [f"  {line}" for line in memory]
+    lines += [f"  DOES NOT FIT: {too_large[0]}", *(f"    {line}" for line in too_large[1:])] if too_large else []
+    faults = ["provide the missing inputs above"] if missing else []
+    faults += ["change the settings above so that the run fits"] if too_large else []
+    lines.append(f"not ready: {' and '.join(faults)}" if faults else "ready")
+    return "\n".join(lines), not faults
 
 
 def _stage_lines(settings: RunConfig) -> list[str]:
@@ -138,56 +141,28 @@ def _model(settings: RunConfig) -> tuple[Path | None, str, str]:
     return folder, f"model.path: {path}{opened}", ""
 
 
-def _memory_lines(settings: RunConfig, folder: Path | None, processes: int) -> list[str]:
-    """Return a line with the memory of the models' states per process, without activations."""
+def _memory_lines(
+    settings: RunConfig, folder: Path | None, processes: int, gpu_gib: float | None
+) -> tuple[list[str], list[str]]:
+    """Return lines about the memory plan, and lines about why it does not fit. gpu_gib: see `describe_plan`."""
     if folder is None:
-        return []
-    size = count_parameters(json.loads((folder / "config.json").read_text()), settings.model)
-    lora, mode = settings.model.adapter == "lora", settings.discriminator.mode
-    vision_trained = settings.distill.train_vision or settings.sft.train_vision
-    trained = size.adapter if lora else size.total - (0 if vision_trained else size.vision)
-    judged, referenced = uses_discriminator(settings), uses_reference(settings)
-    # The policy's model, and copies for reference and discriminator unless they share it or each other's.
-    copies = 1 + (judged and mode == "separate")
-    copies += not lora and (referenced or (judged and mode == "head"))
-    trained *= 1 + (judged and mode != "head")
-    width = 2 if settings.model.dtype == "bfloat16" else 4
-    zero = settings.runtime.zero_stage
-    # ZeRO-3 splits the weights of trained models, but not those of a reference.
-    split = copies - (not lora and referenced)
-    weights = size.total * width * (copies - split + split / (processes if zero == 3 else 1))
-    gradients = trained * 4 / (processes if zero >= 2 else 1)
-    optimizer = trained * (12 if width == 2 else 8) / (processes if zero >= 1 else 1)
-    host = " (optimizer states in host memory)" if settings.runtime.offload_optimizer else ""
-    states = weights + gradients + (trained * width * lora) + (0 if host else optimizer)
-    return [
-        f"  memory per process, estimated: {states / GIB:.1f} GiB for {counted(copies, 'copy', 'copies')} of "
-        f"{size.total / 1e6:.1f}M parameters, of which {trained / 1e6:.1f}M in all are trained{host}; activations not "
-        "included"
-    ]
-
-
-class Parameters(NamedTuple):
-    """Numbers of parameters: of the whole model, of its vision tower, and of one adapter."""
-
-    total: int
-    vision: int
-    adapter: int
-
-
-def count_parameters(config: dict, model_config: ModelConfig) -> Parameters:
-    """Count the parameters of a model's configuration without allocating weights.
-
-    Raises:
-        ModelError: the model is of an unsupported family.
-        SettingsError: a target of the adapters is not a linear layer of the language model.
-    """
-    family = family_of(config)
-    with torch.device("meta"):
-        model = family.model_class(family.config_class(**config))
-    total = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
-    adapter = 0
-    if model_config.adapter == "lora":
-        layers = target_layers(model, model_config.lora_targets)
-        adapter = sum(model_config.lora_rank * (layer.in_features + layer.out_features) for layer in layers)
-    return Parameters(total, sum(p.numel() for p in model.model.visual.parameters()), adapter)
+        path = settings.model.path
+        if not path:
+            return ["memory: planned when the run starts, after it has generated the student"], []
+        return [
+            f"memory: cannot be planned before {path} is downloaded; for the plan alone, download config.json and set "
+            "model.path to its folder"
+        ], []
+    config = json.loads((folder / "config.json").read_text())
+    here = torch.cuda.is_available() and gpu_gib is None
+    device = "cuda" if here or gpu_gib is not None else "cpu"
+    plan = plan_memory(settings, config, processes=processes, device=device)
+    room = device_room(torch.device("cuda")) if here else int((gpu_gib or 0) * GIB)
+    what = "GPU" if device == "cuda" else "process, on CPU"
+    lines = [f"memory per {what}, planned for the longest prompts and responses:", *(f"  {r}" for r in plan.table())]
+    if device == "cpu":
+        return [*lines, "for a GPU that is not here, add --gpu-gib 24"], []
+    found = fit_lines(settings, config, plan, room, processes)
+    if plan.total > room:
+        return lines, found
+    return [*lines, f"fits in {room / GIB:.1f} GiB", *found], []

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from rmsd_fast.config import RECIPES, ModelConfig, RunConfig, SettingsError
+from rmsd_fast.config import RECIPES, RunConfig, SettingsError
 from rmsd_fast.settings import RULES, describe_settings, load_settings, save_settings
-from rmsd_fast.stages import plan
-from rmsd_fast.stages.plan import count_parameters, describe_plan
+from rmsd_fast.stages.plan import describe_plan
 
 ALL_RECIPES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
@@ -252,61 +251,6 @@ def test_dry_run_lists_missing_inputs():
     for key, path in (("data.train", "train"), ("data.heldout", "heldout"), ("teacher.pool", "pool")):
         assert f"  MISSING: {key}: {Path.cwd()}/data/{path}.jsonl" in plan
     assert plan.endswith("not ready: provide the missing inputs above")
-
-
-def test_parameter_count_of_the_4b_student():
-    # The shape is that of Qwen3-VL-4B, whose published size is 4.4 billion parameters.
-    text = dict(
-        vocab_size=151936,
-        hidden_size=2560,
-        intermediate_size=9728,
-        num_hidden_layers=36,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-    )
-    vision = dict(
-        depth=24,
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_heads=16,
-        out_hidden_size=2560,
-        deepstack_visual_indexes=[5, 11, 17],
-    )
-    config = {"model_type": "qwen3_vl", "text_config": text, "vision_config": vision, "tie_word_embeddings": True}
-    size = count_parameters(config, ModelConfig(adapter="lora", lora_rank=4, lora_targets=["q_proj", "down_proj"]))
-    assert 4.3e9 < size.total < 4.6e9
-    assert 0.3e9 < size.vision < 0.5e9
-    # 36 layers of 2560 x 4096 and 9728 x 2560.
-    assert size.adapter == 36 * 4 * (2560 + 4096 + 9728 + 2560)
-    for target in ("mlp", "w1"):
-        with pytest.raises(SettingsError, match=rf"model\.lora_targets: expected linear layers .* got '{target}'"):
-            count_parameters(config, ModelConfig(adapter="lora", lora_targets=[target]))
-
-
-def test_the_memory_of_the_states_by_hand(tmp_path, monkeypatch):
-    """Bytes in bfloat16: 2 per weight of a copy, and 4 + 12 per trained parameter, plus 2 if it is in no copy."""
-    (tmp_path / "config.json").write_text("{}")
-    size = plan.Parameters(total=10 * 2**30, vision=2**30, adapter=2**28)
-    monkeypatch.setattr(plan, "count_parameters", lambda *_: size)
-    adapters = ["model.adapter=lora"]
-    for overrides, processes, gib in (
-        # Policy, discriminator and reference; 9 Gi parameters of each of the first two are trained.
-        ([], 1, 3 * 20 + 2 * 9 * 16),
-        ([], 2, 3 * 20 + 2 * 9 * 16 / 2),
-        (["runtime.zero_stage=3"], 2, 20 + (2 * 20 + 2 * 9 * 16) / 2),
-        (["distill.kl_coef=0"], 1, 2 * 20 + 2 * 9 * 16),
-        # The head reads the reference, or a copy without a reference.
-        (["discriminator.mode=head"], 1, 2 * 20 + 9 * 16),
-        (["discriminator.mode=head", "distill.kl_coef=0"], 1, 2 * 20 + 9 * 16),
-        # Adapters of a quarter Gi parameters. The reference is the policy's backbone.
-        ([*adapters], 1, 2 * 20 + 2 * 0.25 * 18),
-        ([*adapters, "discriminator.mode=shared"], 1, 20 + 2 * 0.25 * 18),
-        ([*adapters, "discriminator.mode=head"], 1, 20 + 0.25 * 18),
-    ):
-        settings = load_settings("rmsd_qwen3vl_4b", overrides)
-        (line,) = plan._memory_lines(settings, tmp_path, processes)
-        assert f"estimated: {gib:.1f} GiB for" in line, (overrides, line)
 
 
 def test_learning_rate_by_hand():

@@ -157,17 +157,38 @@ class Gradients:
         return self.hidden, weight, self.bias if bias is None else self.bias.to(bias.dtype)
 
 
-def default_budget(rows: int, row_bytes: int, weight: Tensor, need_weight: bool) -> int:
-    """Return the bytes of one head's logits if the caller sets no budget.
+def workspace_bytes(rows: int, weight: Tensor, *, device: str, need_weight: bool, buffers: int = 1) -> int:
+    """Return the bytes that a loop over `rows` scored rows holds at most, besides its inputs and its results.
+
+    These are the logits of a chunk and, if d_weight is summed in float32, that sum: its 16-bit copy, the result, is
+    made after the logits are freed.
+
+    Args:
+        rows: number of scored rows, all with a gradient if there is one.
+        weight: the head, [V, D]; only its shape and dtype are used.
+        device: "cuda" or "cpu", where the loop will run.
+        need_weight: whether d_weight is needed.
+        buffers: number of [n, V] tensors that a chunk of n rows needs, see `chunk_buffers`.
+    """
+    row_bytes = len(weight) * weight.element_size()
+    budget = buffers * default_budget(rows, row_bytes, weight, need_weight, device)
+    step = chunk_rows(rows, buffers * row_bytes, budget, device)
+    in_float32 = need_weight and weight.element_size() == 2 and math.ceil(rows / step) > MAX_ROUNDINGS
+    return buffers * step * row_bytes + (4 * weight.numel() if in_float32 else 0)
+
+
+def default_budget(rows: int, row_bytes: int, weight: Tensor, need_weight: bool, device: str = "") -> int:
+    """Return the bytes of one head's logits if the caller sets no budget. The default device is that of the weight.
 
     For a 16-bit d_weight, chunks are large enough that at most MAX_ROUNDINGS of them are needed. If that takes more
     memory in total than a sum in float32, d_weight is summed in float32, with chunks of the size of d_weight, because
     each chunk reads and writes it once.
     """
-    usual = DEFAULT_BUDGET_BYTES.get(weight.device.type, DEFAULT_BUDGET_BYTES["cpu"])
+    device = device or weight.device.type
+    usual = DEFAULT_BUDGET_BYTES.get(device, DEFAULT_BUDGET_BYTES["cpu"])
     if not need_weight or weight.element_size() != 2:
         return usual
-    few = _whole_tiles(math.ceil(rows / MAX_ROUNDINGS), weight.device.type) * row_bytes
+    few = _whole_tiles(math.ceil(rows / MAX_ROUNDINGS), device) * row_bytes
     # Compare chunks and a 16-bit d_weight with chunks, a float32 d_weight and its 16-bit copy.
     in_float32 = 4 * weight.numel()
     return max(usual, few if few <= 2 * in_float32 else in_float32)

@@ -1,0 +1,45 @@
+"""Write the tables of docs/memory.md from the records: `python -m bench.memory.report`."""
+
+from __future__ import annotations
+
+from bench.core.records import RESULTS, read_lines, sources
+
+MIB = 2**20
+NAMES = ("vision", "rollout", "discriminator", "reference", "policy", "optimizer")
+
+
+def plan_table() -> list[str]:
+    """Return the table of planned and measured peaks, one line per configuration."""
+    records = list({r["case"]: r for r in read_lines(RESULTS / "memory.jsonl")}.values())
+    lines = ["| configuration | planned | measured | ratio |", "|---|---|---|---|"]
+    for record in records:
+        planned, measured = record["planned"] / MIB, record["peak"] / MIB
+        lines.append(f"| {_name(record)} | {planned:,.0f} | {measured:,.0f} | {planned / measured:.2f} |")
+    return [*lines, "", f"{sources(records)}."]
+
+
+def modes_table() -> list[str]:
+    """Return the table of the discriminator modes."""
+    (*_, record) = read_lines(RESULTS / "modes.jsonl")
+    whole = record["variants"]["separate"]["states_bytes"]
+    lines = ["| mode | states, MiB | share | time | " + " | ".join(NAMES) + " |", "|---|---|---|---|" + "---|" * 6]
+    for mode, found in record["variants"].items():
+        adapter = "adapters" if mode.endswith(", lora") else "full"
+        name = f"`{mode.removesuffix(', lora')}`, {adapter}"
+        seconds = " | ".join(f"{found['phases_s'][phase]:.2f}" for phase in NAMES)
+        size = f"{found['states_bytes'] / MIB:.1f} | {found['states_bytes'] / whole:.0%}"
+        lines.append(f"| {name} | {size} | {found['ratio']:.2f} | {seconds} |")
+    return [*lines, "", f"{sources([record])}."]
+
+
+def _name(record: dict) -> str:
+    settings = record["settings"]
+    adapter = "adapters" if settings["adapter"] == "lora" else "full"
+    parts = [f"`{settings['mode']}`, {adapter}", settings["dtype"], settings["packing"], f"ZeRO-{settings['zero']}"]
+    groups = settings["groups"]
+    parts += ["recomputed layers"] * settings["checkpointing"]
+    return ", ".join([*parts, f"{groups} group{'s' * (groups > 1)}"])
+
+
+if __name__ == "__main__":
+    print("\n".join([*plan_table(), "", *modes_table()]))

@@ -1,0 +1,581 @@
+"""Plan the memory of a run: the bytes on each process's device, per stage, at the step's highest point.
+
+A step goes through phases one after the other: rollouts, discriminator, reference, policy, optimizers. What each holds
+is added up, and a stage needs the most of any phase, not the sum of all. The plan assumes the longest prompts and
+responses that the settings allow, and full micro-batches.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+
+from rmsd_fast.config import ModelConfig, RunConfig, SettingsError
+from rmsd_fast.models.adapters import target_layers
+from rmsd_fast.models.families import family_of
+from rmsd_fast.models.pass_memory import (
+    ACTIVATIONS,
+    HEADS,
+    VISION,
+    PassSettings,
+    RowShape,
+    count_pass,
+    count_prefill,
+    count_vision,
+)
+from rmsd_fast.rollout.shared_cache import BLOCK, PrefixCache
+from rmsd_fast.runtime.engine import LARGEST_BUCKET
+from rmsd_fast.runtime.engine_memory import EngineMemory, engine_memory
+from rmsd_fast.setting_rules import check_together, uses_discriminator, uses_reference
+
+GIB = 2**30
+WEIGHTS, GRADIENTS, OPTIMIZER, BUCKETS, ROLLOUT, MEDIA, CONTEXT = (
+    *("weights", "gradients", "optimizer", "buckets", "rollout", "media"),
+    "CUDA context",
+)
+PARTS = (WEIGHTS, GRADIENTS, OPTIMIZER, BUCKETS, ACTIVATIONS, HEADS, VISION, ROLLOUT, MEDIA, CONTEXT)
+# CUDA's context, its modules and cuBLAS' workspaces. Not measured here: an estimate for recent GPUs and drivers.
+CONTEXT_BYTES = GIB // 2
+# ZeRO-3 keeps up to so many gathered elements (stage3_max_live_parameters of DeepSpeed).
+_MOST_GATHERED = 1_000_000_000
+_PIXELS_PER_TOKEN, _PIXEL_BYTES = 2048, 3
+
+
+class Parameters(NamedTuple):
+    """Numbers of parameters: of the whole model, its vision tower, an untied head, one adapter, and the largest."""
+
+    total: int
+    vision: int
+    head: int
+    adapter: int
+    largest: int
+    largest_of_adapter: int
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """Bytes of a stage on one process's device.
+
+    Attributes:
+        phases: bytes of each phase, by what they are for (PARTS).
+        host: bytes in host memory: caches, frames and offloaded states. On a CPU, these are in `phases`.
+    """
+
+    phases: dict[str, dict[str, int]]
+    host: int = 0
+
+    @property
+    def peak(self) -> str:
+        """The phase with the highest total."""
+        return max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Bytes at the peak, by what they are for."""
+        return self.phases[self.peak]
+
+    @property
+    def total(self) -> int:
+        """Bytes at the peak."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of a run on one process's device, by stage. `device` is "cuda" or "cpu"."""
+
+    device: str
+    stages: dict[str, StagePlan] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        """Bytes of the stage that needs most."""
+        return max(stage.total for stage in self.stages.values())
+
+    def table(self) -> list[str]:
+        """Return the lines of a table with a column per stage, in GiB, or in MiB if the total is below 1 GiB."""
+        unit, name = (GIB, "GiB") if self.total >= GIB else (2**20, "MiB")
+        plans = list(self.stages.values())
+        rows = [(name, list(self.stages))]
+        sizes = {part: [plan.parts.get(part, 0) for plan in plans] for part in PARTS}
+        sizes |= {"total": [plan.total for plan in plans], "host memory": [plan.host for plan in plans]}
+        rows += [(part, [f"{size / unit:,.2f}" for size in of_part]) for part, of_part in sizes.items() if any(of_part)]
+        rows.insert(-1 if any(plan.host for plan in plans) else len(rows), ("peak in", [plan.peak for plan in plans]))
+        width = 2 + max(len(cell) for _, cells in rows for cell in cells)
+        return [f"{part:<14}" + "".join(cell.rjust(width) for cell in cells) for part, cells in rows]
+
+
+def plan_memory(settings: RunConfig, config: dict[str, Any], *, processes: int, device: str) -> MemoryPlan:
+    """Return the plan of a run.
+
+    Args:
+        settings: settings of the run.
+        config: contents of the student's config.json.
+        processes: number of processes.
+        device: "cuda" or "cpu", where the run will be.
+    Raises:
+        SettingsError: a target of the adapters is not a linear layer of the language model.
+    """
+    size = count_parameters(config, settings.model)
+    stages = {}
+    for stage in settings.stages:
+        planner = _Planner(settings, config, size, processes, device, stage)
+        stages[stage] = planner.imitation() if stage in ("sft", "control") else planner.distillation()
+    return MemoryPlan(device, stages)
+
+
+def fit_lines(settings: RunConfig, config: dict[str, Any], plan: MemoryPlan, room: int, processes: int) -> list[str]:
+    """Return lines that say whether a plan fits into `room` bytes and, if not, which settings would make it fit.
+
+    The list is empty if it fits with at least a tenth to spare.
+
+    Args:
+        settings: settings of the plan.
+        config: contents of the student's config.json.
+        plan: the plan.
+        room: bytes of the device.
+        processes: number of processes.
+    """
+    planned = f"{plan.total / GIB:.1f} GiB of {room / GIB:.1f} GiB"
+    if plan.total <= 0.9 * room:
+        return []
+    if plan.total <= room:
+        return [f"memory: {planned} are planned; less than a tenth is left for fragments and longer peaks"]
+    lines = [f"memory: expected at most {room / GIB:.1f} GiB per process, got a plan of {plan.total / GIB:.1f} GiB"]
+    changes = list(_changes(settings))
+    alone = []
+    for change in changes:
+        total = _total(settings, config, plan.device, processes, change)
+        if total is not None and total <= room:
+            alone.append(f"set {' '.join(change)}, planned {total / GIB:.1f} GiB")
+    if alone:
+        return [*lines, *alone]
+    together: tuple[str, ...] = ()
+    best, before = plan.total, plan.total + 1
+    # A change of one phase may only count after another phase was lowered.
+    while best < before:
+        before = best
+        for change in changes:
+            keys = {setting.partition("=")[0] for setting in change}
+            tried = (*(s for s in together if s.partition("=")[0] not in keys), *change)
+            total = _total(settings, config, plan.device, processes, tried)
+            if total is not None and total < best:
+                together, best = tried, total
+            if best <= room:
+                return [*lines, f"set {' '.join(together)}, planned {best / GIB:.1f} GiB"]
+    tail = f"the smallest plan found has {best / GIB:.1f} GiB, with {' '.join(together)}; " if together else ""
+    return [*lines, f"{tail}use a smaller model, a larger GPU, or more GPUs"]
+
+
+def _changes(settings: RunConfig) -> Iterator[tuple[str, ...]]:
+    """Yield changes of settings that may lower the plan, cheapest first."""
+    longest = settings.data.max_prompt_tokens + settings.rollout.max_new_tokens + 1
+    if not settings.model.gradient_checkpointing:
+        yield ("model.gradient_checkpointing=true",)
+    prompts = settings.rollout.prompts_per_batch
+    while prompts > 1:
+        prompts //= 2
+        yield (f"rollout.prompts_per_batch={prompts}",)
+    tokens = settings.micro_tokens
+    while tokens > longest:
+        tokens = max(longest, tokens // 2)
+        yield (f"micro_tokens={tokens}",)
+    if settings.data.decoder != "cpu":
+        yield ("data.decoder=cpu",)
+    for stage in (1, 2, 3):
+        if stage > settings.runtime.zero_stage:
+            yield (f"runtime.zero_stage={stage}",)
+    if not settings.runtime.offload_optimizer:
+        stage = max(2, settings.runtime.zero_stage)
+        yield ("runtime.offload_optimizer=true", f"runtime.zero_stage={stage}")
+    if settings.model.adapter == "none":
+        mode = ("discriminator.mode=shared",) if uses_discriminator(settings) else ()
+        frozen = [f"{name}.train_vision=false" for name in ("sft", "distill") if getattr(settings, name).train_vision]
+        stage = min(2, max(1, settings.runtime.zero_stage))
+        yield ("model.adapter=lora", *mode, f"runtime.zero_stage={stage}", *frozen)
+
+
+def _total(
+    settings: RunConfig, config: dict[str, Any], device: str, processes: int, change: tuple[str, ...]
+) -> int | None:
+    """Return the total of the plan with changed settings, or None if they conflict."""
+    changed = copy.deepcopy(settings)
+    for setting in change:
+        key, _, value = setting.partition("=")
+        section, _, name = key.rpartition(".")
+        setattr(getattr(changed, section) if section else changed, name, yaml.safe_load(value))
+    try:
+        check_together(changed)
+    except SettingsError:
+        return None
+    return plan_memory(changed, config, processes=processes, device=device).total
+
+
+def device_room(device: torch.device) -> int:
+    """Return the bytes that this process can use of a CUDA device: what is free, and its own context."""
+    return torch.cuda.mem_get_info(device)[0] + CONTEXT_BYTES
+
+
+def check_memory(settings: RunConfig, config: dict[str, Any], *, processes: int, device: torch.device) -> list[str]:
+    """Return lines about the plan of a run that is about to start.
+
+    Raises:
+        SettingsError: the plan exceeds the memory of the CUDA device.
+    """
+    plan = plan_memory(settings, config, processes=processes, device=device.type)
+    lines = [f"memory planned per process: {plan.total / GIB:.2f} GiB"]
+    if device.type != "cuda":
+        return lines
+    room = device_room(device)
+    found = fit_lines(settings, config, plan, room, processes)
+    if plan.total > room and settings.runtime.check_memory:
+        raise SettingsError("; ".join([*found, "or set runtime.check_memory=false to start anyway"]))
+    return [*lines, *found]
+
+
+def count_parameters(config: dict[str, Any], model_config: ModelConfig) -> Parameters:
+    """Count the parameters of a Qwen3-VL configuration without allocating weights.
+
+    Raises:
+        SettingsError: a target of the adapters is not a linear layer of the language model.
+    """
+    return _count_parameters(
+        json.dumps(config, sort_keys=True),
+        model_config.adapter,
+        model_config.lora_rank,
+        tuple(model_config.lora_targets),
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _count_parameters(config: str, adapter: str, rank: int, targets: tuple[str, ...]) -> Parameters:
+    with torch.device("meta"):
+        family = family_of(json.loads(config))
+        model = family.model_class(family.config_class(**json.loads(config)))
+    distinct = {id(p): p.numel() for p in model.parameters()}
+    head, embeddings = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    layers = target_layers(model, list(targets)) if adapter == "lora" else []
+    return Parameters(
+        total=sum(distinct.values()),
+        vision=sum(p.numel() for p in model.model.visual.parameters()),
+        head=0 if head is embeddings else head.numel(),
+        adapter=sum(rank * (layer.in_features + layer.out_features) for layer in layers),
+        largest=max(distinct.values()),
+        largest_of_adapter=max((rank * max(layer.in_features, layer.out_features) for layer in layers), default=0),
+    )
+
+
+class _Planner:
+    """Plan one stage."""
+
+    def __init__(
+        self, settings: RunConfig, config: dict, size: Parameters, processes: int, device: str, stage: str
+    ) -> None:
+        self.settings, self.config, self.size = settings, config, size
+        self.processes, self.device, self.stage = processes, device, stage
+        training = settings.sft if stage == "sft" else settings.distill
+        self.train_vision = training.train_vision
+        self.questions = max(1, training.batch_size // processes)
+        self.width = 2 if settings.model.dtype == "bfloat16" else 4
+        self.lora = settings.model.adapter == "lora"
+        self.text = config["text_config"]
+        self.vision_config = config.get("vision_config") or {}
+
+    def imitation(self) -> StagePlan:
+        """Return the plan of stage 1 or the control."""
+        counts = {"best": 1, "random": 1, "all": self.settings.teacher.responses}
+        responses = [self.settings.rollout.max_new_tokens] * counts[self.settings.sft.responses]
+        policy = self._engine(self._trained_by_policy(), self._largest())
+        own = self.size.total + (self.size.adapter if self.lora else 0)
+        held = self._states([policy], {"split": own})
+        phases = {}
+        if not self._inside:
+            phases["vision"] = self._add(held, self._tower(), gradients=policy.lasting)
+        phases |= self._passes("policy", held, policy, policy.lasting + policy.gradients, responses)
+        return self._plan(phases, [policy])
+
+    def distillation(self) -> StagePlan:
+        """Return the plan of the warm-up or stage 2, which hold the same models."""
+        settings, mode = self.settings, self.settings.discriminator.mode
+        judged, referenced = uses_discriminator(settings), uses_reference(settings)
+        policy = self._engine(self._trained_by_policy(), self._largest())
+        engines = [policy]
+        weights = {"split": self.size.total + (self.size.adapter if self.lora else 0), "whole": 0}
+        if judged:
+            head = self.text["hidden_size"] + 1
+            trained = head + {"head": 0, "shared": self.size.adapter}.get(
+                mode, self._trained_by_policy() - self.size.head
+            )
+            engines.append(self._engine(trained, self._largest() if mode != "head" else head))
+            weights["split"] += head + (self.size.adapter if self.lora and mode != "head" else 0)
+            weights["split"] += self.size.total - self.size.head if mode == "separate" else 0
+        if not self.lora and (referenced or (judged and mode == "head")):
+            # ZeRO-3 does not split a reference.
+            weights["whole" if referenced else "split"] += self.size.total
+        held = self._states(engines, weights)
+        lasting = sum(engine.lasting for engine in engines)
+        phases = {"rollout": self._add(held, self._rollout(), self._gathered(), gradients=lasting)}
+        phases["vision"] = self._add(held, self._tower(), self._gathered(), gradients=lasting)
+        drawn = [settings.rollout.max_new_tokens + 1] * settings.rollout.n
+        answers = [settings.rollout.max_new_tokens] * settings.teacher.responses
+        gradients = lasting
+        if judged:
+            gradients += engines[1].gradients
+            kind = "discriminator" if mode != "head" else ""
+            phases |= self._passes("discriminator", held, engines[1], gradients, drawn + answers, kind=kind)
+        if self.stage == "warm_up":
+            return self._plan(phases, engines)
+        if referenced:
+            rows = self._pass(drawn, "")
+            phases["reference"] = self._add(held, rows, gradients=gradients)
+        gradients += policy.gradients
+        phases |= self._passes("policy", held, policy, gradients, drawn)
+        return self._plan(phases, engines)
+
+    @property
+    def _inside(self) -> bool:
+        """Whether the imitation encodes media inside of the engine's forward."""
+        return self.train_vision or self.settings.runtime.zero_stage == 3
+
+    def _trained_by_policy(self) -> int:
+        return self.size.adapter if self.lora else self.size.total - (0 if self.train_vision else self.size.vision)
+
+    def _largest(self) -> int:
+        return self.size.largest_of_adapter if self.lora else self.size.largest
+
+    def _engine(self, trained: int, largest: int) -> EngineMemory:
+        runtime = self.settings.runtime
+        return engine_memory(
+            trained,
+            largest,
+            zero_stage=runtime.zero_stage,
+            dtype=self.settings.model.dtype,
+            offload=runtime.offload_optimizer,
+            processes=self.processes,
+            device=self.device,
+        )
+
+    def _states(self, engines: list[EngineMemory], elements: dict[str, int]) -> dict[str, int]:
+        """Return what is held in all phases. elements: of weights that ZeRO-3 splits, and of others."""
+        split, whole = elements["split"], elements.get("whole", 0)
+        gathered = 0
+        if self.settings.runtime.zero_stage == 3:
+            gathered = min(self.size.total, _MOST_GATHERED)
+            split = -(-split // self.processes)
+        held = {
+            WEIGHTS: self.width * (split + whole + gathered),
+            OPTIMIZER: sum(engine.optimizer for engine in engines),
+            MEDIA: self._frames() if self._frames_on_device else 0,
+            CONTEXT: CONTEXT_BYTES if self.device == "cuda" else 0,
+        }
+        if self.device == "cpu":
+            held[MEDIA] += self._embedding_cache()
+            held[OPTIMIZER] += sum(engine.host for engine in engines)
+        return held
+
+    def _gathered(self) -> dict[str, int]:
+        """Return the bytes of weights that ZeRO-3 gathers for rollouts, beyond those that it gathers for passes."""
+        more = self.size.total - _MOST_GATHERED if self.settings.runtime.zero_stage == 3 else 0
+        return {WEIGHTS: self.width * max(0, more)}
+
+    def _add(self, held: dict[str, int], *parts: dict[str, int], gradients: int = 0) -> dict[str, int]:
+        total = held | {GRADIENTS: gradients}
+        for sizes in parts:
+            for name, size in sizes.items():
+                total[name] = total.get(name, 0) + size
+        return total
+
+    def _passes(
+        self, name: str, held: dict, engine: EngineMemory, gradients: int, responses: list[int], kind: str = "policy"
+    ) -> dict[str, dict[str, int]]:
+        """Return the phases of a model's forward and backward, its sum of gradients, and its optimizer step."""
+        sizes = self._pass(responses, kind, scores=name == "policy")
+        buckets = {BUCKETS: engine.bucket}
+        # Buckets that are full before the end are summed while most activations are still held.
+        early = {BUCKETS: engine.bucket + engine.reduction} if self._fills_buckets else buckets
+        return {
+            name: self._add(held, sizes, early, gradients=gradients),
+            f"{name} sums": self._add(held, {BUCKETS: engine.bucket + engine.reduction}, gradients=gradients),
+            f"{name} step": self._add(held, {BUCKETS: engine.step}, gradients=gradients),
+        }
+
+    @property
+    def _fills_buckets(self) -> bool:
+        return self._trained_by_policy() > LARGEST_BUCKET and self.settings.runtime.zero_stage >= 2
+
+    def _pass(self, responses: list[int], kind: str, *, scores: bool = True) -> dict[str, int]:
+        """Return the bytes of a pass. kind: what it trains, or "" for a pass without gradients."""
+        settings = self.settings
+        shape = self._rows(responses)
+        full_kl = (
+            kind == "policy" and self.stage == "distill" and settings.distill.kl == "full" and settings.distill.kl_coef
+        )
+        inside = self.train_vision or (self.stage in ("sft", "control") and self._inside)
+        how = PassSettings(
+            device=self.device,
+            trains=kind,
+            train_vision=self.train_vision and bool(kind),
+            # The reference and a scalar head alone read the backbone without adapters.
+            adapted=bool(kind),
+            reference_heads=int(bool(full_kl)),
+            scores=scores,
+            masked=settings.model.attention != "flash_attention_2",
+        )
+        sizes = dict(_counted_pass(_key(self.config), _model_key(settings.model), shape, how))
+        # Inside of the pass, a frozen tower encodes only the media of the pass, and the features of a trained one are
+        # counted with its activations.
+        features = self._features(len(shape.prefixes) if inside else self.questions)
+        features = 0 if self.train_vision else features
+        sizes[VISION] = sizes.get(VISION, 0) + features
+        if full_kl:
+            sizes[HEADS] = sizes.get(HEADS, 0) + shape.scored * self.text["hidden_size"] * self.width
+        return sizes
+
+    def _rows(self, responses: list[int]) -> RowShape:
+        """Return the largest micro-batch of a step's questions within micro_tokens."""
+        settings = self.settings
+        prefix, budget = settings.data.max_prompt_tokens, settings.micro_tokens
+        prefixes, groups = [], []
+        if settings.packing == "padded":
+            left = max(1, budget // (prefix + max(responses)))
+            while left > 0 and len(prefixes) < self.questions:
+                prefixes.append(prefix)
+                groups.append(tuple(responses[:left]))
+                left -= len(groups[-1])
+        else:
+            left = budget
+            while left > 1 and len(prefixes) < self.questions:
+                prefixes.append(min(prefix, left - 1))
+                left -= prefixes[-1]
+                group = []
+                for length in responses:
+                    group.append(min(length, left))
+                    left -= group[-1]
+                    if not left:
+                        break
+                groups.append(tuple(group))
+        vision = tuple(min(self._vision_tokens(), length - 1) for length in prefixes)
+        return RowShape(settings.packing, tuple(prefixes), tuple(groups), vision, self._steps())
+
+    def _rollout(self) -> dict[str, int]:
+        """Return the bytes of generating one batch of rollouts."""
+        rollout = self.settings.rollout
+        return self._generation(min(rollout.prompts_per_batch, self.questions), rollout.n, rollout.max_new_tokens)
+
+    def _generation(self, prompts: int, rows: int, tokens: int) -> dict[str, int]:
+        settings, text = self.settings, self.text
+        prefix = settings.data.max_prompt_tokens
+        head_dim = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
+        of_layer = 2 * text["num_key_value_heads"] * head_dim * self.width
+        vision = min(self._vision_tokens(), prefix - 1)
+        shape = RowShape("shared", (prefix,) * prompts, ((),) * prompts, (vision,) * prompts)
+        prefill = sum(_counted_prefill(_key(self.config), _model_key(settings.model), shape, self.device).values())
+        # Buffers of the rows' own tokens grow in blocks; the last growth copies one buffer of a layer's keys or values.
+        own = prompts * rows * BLOCK * -(-tokens // BLOCK) * of_layer
+        cache = text["num_hidden_layers"] * (prompts * prefix * of_layer + own) + own // 2
+        # Logits in the dtype of the model, in float32 if that is another, their log-softmax, and in float64 the
+        # probabilities and their sums.
+        number = self.width + (4 if self.width == 2 else 0) + 4 + 8 + 8
+        logits = prompts * rows * text["vocab_size"] * number
+        return {ROLLOUT: max(prefill, cache + logits), VISION: self._features(self.questions)}
+
+    def _tower(self) -> dict[str, int]:
+        """Return the bytes of encoding the step's media, which is done in calls of at most micro_tokens tokens."""
+        tokens = min(self._vision_tokens(), self.settings.data.max_prompt_tokens - 1)
+        if not tokens:
+            return {}
+        videos = max(1, min(self.questions, self.settings.micro_tokens // tokens))
+        shape = RowShape("shared", (1,) * videos, ((),) * videos, (tokens,) * videos, self._steps())
+        sizes = dict(_counted_vision(_key(self.config), _model_key(self.settings.model), shape, self.device))
+        # The call's own features are part of its bytes.
+        sizes[VISION] += self._features(self.questions - videos)
+        if not self._frames_on_device:
+            sizes[VISION] += videos * tokens * _PIXELS_PER_TOKEN * _PIXEL_BYTES
+        return sizes
+
+    def _steps(self) -> int:
+        video = self.settings.video
+        return -(-(video.num_frames or video.max_frames) // 2)
+
+    def _vision_tokens(self) -> int:
+        """Return the most vision tokens of a video."""
+        video = self.settings.video
+        by_frames = self._steps() * max(1, video.max_frame_pixels * 2 // _PIXELS_PER_TOKEN)
+        return min(video.max_video_pixels // _PIXELS_PER_TOKEN, by_frames)
+
+    def _features(self, questions: int) -> int:
+        """Return the bytes of the pooled and deepstack features of so many questions."""
+        tokens = min(self._vision_tokens(), self.settings.data.max_prompt_tokens - 1)
+        layers = 1 + len(self.vision_config.get("deepstack_visual_indexes") or ())
+        return questions * tokens * layers * self.text["hidden_size"] * self.width
+
+    @property
+    def _frames_on_device(self) -> bool:
+        """Whether decoded frames are on the device. decoder=auto uses the GPU if it can decode there."""
+        return self.device == "cpu" or self.settings.data.decoder != "cpu"
+
+    def _frames(self) -> int:
+        """Return the bytes of decoded frames: those of the step and the steps ahead, and the cache."""
+        data = self.settings.data
+        tokens = min(self._vision_tokens(), data.max_prompt_tokens - 1)
+        frames = (1 + data.decode_ahead) * self.questions * tokens * _PIXELS_PER_TOKEN * _PIXEL_BYTES
+        return frames + data.cache_mib * 2**20
+
+    def _embedding_cache(self) -> int:
+        return 0 if self.train_vision else self.settings.data.embedding_cache_mib * 2**20
+
+    def _plan(self, phases: dict[str, dict[str, int]], engines: list[EngineMemory]) -> StagePlan:
+        host = 0
+        if self.device != "cpu":
+            host = sum(engine.host for engine in engines) + self._embedding_cache()
+            host += 0 if self._frames_on_device else self._frames()
+        return StagePlan(phases, host)
+
+
+def _key(config: dict) -> str:
+    return json.dumps(config, sort_keys=True)
+
+
+def _model_key(model: ModelConfig) -> tuple:
+    return (
+        model.dtype,
+        model.attention,
+        model.gradient_checkpointing,
+        model.adapter,
+        model.lora_rank,
+        tuple(model.lora_targets),
+    )
+
+
+def _model_of(key: tuple) -> ModelConfig:
+    dtype, attention, checkpointing, adapter, rank, targets = key
+    return ModelConfig(
+        dtype=dtype,
+        attention=attention,
+        gradient_checkpointing=checkpointing,
+        adapter=adapter,
+        lora_rank=rank,
+        lora_targets=list(targets),
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _counted_pass(config: str, model: tuple, shape: RowShape, how: PassSettings) -> dict[str, int]:
+    return count_pass(json.loads(config), _model_of(model), shape, how)
+
+
+@functools.lru_cache(maxsize=64)
+def _counted_prefill(config: str, model: tuple, shape: RowShape, device: str) -> dict[str, int]:
+    return count_prefill(json.loads(config), _model_of(model), shape, device, PrefixCache)
+
+
+@functools.lru_cache(maxsize=64)
+def _counted_vision(config: str, model: tuple, shape: RowShape, device: str) -> dict[str, int]:
+    return count_vision(json.loads(config), _model_of(model), shape, device)
