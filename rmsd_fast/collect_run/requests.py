@@ -133,7 +133,7 @@ class RequestBuilder:
 
 
 def frame_parts(frames: Frames, quality: int) -> list[dict[str, Any]]:
-    """Return one content part for each frame, after a text part with its time as in the student's prompt."""
+    """Return one content part for each frame, after a text part with its time, as in prompts of Qwen3-VL."""
     parts: list[dict[str, Any]] = []
     for index, picture in enumerate(frames.pixels.permute(0, 2, 3, 1).numpy()):
         if frames.kind == "video":

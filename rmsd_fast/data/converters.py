@@ -233,7 +233,7 @@ def _convert_own(record: dict[str, Any], where: str) -> Converted:
     Empty lists are kept only if both are there, which makes a question about text alone.
     """
     names = {}
-    about_text = record.get("videos") == [] == record.get("images")
+    about_text = record.get("videos") == [] == record.get("images") and not (record.get("video") or record.get("image"))
     for ours, other in (("videos", "video"), ("images", "image")):
         name = _agreed_key(record, (ours, other), where, _listed)
         values = _listed(record[name]) if name else []

@@ -118,14 +118,14 @@ class PromptBuilder:
                 prompt are not decoded.
         Raises:
             MediaError: a media file cannot be used.
-            PromptError: the text contains a special token, the prompt is longer than max_tokens, or the answer's times
-                are after the end of the video.
+            PromptError: the text contains a special token, the prompt is longer than max_tokens, the answer's times are
+                after the end of the video, or the student cannot see on which clock they are.
         """
         requests = self.media_requests(question)
         if max_tokens is not None:
             _refuse_long(question, self._length(question, [self._layout(request) for request in requests]), max_tokens)
         prompt = self.build_from_media(question, tuple(self._read(request) for request in requests))
-        _refuse_times(prompt)
+        self._refuse_times(prompt)
         if max_tokens is not None:
             _refuse_long(question, len(prompt.input_ids), max_tokens)
         return prompt
@@ -222,6 +222,30 @@ class PromptBuilder:
                 "remove it from the question"
             )
 
+    def _refuse_times(self, prompt: Prompt) -> None:
+        """Reject times that the video cannot contain or that the student cannot know.
+
+        The duration comes from the file, not from the record.
+        """
+        question = prompt.question
+        if question.task_type != "temporal":
+            return
+        late = max((frames.timestamps_s[0] for frames in prompt.media if frames.timestamps_s), default=0.0)
+        if late and not self._family.time_stamps:
+            raise PromptError(
+                f"{question.id}: its frames begin at {late:g} s of the file's clock, which prompts of "
+                f"{self._family.title} do not state; cut the section into a file of its own with times from 0, or use a Qwen3-VL"
+            )
+        if len(prompt.media) != 1 or not question.answer:
+            return
+        start, end = map(float, question.answer.split(" to "))
+        try:
+            check_times(start, end, duration=prompt.media[0].duration_s, span=None)
+        except GroundTruthError as error:
+            raise PromptError(
+                f"{question.id}: the answer is {question.answer}; {error}, or drop the question"
+            ) from None
+
     def _expand(self, rendered: str, media: Sequence[Frames | MediaLayout], question: Question) -> str:
         """Replace the pad token of each medium by the text that the family has in its place."""
         pieces = re.split(f"{re.escape(IMAGE_PAD)}|{re.escape(VIDEO_PAD)}", rendered)
@@ -232,18 +256,6 @@ class PromptBuilder:
             )
         marks = [self._family.media_text(frames, self.preprocessor) for frames in media]
         return pieces[0] + "".join(mark + piece for mark, piece in zip(marks, pieces[1:], strict=True))
-
-
-def _refuse_times(prompt: Prompt) -> None:
-    """Reject a ground truth that the video cannot contain. The duration comes from the file, not from the record."""
-    question = prompt.question
-    if question.task_type != "temporal" or len(prompt.media) != 1 or not question.answer:
-        return
-    start, end = map(float, question.answer.split(" to "))
-    try:
-        check_times(start, end, duration=prompt.media[0].duration_s, span=None)
-    except GroundTruthError as error:
-        raise PromptError(f"{question.id}: the answer is {question.answer}; {error}, or drop the question") from None
 
 
 def _refuse_long(question: Question, tokens: int, most: int) -> None:

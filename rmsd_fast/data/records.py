@@ -223,7 +223,7 @@ def parse_question(
         for name, value in (("videos", listed), ("images", raw.get("images")))
     )
     if not videos and not images and not (raw.get("videos") == [] == raw.get("images")):
-        todo = "add it, or write both as empty lists for a question about text alone"
+        todo = "add it, or use this package's own format with both lists empty for a question about text alone"
         raise fail("videos", "at least one path under 'videos' or 'images'", raw.get("videos"), todo)
     options = _options(raw.get("options"), task, fail)
     if task == "mcq" and options is None and not shows_options(raw["question"]):

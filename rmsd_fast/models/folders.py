@@ -231,20 +231,20 @@ def _check_rope(folder: Path, family: Family) -> None:
     new, old = text.get("rope_parameters") or {}, text.get("rope_scaling") or {}
     for name, rope in (("rope_parameters", new), ("rope_scaling", old)):
         if not isinstance(rope, dict):
-            raise ModelError(f"{path}: text_config.{name}: expected an object, got {rope!r}; restore the original file")
+            raise ModelError(f"{path}: {name}: expected an object, got {rope!r}; restore the original file")
     thetas = [theta for theta in (text.get("rope_theta"), new.get("rope_theta"), old.get("rope_theta")) if theta]
     for theta in thetas:
         if not is_number(theta):
             raise ModelError(f"{path}: rope_theta: expected a number, got {theta!r}; restore the original file")
     if len(set(thetas)) != 1:
         raise ModelError(
-            f"{path}: expected one rope theta, as text_config.rope_theta or in text_config.rope_parameters, "
+            f"{path}: expected one rope theta, as rope_theta or in rope_parameters of the language model, "
             f"got {thetas or 'none'}; restore the settings of the original model"
         )
     new, old = ({key: value for key, value in rope.items() if key != "rope_theta"} for rope in (new, old))
     if new and old and new != old:
         raise ModelError(
-            f"{path}: expected the same settings in text_config.rope_parameters and text_config.rope_scaling, "
+            f"{path}: expected the same settings in rope_parameters and rope_scaling of the language model, "
             f"got {new} and {old}; change both, or remove one of them"
         )
 

@@ -270,8 +270,8 @@ class Engine:
     def load(self, folder: Path) -> None:
         """Restore the exact state saved by `save`.
 
-        If it was saved with another number of ranks or another ZeRO stage, it is divided anew. Values are the same, but
-        later steps are only equal up to the order of summation.
+        If it was saved with another number of ranks or another ZeRO stage, it is redistributed. Values are the same,
+        and later steps are equal up to rounding.
 
         Raises:
             CheckpointError: the state was saved with another dtype, optimizer or other trainable parameters, or 8-bit

@@ -150,7 +150,7 @@ class SavedEngine:
             elif state.shape != master.shape:
                 raise CheckpointError(
                     f"{self.folder}: {kind}: expected optimizer states with one number for each weight, got "
-                    f"{tuple(state.shape)} for {tuple(master.shape)}, which cannot be divided anew; resume with the "
+                    f"{tuple(state.shape)} for {tuple(master.shape)}, which cannot be redistributed; resume with the "
                     "number of processes and the ZeRO stage that saved it"
                 )
             complete.append(state)

@@ -260,7 +260,7 @@ def restore(run: TrainingRun, stages: tuple[str, ...], state: StageState, engine
         if saved != run.world.size:
             run.metrics.message(
                 f"the checkpoint was saved by {counted(saved, 'process', 'processes')} and is continued by "
-                f"{run.world.size}; from here on, numbers equal those of the same number of processes up to rounding"
+                f"{run.world.size}; later numbers equal those of an unchanged run up to rounding"
             )
         state.skipped_in_a_row = run.checkpoint.state["skipped_in_a_row"]
         state.accuracies = run.checkpoint.state.get("accuracies", [])

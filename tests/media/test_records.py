@@ -101,6 +101,13 @@ def test_marks_with_blanks_inside_are_text(tmp_path):
     assert question_of("Which <video/> is it? < video >") == "Which <video> is it? < video >"
 
 
+@pytest.mark.parametrize(("alias", "field"), [("video", "videos"), ("image", "images")])
+def test_empty_lists_do_not_hide_a_medium(tmp_path, alias, field):
+    record = {name: value for name, value in GOOD.items() if name != "videos"} | {"videos": [], "images": []}
+    (question,) = load_questions(write(tmp_path / "q.jsonl", record | {alias: "clip.mp4"}))
+    assert [Path(path).name for path in getattr(question, field)] == ["clip.mp4"] and len(question.media) == 1
+
+
 def test_questions_about_text_alone_say_so(tmp_path):
     """An empty list alone may be a mistake, so both must be there."""
     record = {name: value for name, value in GOOD.items() if name != "videos"} | {"videos": [], "images": []}
@@ -113,7 +120,7 @@ def test_questions_about_text_alone_say_so(tmp_path):
         lacking = {name: value for name, value in (record | changes).items() if value is not None}
         if "video" in changes:
             del lacking["videos"]
-        with pytest.raises(DataError, match="or write both as empty lists for a question about text alone"):
+        with pytest.raises(DataError, match="with both lists empty for a question about text alone"):
             load_questions(write(tmp_path / "q.jsonl", lacking))
     for task, answer in (("temporal", "1 to 2"), ("spatial", "1,2,3,4")):
         asked = {name: value for name, value in record.items() if name != "options"}

@@ -28,7 +28,7 @@ from transformers import AutoModelForImageTextToText
 from rmsd_fast.config import ModelConfig, ModelError, VideoConfig
 from rmsd_fast.data.packing import gather_rows, make_rows
 from rmsd_fast.data.preprocess import Preprocessor, video_patches
-from rmsd_fast.data.prompts import Prompt, PromptBuilder
+from rmsd_fast.data.prompts import Prompt, PromptBuilder, PromptError
 from rmsd_fast.data.records import Question
 from rmsd_fast.data.video import Frames
 from rmsd_fast.losses import linear_logprob
@@ -329,6 +329,14 @@ def test_the_rate_of_a_section_is_that_of_its_frames(folder: Path, builder: Prom
     # 24 frames at 1 Hz give 12, and two of them are four seconds.
     (frames,) = by_rate.build(_question(folder, ["long"])).media
     assert (len(frames.pixels), frames.frames_per_s, seconds_per_step(frames)) == (12, 0.5, 4.0)
+
+
+def test_temporal_questions_need_frames_from_time_0(folder: Path, builder: PromptBuilder) -> None:
+    """Prompts state no times, so two sections of a video look alike although their answers differ."""
+    whole = replace(_question(folder, ["long"]), task_type="temporal", answer="5 to 6")
+    builder.build(whole)
+    with pytest.raises(PromptError, match=r"its frames begin at 4 s of the file's clock, which prompts of Qwen2\.5-VL"):
+        builder.build(replace(whole, spans=((4.0, 11.0),)))
 
 
 @pytest.mark.slow

@@ -120,8 +120,7 @@ def test_all_states_pass_through_the_chain_unchanged(chain, first, dtype):
         saved = SavedEngine(folder, layout["zero_stage"], ranks, NUMELS)
         found.append(saved.states([torch.empty(sum(NUMELS))], [Piece(0, 0, sum(NUMELS))]))
     assert found[0].keys() == {"master.0", "state.0.exp_avg", "state.0.exp_avg_sq", "state.0.step"}
-    # DeepSpeed may take one step without gradients first, to allocate the states.
-    assert found[0]["state.0.step"] in (3, 4) and found[0]["state.0.exp_avg"].abs().sum() > 0
+    assert found[0]["state.0.step"] == 3 and found[0]["state.0.exp_avg"].abs().sum() > 0
     for later in found[1:]:
         assert all(torch.equal(value, later[key]) for key, value in found[0].items())
 

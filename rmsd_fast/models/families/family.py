@@ -45,6 +45,7 @@ class Family:
         model_class: class of its models in transformers.
         preprocessing: the rules of `rmsd_fast.data.preprocess` that choose frames and sizes.
         flat_text_config: whether config.json may have the settings of the language model at its top level.
+        time_stamps: whether prompts state the times of a video. If not, the model counts them from the first frame.
         media_text: function (frames or their layout, preprocessor) that returns the text which replaces a medium's pad
             token in a prompt.
         position_ids: function (model, ids [P], types [P], media) that returns the positions of a prompt, int64 [3, P]:
@@ -66,6 +67,7 @@ class Family:
     model_class: type[PreTrainedModel]
     preprocessing: str
     flat_text_config: bool
+    time_stamps: bool
     media_text: Callable[[Frames | MediaLayout, Preprocessor], str]
     position_ids: Callable[[PreTrainedModel, torch.Tensor, torch.Tensor, Sequence[Frames]], torch.Tensor]
     deepstack_layers: Callable[[PreTrainedConfig], int]

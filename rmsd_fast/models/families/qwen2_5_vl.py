@@ -112,6 +112,7 @@ QWEN2_5_VL = Family(
     model_class=Qwen2_5_VLForConditionalGeneration,
     preprocessing="qwen2_vl",
     flat_text_config=True,
+    time_stamps=False,
     media_text=media_text,
     position_ids=position_ids,
     deepstack_layers=_deepstack_layers,

@@ -132,6 +132,7 @@ QWEN3_VL = Family(
     model_class=Qwen3VLForConditionalGeneration,
     preprocessing="qwen3_vl",
     flat_text_config=False,
+    time_stamps=True,
     media_text=media_text,
     position_ids=position_ids,
     deepstack_layers=_deepstack_layers,
