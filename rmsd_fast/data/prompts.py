@@ -232,9 +232,10 @@ class PromptBuilder:
             return
         late = max((frames.timestamps_s[0] for frames in prompt.media if frames.timestamps_s), default=0.0)
         if late and not self._family.time_stamps:
+            title = self._family.title
             raise PromptError(
-                f"{question.id}: its frames begin at {late:g} s of the file's clock, which prompts of "
-                f"{self._family.title} do not state; cut the section into a file of its own with times from 0, or use a Qwen3-VL"
+                f"{question.id}: its frames begin at {late:g} s of the file's clock, which prompts of {title} "
+                "do not state; cut the section into a file of its own with times from 0, or use a Qwen3-VL"
             )
         if len(prompt.media) != 1 or not question.answer:
             return
