@@ -496,3 +496,20 @@ def test_a_missing_library_is_named_before_a_model_is_loaded(tmp_path, monkeypat
     says = r"model\.quantize=nf4: expected the package bitsandbytes, got none .*pip install 'rmsd-fast\[quantize\]'"
     with pytest.raises(NotInstalled, match=says):
         load("no model", tiny_settings(tmp_path, *NF4), None)
+
+
+@pytest.mark.parametrize(
+    ("package", "overrides", "says"),
+    [
+        ("bitsandbytes", NF4, r"model\.quantize=nf4: expected the package bitsandbytes"),
+        ("bitsandbytes", ["runtime.optimizer=adamw_8bit"], r"runtime\.optimizer=adamw_8bit: expected the package bits"),
+        ("peft", LORA, r"model\.adapter=lora: expected the package peft"),
+    ],
+)
+def test_missing_libraries_are_named_before_a_run_folder_exists(tmp_path, monkeypatch, package, overrides, says):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setitem(sys.modules, f"{package}.optim", None)
+    settings = tiny_settings(tmp_path / "made", *overrides)
+    with pytest.raises(NotInstalled, match=says):
+        prepare_material(settings, World(rank=0, size=1, local_rank=0, device=torch.device("cpu")))
+    assert not (tmp_path / "made").exists()
