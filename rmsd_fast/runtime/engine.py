@@ -282,7 +282,9 @@ class Engine:
         for key in ("dtype", "optimizer", "elements", "trainable"):
             if saved.get(key) != now[key]:
                 value, got = now[key], saved.get(key)
-                if key == "trainable":
+                if key == "trainable" and len(value) == len(got):
+                    value, got = next(pair for pair in zip(value, got, strict=True) if pair[0] != pair[1])
+                elif key == "trainable":
                     value, got = (f"{len(v)} parameters" for v in (value, got))
                 raise CheckpointError(
                     f"{folder}: {key}: expected {value} as in this run, got {got}; resume with the same dtype, "
