@@ -15,20 +15,23 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from rmsd_fast.config import ModelConfig, ModelError, NotInstalled, SettingsError, first_line
 from rmsd_fast.files import os_errors_of_safetensors, read_tensors
-from rmsd_fast.models.quantize import full_weight, quantized_layers
+from rmsd_fast.models.folders import model_digests, resolve_folder
+from rmsd_fast.models.quantize import LANGUAGE_MODEL, QuantizedBase, full_weight, quantized_layers
+
+if TYPE_CHECKING:
+    from rmsd_fast.models.students import Student
 
 POLICY, DISCRIMINATOR = "policy", "discriminator"
 # The frozen adapter of the student that a stage starts from, if its backbone is quantized.
 START = "start"
 _SEEDS = {POLICY: 0, DISCRIMINATOR: 1}
-_BODY = "model.language_model."
 # Sub-folder of an export that holds the adapter alone.
 ADAPTER_FOLDER = "adapter"
 # File in that folder if the adapter was trained on a quantized backbone.
@@ -49,13 +52,14 @@ def add_adapter(model: nn.Module, name: str, cfg: ModelConfig, *, seed: int) -> 
             adapter that the model already has.
         ModelError: the model has dropout.
     """
-    peft = _import_peft()
+    peft = import_peft()
     targets = target_layers(model, cfg.lora_targets)
-    started = [layer for layer in adapted_layers(model).values() if START in layer.lora_A]
-    if started and set(map(id, started)) != set(map(id, targets)):
+    started = {path: layer for path, layer in adapted_layers(model).items() if START in layer.lora_A}
+    if started and set(map(id, started.values())) != set(map(id, targets)):
+        same = sorted({path.rpartition(".")[2] for path in started})
         raise SettingsError(
-            f"model.lora_targets: expected the layers with adapters of the student to start from, since both adapters "
-            f"are exported as one, got {cfg.lora_targets}; use the same targets"
+            f"model.lora_targets: expected {same}, the layers with adapters of the student to start from, since both "
+            f"adapters are exported as one, got {sorted(cfg.lora_targets)}; set model.lora_targets=[{','.join(same)}]"
         )
     dropout = getattr(model.config.text_config, "attention_dropout", 0.0)
     if dropout:
@@ -64,7 +68,7 @@ def add_adapter(model: nn.Module, name: str, cfg: ModelConfig, *, seed: int) -> 
             f"in training mode, got {dropout}; set it to 0"
         )
     # A pattern instead of names, because names would also match layers of the vision tower.
-    pattern = rf"{_BODY.replace('.', '[.]')}.*[.]({'|'.join(cfg.lora_targets)})"
+    pattern = rf"{LANGUAGE_MODEL.replace('.', '[.]')}.*[.]({'|'.join(cfg.lora_targets)})"
     config = peft.LoraConfig(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, target_modules=pattern, bias="none")
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         # peft warns about a second adapter, which is intended here.
@@ -74,7 +78,8 @@ def add_adapter(model: nn.Module, name: str, cfg: ModelConfig, *, seed: int) -> 
     activate(adapted_layers(model).values(), name)
 
 
-def _import_peft() -> Any:
+def import_peft() -> Any:
+    """Return the package peft, or raise NotInstalled."""
     try:
         import peft
     except ImportError as error:
@@ -85,22 +90,56 @@ def _import_peft() -> Any:
     return peft
 
 
-def quantized_base(export: Path) -> str:
-    """Return the base model of an export whose adapter was trained on a quantized backbone; "" for other models.
+def read_quantized_base(export: Path) -> QuantizedBase | None:
+    """Return the base model of an export whose adapter was trained on a quantized backbone; None for other models.
 
     Raises:
         ModelError: the export's adapter is damaged.
     """
-    folder = export / ADAPTER_FOLDER
-    if not (folder / QUANTIZATION_FILE).is_file():
-        return ""
+    path = export / ADAPTER_FOLDER / QUANTIZATION_FILE
+    if not path.is_file():
+        return None
     try:
-        return str(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"])
+        quantization = json.loads(path.read_text(encoding="utf-8"))
+        dtype, files = quantization["dtype"], dict(quantization["files"])
+        path = path.with_name("adapter_config.json")
+        base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        return QuantizedBase(str(base), str(dtype), files)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
-            f"{folder / 'adapter_config.json'}: expected the base model of the adapter, got an unreadable file "
-            f"({error}); restore it, or set model.quantize=none to use the merged weights"
+            f"{path}: expected the base model of the adapter, got an unreadable file ({first_line(error)}); restore "
+            "it, or set model.quantize=none to use the merged weights"
         ) from error
+
+
+def check_base(base: QuantizedBase, export: Path, *, dtype: str) -> Path:
+    """Return the folder of the base model of an export, after comparing its files with those used in training.
+
+    Args:
+        base: the base model that `read_quantized_base` returned.
+        export: folder of the export, for errors.
+        dtype: `model.dtype` of this run.
+    Raises:
+        SettingsError: the dtype is not that of training.
+        ModelError: the base model does not exist, or one of its files has changed.
+    """
+    merged = "or set model.quantize=none to use the merged weights"
+    if dtype != base.dtype:
+        raise SettingsError(
+            f"model.dtype: expected {base.dtype}, in which the base model of {export} was quantized, got {dtype}; set "
+            f"model.dtype={base.dtype}, {merged}"
+        )
+    expected = f"{export}: expected the base model {base.path} with which its adapter was trained"
+    try:
+        folder = resolve_folder(base.path)
+        files = model_digests(folder)
+    except ModelError as error:
+        raise ModelError(f"{expected}, got: {error}; restore it, {merged}") from error
+    for name in sorted(base.files.keys() | files.keys()):
+        if base.files.get(name) != files.get(name):
+            change = "a changed" if name in base.files and name in files else "no" if name in base.files else "a new"
+            raise ModelError(f"{expected}, got {change} file {folder / name}; restore the base model, {merged}")
+    return folder
 
 
 @torch.no_grad()
@@ -111,24 +150,22 @@ def add_start(model: nn.Module, export: Path) -> None:
         model: the quantized base model, on its device.
         export: folder of the export.
     Raises:
-        ModelError: the adapter does not belong to the model, or the merged weights of the export do not.
+        ModelError: the adapter is damaged, or does not belong to the model.
     """
-    peft = _import_peft()
+    peft = import_peft()
     folder = export / ADAPTER_FOLDER
     try:
         config = peft.LoraConfig.from_pretrained(folder)
         with torch.random.fork_rng(devices=[]):
             peft.inject_adapter_in_model(config, model, adapter_name=START)
-        layers = adapted_layers(model)
-        path, layer = next(iter(layers.items()))
         weights = read_tensors(folder / "adapter_model.safetensors")
-        expected = _weight_of(export, f"{path}.weight")
     # The exception type of safetensors is derived from Exception directly.
     except Exception as error:
         raise ModelError(
             f"{export}: expected an export with its adapter, got a damaged one ({type(error).__name__}: "
             f"{first_line(error)}); restore the folder"
         ) from error
+    layers = adapted_layers(model)
     parts = {
         f"base_model.model.{path}.{part}.weight": getattr(layer, part)[START]
         for path, layer in layers.items()
@@ -142,24 +179,6 @@ def add_start(model: nn.Module, export: Path) -> None:
     for key, part in parts.items():
         part.weight.data = weights[key].to(part.weight.device, model.dtype)
     activate(layers.values(), None)
-    merged = _merged_weight(layer, [START]).cpu().float()
-    # Rounding to bfloat16 is 0.2%, and nf4 itself is 9%.
-    if expected.shape != merged.shape or (merged - expected).norm() > 0.01 * expected.norm():
-        raise ModelError(
-            f"{export}: expected the base model {config.base_model_name_or_path} with which its adapter was trained, "
-            f"got other weights of {path}; restore the base model and model.dtype, or set model.quantize=none to use "
-            "the merged weights"
-        )
-
-
-def _weight_of(folder: Path, name: str) -> torch.Tensor:
-    """Return one weight of a saved model, float32."""
-    from safetensors import safe_open
-
-    index = folder / "model.safetensors.index.json"
-    file = json.loads(index.read_text(encoding="utf-8"))["weight_map"][name] if index.is_file() else "model.safetensors"
-    with safe_open(folder / file, "pt") as tensors:
-        return tensors.get_tensor(name).float()
 
 
 def target_layers(model: nn.Module, targets: list[str]) -> list[nn.Module]:
@@ -171,7 +190,7 @@ def target_layers(model: nn.Module, targets: list[str]) -> list[nn.Module]:
     linear = {
         path: module
         for path, module in model.named_modules()
-        if path.startswith(_BODY) and (isinstance(module, nn.Linear) or _is_adapted(module))
+        if path.startswith(LANGUAGE_MODEL) and (isinstance(module, nn.Linear) or _is_adapted(module))
     }
     ends = sorted({path.rpartition(".")[2] for path in linear})
     for target in targets:
@@ -230,7 +249,8 @@ def merged_weights(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
         path = path.removesuffix(".base_layer")
         for key in [key for key in weights if key.startswith(f"{path}.weight.")]:
             del weights[key]
-        weights[f"{path}.weight"] = full_weight(layer).to("cpu")
+        if path not in layers:
+            weights[f"{path}.weight"] = full_weight(layer).to("cpu")
     for path, layer in layers.items():
         weights[f"{path}.weight"] = _merged_weight(layer, _merged_adapters(layer, name)).to("cpu")
     return weights
@@ -249,26 +269,30 @@ def _merged_adapters(layer: Any, name: str) -> list[str]:
     return [START, name] if START in layer.lora_A else [name]
 
 
-def write_adapter(model: nn.Module, name: str, folder: Path, *, base_model: str) -> None:
+def write_adapter(student: Student, name: str, folder: Path, *, base_model: str) -> None:
     """Write an adapter alone, as peft reads it: `adapter_config.json` and `adapter_model.safetensors`.
 
     The adapter `START`, if there is one, is part of it: their ranks add up.
 
     Args:
-        model: the model with the adapter.
+        student: the student with the adapter.
         name: the adapter.
         folder: folder to create.
-        base_model: the model that the adapter belongs to, for `adapter_config.json`.
+        base_model: the model that the adapter belongs to, for `adapter_config.json`. Not used if the backbone is
+            quantized, since the student then holds its base.
     """
     from safetensors.torch import save_file
 
     folder.mkdir()
+    model, base = student.model, student.base
+    assert (base is None) == (not quantized_layers(model)), "a quantized backbone without its base"
     layers = adapted_layers(model)
     config = model.peft_config[name]
     if START in model.peft_config:
         start = model.peft_config[START]
-        rank, base_model = start.r + config.r, start.base_model_name_or_path
+        rank = start.r + config.r
         config = replace(config, r=rank, lora_alpha=config.lora_alpha / config.r * rank)
+    base_model = base.path if base else base_model
     config = replace(config, base_model_name_or_path=base_model, inference_mode=True, task_type="CAUSAL_LM")
     config.save_pretrained(folder)
     tensors = {}
@@ -279,7 +303,8 @@ def write_adapter(model: nn.Module, name: str, folder: Path, *, base_model: str)
         b = [layer.lora_B[part].weight * (layer.scaling[part] / layer.scaling[name]) for part in parts]
         for part, weight in (("lora_A", a), ("lora_B", torch.cat(b, dim=1))):
             tensors[f"base_model.model.{path}.{part}.weight"] = weight.detach().contiguous()
-    if quantized_layers(model):
-        (folder / QUANTIZATION_FILE).write_text('{"quantize": "nf4"}\n', encoding="utf-8")
+    if base:
+        quantization = {"quantize": "nf4", "dtype": base.dtype, "files": base.files}
+        (folder / QUANTIZATION_FILE).write_text(json.dumps(quantization, indent=1) + "\n", encoding="utf-8")
     with os_errors_of_safetensors(folder):
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})

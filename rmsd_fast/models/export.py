@@ -50,7 +50,8 @@ def export_student(
         base_model: path or Hub name of the model that training began with, as given by the user; for the README.
         stage: stage of training that produced the student; for the README.
         video: how training read its media; for the README.
-        adapter_base: the model that the adapter was trained on, for `adapter_config.json`.
+        adapter_base: the model that the adapter was trained on, for `adapter_config.json`. Not used if the backbone is
+            quantized, since the student then holds its base.
     Raises:
         ModelError: the folder holds files that are not an export of a student.
     """
@@ -80,7 +81,7 @@ def fill_export(
     with os_errors_of_safetensors(folder):
         student.model.save_pretrained(folder, **merged)
     if adapted:
-        write_adapter(student.model, POLICY, folder / ADAPTER_FOLDER, base_model=adapter_base)
+        write_adapter(student, POLICY, folder / ADAPTER_FOLDER, base_model=adapter_base)
     student.tokenizer.save_pretrained(folder)
     write_preprocessor(student.preprocessor, folder, student.family)
     make_portable(folder, eos_id=student.eos_id)

@@ -6,6 +6,7 @@ import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -299,7 +300,7 @@ def write_preprocessor(preprocessor: Preprocessor, folder: Path, family: Family)
 def model_digests(folder: Path) -> dict[str, str]:
     """Return the hash of each file of a student by name: weights, settings, tokenizer, template, preprocessors.
 
-    Several files are hashed in parallel.
+    Several files are hashed in parallel. A process hashes a file again only if it has changed.
 
     Raises:
         ModelError: a file cannot be read.
@@ -308,6 +309,17 @@ def model_digests(folder: Path) -> dict[str, str]:
     with ThreadPoolExecutor(MOST_HASHED_AT_ONCE) as pool:
         try:
             names = (path.relative_to(folder).as_posix() for path in files)
-            return dict(zip(names, pool.map(file_digest, files), strict=True))
+            return dict(zip(names, pool.map(_digest, files), strict=True))
         except OSError as error:
             raise ModelError(f"{error.filename}: cannot be read ({error.strerror}); check the file") from error
+
+
+def _digest(path: Path) -> str:
+    state = path.stat()
+    return _digest_of_state(path, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
+
+
+@lru_cache(maxsize=1024)
+def _digest_of_state(path: Path, *state: int) -> str:
+    """Return the hash of a file. Its inode, size and times in `state` change whenever its content does."""
+    return file_digest(path)

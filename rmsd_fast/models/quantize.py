@@ -7,6 +7,7 @@ linear layer with the dequantized weight.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,14 +15,30 @@ from torch import nn
 
 from rmsd_fast.config import NotInstalled
 
-_BODY = "model.language_model."
+# Start of the names of a student's modules that belong to its language model.
+LANGUAGE_MODEL = "model.language_model."
+
+
+@dataclass(frozen=True)
+class QuantizedBase:
+    """The model whose weights are the nf4 weights of a backbone.
+
+    Attributes:
+        path: its folder or Hub name.
+        dtype: "float32" or "bfloat16": dtype of its weights before they were quantized.
+        files: hash of each of its files by name.
+    """
+
+    path: str
+    dtype: str
+    files: dict[str, str]
 
 
 def quantize(model: nn.Module, device: torch.device) -> None:
     """Replace the linear layers of the language model by layers with nf4 weights, which are on `device`.
 
     Args:
-        model: a transformers model of the Qwen3-VL family. On the host, so that the device never holds all weights in
+        model: the model of a student of any family. On the host, so that the device never holds all weights in
             the model's dtype.
         device: device of this process.
     Raises:
@@ -29,7 +46,7 @@ def quantize(model: nn.Module, device: torch.device) -> None:
     """
     bitsandbytes = import_bitsandbytes()
     for path, layer in list(model.named_modules()):
-        if path.startswith(_BODY) and type(layer) is nn.Linear:
+        if path.startswith(LANGUAGE_MODEL) and type(layer) is nn.Linear:
             parent, _, name = path.rpartition(".")
             setattr(model.get_submodule(parent), name, _nf4_layer(bitsandbytes, layer, device))
 

@@ -22,6 +22,7 @@ from rmsd_fast.models.adapters import adapted_layers
 from rmsd_fast.models.families import Family, family_of
 from rmsd_fast.models.folders import open_folder, resolve_folder
 from rmsd_fast.models.liger import apply_liger
+from rmsd_fast.models.quantize import QuantizedBase
 from rmsd_fast.models.shared_prefix import is_shared_prefix, run_shared_prefix
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -29,11 +30,19 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass
 class Student:
-    """A loaded student. `model` is of its family's `model_class`."""
+    """A loaded student.
+
+    Attributes:
+        model: model of its family's `model_class`.
+        tokenizer: its tokenizer.
+        preprocessor: its settings for videos and images.
+        base: the model whose quantized weights its backbone has; None if it is not quantized.
+    """
 
     model: PreTrainedModel
     tokenizer: Any
     preprocessor: Preprocessor
+    base: QuantizedBase | None = None
 
     @property
     def family(self) -> Family:

@@ -282,7 +282,9 @@ class Engine:
         for key in ("dtype", "optimizer", "elements", "trainable"):
             if saved.get(key) != now[key]:
                 value, got = now[key], saved.get(key)
-                if key == "trainable":
+                if key == "trainable" and len(value) == len(got):
+                    value, got = next(pair for pair in zip(value, got, strict=True) if pair[0] != pair[1])
+                elif key == "trainable":
                     value, got = (f"{len(v)} parameters" for v in (value, got))
                 raise CheckpointError(
                     f"{folder}: {key}: expected {value} as in this run, got {got}; resume with the same dtype, "
@@ -397,6 +399,11 @@ def _adamw(name: str, params: list[nn.Parameter], weight_decay: float, fused: bo
     """Return an optimizer with a learning rate of 0: DeepSpeed may take a step while it is initialized."""
     if name == "adamw":
         return torch.optim.AdamW(params, lr=0.0, weight_decay=weight_decay, fused=fused)
+    return import_adamw_8bit()(params, lr=0.0, weight_decay=weight_decay)
+
+
+def import_adamw_8bit() -> type[torch.optim.Optimizer]:
+    """Return the 8-bit AdamW of bitsandbytes, or raise NotInstalled."""
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
@@ -404,7 +411,7 @@ def _adamw(name: str, params: list[nn.Parameter], weight_decay: float, fused: bo
             f"runtime.optimizer=adamw_8bit: expected the package bitsandbytes, got none ({error}); run pip install "
             "'rmsd-fast[quantize]', or set runtime.optimizer=adamw"
         ) from error
-    return AdamW8bit(params, lr=0.0, weight_decay=weight_decay)
+    return AdamW8bit
 
 
 def _unpartition(module: nn.Module, whole: dict[str, Tensor]) -> None:

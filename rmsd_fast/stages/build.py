@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,11 +13,12 @@ from rmsd_fast.data.media import MediaReader
 from rmsd_fast.data.media_cache import ByteLru
 from rmsd_fast.data.prompts import PromptBuilder, ResponseError
 from rmsd_fast.method.natural import REASONS
-from rmsd_fast.models.adapters import DISCRIMINATOR, POLICY, add_adapter, add_start, quantized_base
+from rmsd_fast.models.adapters import DISCRIMINATOR, POLICY, add_adapter, add_start, check_base, read_quantized_base
 from rmsd_fast.models.discriminator import Discriminator
+from rmsd_fast.models.folders import model_digests, resolve_folder
 from rmsd_fast.models.liger import use_liger
 from rmsd_fast.models.policy import Policy
-from rmsd_fast.models.quantize import import_bitsandbytes, quantize
+from rmsd_fast.models.quantize import QuantizedBase, import_bitsandbytes, quantize
 from rmsd_fast.models.shared_prefix import enable_shared_prefix, unsupported
 from rmsd_fast.models.students import Student, freeze, load_student
 from rmsd_fast.rollout.hf import HfRollout
@@ -38,33 +38,32 @@ def load(path: str, settings: RunConfig, world: World) -> Student:
 
     With `model.quantize=nf4`, an export of a quantized run is its quantized base model with the exported adapter.
 
+    Args:
+        path: folder or Hub name of the student.
+        settings: settings of the run.
+        world: this process in the run.
     Raises:
         NotInstalled: bitsandbytes is needed but not installed.
-        ModelError: the base model of an export cannot be loaded.
+        SettingsError: the base model of an export was quantized in another dtype.
+        ModelError: the student cannot be loaded, or the base model of an export has changed.
     """
-    base = ""
-    if settings.model.quantize == "nf4":
+    quantizes, dtype = settings.model.quantize == "nf4", settings.model.dtype
+    if quantizes:
         # Loading a large model takes minutes, so a missing package is reported before.
         import_bitsandbytes()
-        base = quantized_base(Path(path))
-    try:
-        student = load_student(
-            base or path,
-            dtype=settings.model.dtype,
-            attn_implementation=settings.model.attention,
-            liger=use_liger(settings.model.liger, world.device),
-        )
-    except ModelError as error:
-        if not base:
-            raise
-        raise ModelError(
-            f"{path}: expected the base model of its adapter, {base}, which was quantized in training, got: {error}; "
-            "restore it, or set model.quantize=none to use the merged weights"
-        ) from error
-    if settings.model.quantize == "nf4":
+    folder = resolve_folder(path)
+    base = read_quantized_base(folder) if quantizes else None
+    student = load_student(
+        check_base(base, folder, dtype=dtype) if base else folder,
+        dtype=dtype,
+        attn_implementation=settings.model.attention,
+        liger=use_liger(settings.model.liger, world.device),
+    )
+    if quantizes:
         quantize(student.model, world.device)
+        student.base = base or QuantizedBase(path, dtype, model_digests(folder))
     if base:
-        add_start(student.model, Path(path))
+        add_start(student.model, folder)
     return prepare(student, path, settings, world)
 
 

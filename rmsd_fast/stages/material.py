@@ -17,9 +17,12 @@ from rmsd_fast.made.labels import write_label_share
 from rmsd_fast.made.real_clips import write_real_questions
 from rmsd_fast.made.student import build_tiny_student
 from rmsd_fast.made.teacher import SimulatedTeacher, write_simulated_pool
+from rmsd_fast.models.adapters import import_peft
 from rmsd_fast.models.folders import model_digests, open_folder, resolve_folder
 from rmsd_fast.models.liger import check_liger
+from rmsd_fast.models.quantize import import_bitsandbytes
 from rmsd_fast.models.students import DTYPES
+from rmsd_fast.runtime.engine import import_adamw_8bit
 from rmsd_fast.runtime.process_group import World, on_main
 from rmsd_fast.stages.inputs import Inputs, read_inputs
 from rmsd_fast.teacher.pool import load_pool
@@ -57,10 +60,11 @@ def prepare_material(settings: RunConfig, world: World, *, training: bool = True
         training: whether training inputs are needed; False reads only the held-out questions and the model.
     Raises:
         UserError: a required path is not given, a file is damaged, the pool belongs to other questions or has almost no
-            valid answer, the batches cannot be divided among the processes, the model is of an unsupported family, or
-            model.liger=on or the losses are not available here.
+            valid answer, the batches cannot be divided among the processes, the model is of an unsupported family, an
+            optional package is missing, or model.liger=on or the losses are not available here.
     """
     check_liger(settings.model.liger, world.device)
+    check_packages(settings, training=training)
     if training:
         check_batches(settings, world.size)
         losses_of(settings, world)
@@ -85,6 +89,16 @@ def prepare_material(settings: RunConfig, world: World, *, training: bool = True
 
 def _check_model(path: str) -> None:
     open_folder(resolve_folder(path))
+
+
+def check_packages(settings: RunConfig, *, training: bool) -> None:
+    """Raise NotInstalled if an optional package that the settings need is missing."""
+    if settings.model.quantize == "nf4":
+        import_bitsandbytes()
+    if training and settings.model.adapter == "lora":
+        import_peft()
+    if training and settings.runtime.optimizer == "adamw_8bit":
+        import_adamw_8bit()
 
 
 def check_batches(settings: RunConfig, processes: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -144,7 +144,8 @@ def check_changes(
         _refuse_late_changes(settings, checkpoint.state)
         _refuse_other_models(former, now)
     if changes:
-        _take_changes(settings, folder, keep_interim=_same_answers(former["settings"], now["settings"]))
+        state = checkpoint.state if checkpoint else None
+        _take_changes(settings, folder, keeps=lambda name: _comparable(name, former, now, settings, state))
     return {**fingerprints, **now}
 
 
@@ -216,6 +217,46 @@ def _refuse_other_models(former: dict, now: dict) -> None:
             )
 
 
+def _comparable(name: str, former: dict, now: dict, settings: RunConfig, state: dict | None) -> bool:
+    """Return whether the answers in `predictions/<name>.jsonl` stay comparable with those after the changes.
+
+    Answers during training (`<stage>@<step>`) cannot be generated again, so they need the same evaluation only. Final
+    answers must also be those that the students of the changed run would give: from the same model, by a student that
+    is not trained further.
+
+    Args:
+        name: name of the student.
+        former, now: fingerprints before and after the changes.
+        settings: settings after the changes.
+        state: state of the checkpoint to continue from; None if there is none yet.
+    """
+    before, after = former["settings"], now["settings"]
+    same = _same_answers(before, after) and _file(former, "heldout") == _file(now, "heldout")
+    if not same or "@" in name:
+        return same
+    if before["model"] != after["model"] or _file(former, "model") != _file(now, "model"):
+        return False
+    # Sampled answers depend on the seed.
+    if before["seed"] != after["seed"] or ("sft" in before["stages"]) != ("sft" in after["stages"]):
+        return False
+    trained_in = {"stage1": "sft", "control": "control", "stage2": "distill"}.get(name)
+    if trained_in not in after["stages"]:
+        # The untrained student. Without stage 1, it is called stage1.
+        return name == "untrained" or (name == "stage1" and trained_in not in before["stages"])
+    return state is not None and _is_complete(trained_in, settings, state)
+
+
+def _file(fingerprints: dict, role: str) -> object:
+    return fingerprints.get("files", {}).get(role)
+
+
+def _is_complete(stage: str, settings: RunConfig, state: dict) -> bool:
+    """Return whether a run that continues from a checkpoint takes no more steps of a stage."""
+    if state["stage"] != stage:
+        return STAGES.index(state["stage"]) > STAGES.index(stage)
+    return state.get("finished", False) or state["step"] >= stage_steps(settings, stage)
+
+
 def _same_answers(former: dict, now: dict) -> bool:
     """Return whether students answer the held-out questions as before, so that earlier answers stay comparable."""
     sections = ("evaluate", "video", "data", "made", "teacher")
@@ -223,16 +264,19 @@ def _same_answers(former: dict, now: dict) -> bool:
     return same and former["rollout"].get("temperature") == now["rollout"]["temperature"]
 
 
-def _take_changes(settings: RunConfig, folder: Path, *, keep_interim: bool) -> None:
+def _take_changes(settings: RunConfig, folder: Path, *, keeps: Callable[[str], bool]) -> None:
     """Save the new settings next to the previous ones, and delete predictions so that they are generated again.
 
-    Answers during training cannot be generated again, so they are kept if they stay comparable.
+    Args:
+        settings: settings of the continued run.
+        folder: the run folder.
+        keeps: whether the answers of the student with this name are kept.
     """
     number = len(list(folder.glob("config.before-*.yaml"))) + 1
     write_text_atomic(folder / f"config.before-{number}.yaml", (folder / "config.yaml").read_text(encoding="utf-8"))
     write_text_atomic(folder / "config.yaml", to_yaml(settings))
     for path in (folder / "predictions").glob("*.jsonl"):
-        if not (keep_interim and "@" in path.stem):
+        if not keeps(path.stem):
             path.unlink()
     (folder / "forecast.json").unlink(missing_ok=True)
 

@@ -574,6 +574,26 @@ def test_error_messages_of_refused_calls(outcome):
     assert outcome[1][1][0]["refusals"]["ranks_differ"] == "no error"
 
 
+def test_other_trained_parameters_of_the_same_number_are_named_in_an_error(tmp_path):
+    from rmsd_fast.config import CheckpointError
+    from rmsd_fast.runtime.process_group import start, stop
+
+    world = start()
+    try:
+        engine = make(world, 0, "float32")
+        engine.save(tmp_path)
+        meta = json.loads((tmp_path / "engine.json").read_text())
+        first, second, *others = meta["trainable"]
+        (tmp_path / "engine.json").write_text(json.dumps(meta | {"trainable": [first, f"{second}.other", *others]}))
+        with pytest.raises(
+            CheckpointError, match=rf"trainable: expected {second} as in this run, got {second}\.other; resume with"
+        ):
+            engine.load(tmp_path)
+        engine.close()
+    finally:
+        stop()
+
+
 def test_deepspeed_does_not_log_to_the_terminal(outcome):
     """DeepSpeed's own lines would hide the progress of a run."""
     assert all(len(output.splitlines()) < 25 for output in outcome[2]), outcome[2][1][-3000:]

@@ -101,29 +101,76 @@ def test_another_model_to_start_from_is_refused():
         run_folder._refuse_other_models(former, {**former, "stage1": {"model.safetensors": "ab"}})
 
 
+FINAL = {"untrained", "stage1", "control", "stage2"}
+
+
+def kept_after(folder, override, *, stage="distill", step=1, finished=False, files=None, former=()):
+    """Return the names of the answers that a run with a checkpoint keeps if a setting or a file changes."""
+    before = load_settings("quickstart", list(former))
+    save_settings(before, folder / "config.yaml")
+    (folder / "predictions").mkdir()
+    for name in (*FINAL, "control@2"):
+        (folder / "predictions" / f"{name}.jsonl").write_text("{}\n")
+    fingerprints = {"settings": settings_as_dict(before), "files": {"heldout": "00", "train": "00"}}
+    state = {"stage": stage, "step": step, "finished": finished, "fingerprints": deepcopy(fingerprints)}
+    checkpoint = SimpleNamespace(state=state) if stage else None
+    if not stage:
+        run_folder.write_fingerprints(folder, fingerprints)
+    now = load_settings("quickstart", [*former, override] if override else list(former))
+    changed = {"settings": settings_as_dict(now), "files": {**fingerprints["files"], **(files or {})}}
+    run_folder.check_changes(now, folder, checkpoint, changed, True)
+    return {path.stem for path in (folder / "predictions").iterdir()}
+
+
 @pytest.mark.parametrize(
     ("override", "kept"),
     [
-        ("checkpoint.every_steps=7", {"control@2.jsonl"}),
-        ("distill.kl_coef=0.5", {"control@2.jsonl"}),
+        ("checkpoint.every_steps=7", {"untrained", "stage1", "control", "control@2"}),
+        ("runtime.zero_stage=1", {"untrained", "stage1", "control", "control@2"}),
+        ("runtime.trackers=[]", {"untrained", "stage1", "control", "control@2"}),
+        ("distill.kl_coef=0.5", {"untrained", "stage1", "control", "control@2"}),
+        ("model.liger=off", {"control@2"}),
+        ("seed=5", {"control@2"}),
         ("evaluate.max_new_tokens=9", set()),
         ("rollout.temperature=0.5", set()),
         ("video.num_frames=4", set()),
     ],
 )
-def test_changes_keep_the_answers_during_training_that_stay_comparable(tmp_path, override, kept):
-    former = load_settings("quickstart")
-    save_settings(former, tmp_path / "config.yaml")
-    (tmp_path / "predictions").mkdir()
-    for name in ("control.jsonl", "control@2.jsonl"):
-        (tmp_path / "predictions" / name).write_text("{}\n")
-    fingerprints = {"settings": settings_as_dict(former), "files": {}}
-    checkpoint = SimpleNamespace(
-        state={"stage": "distill", "step": 1, "finished": False, "fingerprints": deepcopy(fingerprints)}
+def test_changes_keep_the_answers_that_stay_comparable(tmp_path, override, kept):
+    """Stage 2 has taken its first step, so answers of its student would be of other weights."""
+    assert kept_after(tmp_path, override) == kept
+
+
+def test_the_answers_of_students_that_are_trained_further_are_deleted(tmp_path):
+    control = "stages=[sft,control]"
+    cases = (
+        ("distill", 60, "runtime.zero_stage=1", (), FINAL),
+        ("distill", 60, "distill.steps=61", ("stages=[sft,warm_up,distill]",), {"untrained", "stage1"}),
+        ("control", 60, "runtime.zero_stage=1", (control,), {"untrained", "stage1", "control"}),
+        ("control", 59, "runtime.zero_stage=1", (control,), {"untrained", "stage1"}),
+        ("control", 60, "distill.steps=61", (control,), {"untrained", "stage1"}),
+        ("sft", 2, "runtime.zero_stage=1", (), {"untrained"}),
+        (None, 0, "runtime.zero_stage=1", (), {"untrained"}),
+        # Without stage 1, the model to start from is the student of stage 1.
+        ("distill", 1, "runtime.zero_stage=1", ("stages=[warm_up,distill]",), {"untrained", "stage1"}),
+        # The model to start from becomes the student of stage 1.
+        ("distill", 1, "stages=[warm_up,distill]", (), set()),
     )
-    now = load_settings("quickstart", [override])
-    run_folder.check_changes(now, tmp_path, checkpoint, {**fingerprints, "settings": settings_as_dict(now)}, True)
-    assert {path.name for path in (tmp_path / "predictions").iterdir()} == kept
+    for number, (stage, step, override, former, kept) in enumerate(cases):
+        (tmp_path / str(number)).mkdir()
+        assert kept_after(tmp_path / str(number), override, stage=stage, step=step, former=former) == {
+            *kept,
+            "control@2",
+        }, (stage, override)
+
+
+def test_answers_to_other_questions_are_deleted(tmp_path):
+    for name, files, kept in (
+        ("train", {"train": "01"}, {"untrained", "stage1", "control", "control@2"}),
+        ("heldout", {"heldout": "01"}, set()),
+    ):
+        (tmp_path / name).mkdir()
+        assert kept_after(tmp_path / name, "", files=files) == kept
 
 
 def test_more_steps_than_the_control_has_taken_are_refused_while_it_is_compared():
