@@ -18,7 +18,7 @@ from rmsd_fast.models.folders import resolve_folder
 from rmsd_fast.report import ReportError, write_report
 from rmsd_fast.runtime.engine import Engine
 from rmsd_fast.runtime.process_group import World, on_main
-from rmsd_fast.runtime.stop_signal import StopSignal
+from rmsd_fast.runtime.stop_signal import Stopped, StopSignal
 from rmsd_fast.setting_rules import uses_discriminator
 from rmsd_fast.stages import distill, sft
 from rmsd_fast.stages.build import build_distillation, build_imitation
@@ -86,10 +86,12 @@ def run_stages(run: TrainingRun) -> None:
     """Run every stage, each followed by its evaluation."""
     try:
         _run_stages(run)
-    except BaseException:
+    except BaseException as error:
+        # The program ends with code 0 after these stops. Ctrl-C can lose steps, so the program ends with another code.
+        stopped = isinstance(error, Stopped) and (error.together or run.world.size == 1)
         # Report the original error, not an error of closing the logs.
         with suppress(OSError, UserError):
-            close_logs(run)
+            close_logs(run, failed=not stopped)
         raise
     on_main(run.world, lambda: close_logs(run))
 

@@ -177,15 +177,17 @@ class MetricsLog:
         # A line that is wider than the terminal would wrap, and the next line would not overwrite it.
         print("\r\x1b[K" + fit_line(self._parts, width - 1, phase), end="", file=self._stream, flush=True)
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
         """Flush and close the files.
 
+        Args:
+            failed: whether the run ends with an error, for the trackers.
         Raises:
             OSError: lines could not be written to metrics.jsonl, because the disk is full or fails.
         """
         if not self._on:
             return
-        self._trackers.close()
+        self._trackers.close(failed=failed)
         self._file.close()
 
 

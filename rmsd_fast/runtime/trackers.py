@@ -14,11 +14,12 @@ import logging
 import os
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rmsd_fast.config import TRACKERS, CheckpointError, NotInstalled, SettingsError, first_line
-from rmsd_fast.files import write_text_atomic
+from rmsd_fast.files import replacing, write_all
 
 log = logging.getLogger("rmsd_fast")
 
@@ -50,21 +51,14 @@ class Trackers:
         config: Mapping[str, Any] | None = None,
         last_steps: Mapping[str, int] | None = None,
     ) -> None:
-        for name in names:
-            spec = importlib.util.find_spec(name)
-            # A folder of this name, such as one that wandb wrote, is found too, but has no origin.
-            if spec is None or spec.origin is None:
-                # tensorboard belongs to the extra `train`.
-                extra = "train" if name == "tensorboard" else name
-                raise NotInstalled(
-                    f"runtime.trackers: expected the package {name}, got none; run pip install 'rmsd-fast[{extra}]', "
-                    f"or leave {name} out of runtime.trackers"
-                )
+        check_trackers(names)
         self._names, self._folder, self._project = list(names), folder, project
         self._config, self._last_steps = dict(config or {}), dict(last_steps or {})
         self._stage = ""
         self._open: dict[str, TensorBoardRun | WandbRun | TrackioRun] = {}
         self._state = _read_state(folder / STATE) if set(names) - {"tensorboard"} else {}
+        # Whether the state is not on disk yet, and whether the user has been told why.
+        self._unsaved = self._warned = False
 
     def start(self, stage: str) -> None:
         """Start the runs of a stage before the models are loaded.
@@ -86,22 +80,31 @@ class Trackers:
         if stage != self._stage:
             self._begin(stage)
         numbers = {key: value for key, value in values.items() if isinstance(value, (int, float))}
-        for name, run in list(self._open.items()):
+        # An error in our own table is not a failure of a tracker, so the table is made outside `try`.
+        table = rollout_table(rollouts) if rollouts else None
+        # Record the step before it is sent: a run that is killed in between must not send it twice.
+        getting = [name for name in self._open if name == "tensorboard" or self._is_new(name, stage, step)]
+        self._save_state()
+        for name in getting:
             try:
-                if name == "tensorboard" or self._is_new(name, stage, step):
-                    run.log(step, numbers, rollouts)
+                self._open[name].log(step, numbers, table)
             except Exception as error:
                 self._drop(name, error)
 
-    def close(self) -> None:
-        """Finish the runs of the current stage."""
+    def close(self, *, failed: bool = False) -> None:
+        """Finish the runs of the current stage.
+
+        Args:
+            failed: whether the training ends with an error, which wandb shows as the state of the run.
+        """
         for name, run in list(self._open.items()):
             try:
-                run.close()
+                run.close(failed=failed)
             except Exception as error:
                 # TensorBoard's thread may report a full disk even if there is space again.
                 log.warning("%s: the data are incomplete: %s; metrics.jsonl has all numbers", name, first_line(error))
         self._open, self._stage = {}, ""
+        self._save_state()
 
     def _begin(self, stage: str, *, strict: bool = False) -> None:
         if stage == self._stage:
@@ -114,12 +117,13 @@ class Trackers:
             except Exception as error:
                 # TensorBoard only needs a folder, and a full disk must not keep a run from being resumed.
                 if strict and name != "tensorboard":
-                    self.close()
+                    self.close(failed=True)
                     raise SettingsError(
                         f"runtime.trackers: expected {name} to start, got {type(error).__name__}: {first_line(error)}; "
                         f"{_ADVICE[name]}, or leave {name} out of runtime.trackers"
                     ) from error
                 self._drop(name, error)
+        self._save_state()
 
     def _new_run(self, name: str, stage: str) -> TensorBoardRun | WandbRun | TrackioRun:
         if name == "tensorboard":
@@ -128,7 +132,7 @@ class Trackers:
         entry = runs.setdefault(stage, {"id": uuid.uuid4().hex[:8], "step": 0})
         kind = {"wandb": WandbRun, "trackio": TrackioRun}[name]
         run = kind(self._folder, stage, entry["id"], self._project, {**self._config, "stage": stage})
-        self._write_state()
+        self._unsaved = True
         return run
 
     def _is_new(self, name: str, stage: str, step: int) -> bool:
@@ -137,22 +141,69 @@ class Trackers:
         if step <= entry["step"]:
             return False
         entry["step"] = step
-        self._write_state()
+        self._unsaved = True
         return True
 
-    def _write_state(self) -> None:
-        write_text_atomic(self._folder / STATE, json.dumps(self._state, indent=1) + "\n")
+    def _save_state(self) -> None:
+        """Write `trackers.json` if it has changed. If that fails, warn once and try again at the next step."""
+        if not self._unsaved:
+            return
+        try:
+            # The file must survive a killed process, which needs no sync. A sync would add 10 ms and more to each step.
+            with replacing(self._folder / STATE, sync=False) as file:
+                write_all(file, json.dumps(self._state, indent=1).encode() + b"\n")
+        except OSError as error:
+            if not self._warned:
+                reason = error.strerror or first_line(error)
+                log.warning("%s: %s; it is kept in memory until it can be written", STATE, reason)
+            self._warned = True
+            return
+        self._unsaved = self._warned = False
 
     def _drop(self, name: str, error: Exception) -> None:
-        self._open.pop(name, None)
+        run = self._open.pop(name, None)
         self._names.remove(name)
         log.warning("%s: no longer written: %s; metrics.jsonl has all numbers", name, first_line(error))
+        if run is not None:
+            # What wandb has buffered can often still be sent. The run lacks steps, so it is not complete.
+            with suppress(Exception):
+                run.close(failed=True)
+
+
+def missing_trackers(names: Sequence[str]) -> list[str]:
+    """Return a message for each of these trackers whose package is missing."""
+    messages = []
+    for name in names:
+        spec = importlib.util.find_spec(name)
+        # A folder of this name, such as one that wandb wrote, is found too, but has no origin.
+        if spec is None or spec.origin is None:
+            # tensorboard belongs to the extra `train`.
+            extra = "train" if name == "tensorboard" else name
+            messages.append(
+                f"runtime.trackers: expected the package {name}, got none; run pip install 'rmsd-fast[{extra}]', or "
+                f"leave {name} out of runtime.trackers"
+            )
+    return messages
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise NotInstalled if the package of a tracker is missing."""
+    if messages := missing_trackers(names):
+        raise NotInstalled("\n".join(messages))
 
 
 _ADVICE = {
     "wandb": "log in with `wandb login`, or set WANDB_MODE=offline",
     "trackio": "check the folder TRACKIO_DIR and the project's name",
 }
+
+
+class RolloutTable(NamedTuple):
+    """A table of sample rollouts, as columns and rows and as a text in Markdown."""
+
+    columns: list[str]
+    rows: list[list[Any]]
+    markdown: str
 
 
 class TensorBoardRun:
@@ -163,13 +214,14 @@ class TensorBoardRun:
 
         self._writer = SummaryWriter(str(folder), purge_step=last_step + 1, flush_secs=10)
 
-    def log(self, step: int, numbers: Mapping[str, float], rollouts: Sequence[Mapping[str, Any]]) -> None:
+    def log(self, step: int, numbers: Mapping[str, float], table: RolloutTable | None) -> None:
         for key, value in numbers.items():
             self._writer.add_scalar(key, value, step)
-        if rollouts:
-            self._writer.add_text("rollouts", markdown_table(rollouts), step)
+        if table is not None:
+            self._writer.add_text("rollouts", table.markdown, step)
 
-    def close(self) -> None:
+    def close(self, *, failed: bool) -> None:
+        # Event files have no state.
         self._writer.close()
 
 
@@ -194,18 +246,16 @@ class WandbRun:
             settings=wandb.Settings(console="off", quiet=True, finish_timeout=UPLOAD_S),
         )
 
-    def log(self, step: int, numbers: Mapping[str, float], rollouts: Sequence[Mapping[str, Any]]) -> None:
+    def log(self, step: int, numbers: Mapping[str, float], table: RolloutTable | None) -> None:
         values: dict[str, Any] = dict(numbers)
-        if rollouts:
-            columns = list(rollouts[0])
-            rows = [[row[column] for column in columns] for row in rollouts]
+        if table is not None:
             # Scores that were not computed are None.
-            values["rollouts"] = self._wandb.Table(columns=columns, data=rows, allow_mixed_types=True)
+            values["rollouts"] = self._wandb.Table(columns=table.columns, data=table.rows, allow_mixed_types=True)
         # The row of a step would otherwise wait for the next step, and be lost if the run is killed.
         self._run.log(values, step=step, commit=True)
 
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, *, failed: bool) -> None:
+        self._run.finish(exit_code=1 if failed else 0)
 
 
 class TrackioRun:
@@ -231,15 +281,21 @@ class TrackioRun:
             auto_log_cpu=False,
         )
 
-    def log(self, step: int, numbers: Mapping[str, float], rollouts: Sequence[Mapping[str, Any]]) -> None:
+    def log(self, step: int, numbers: Mapping[str, float], table: RolloutTable | None) -> None:
         values: dict[str, Any] = dict(numbers)
-        if rollouts:
-            columns = list(rollouts[0])
-            values["rollouts"] = self._table(columns=columns, data=[[row[c] for c in columns] for row in rollouts])
+        if table is not None:
+            values["rollouts"] = self._table(columns=table.columns, data=table.rows)
         self._run.log(values, step=step)
 
-    def close(self) -> None:
+    def close(self, *, failed: bool) -> None:
+        # Runs of trackio have no state.
         self._run.finish()
+
+
+def rollout_table(rollouts: Sequence[Mapping[str, Any]]) -> RolloutTable:
+    """Return rows with the same keys as a table."""
+    columns = list(rollouts[0])
+    return RolloutTable(columns, [[row[column] for column in columns] for row in rollouts], markdown_table(rollouts))
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -24,6 +24,7 @@ from rmsd_fast.models.quantize import import_bitsandbytes
 from rmsd_fast.models.students import DTYPES
 from rmsd_fast.runtime.engine import import_adamw_8bit
 from rmsd_fast.runtime.process_group import World, on_main
+from rmsd_fast.runtime.trackers import check_trackers
 from rmsd_fast.stages.inputs import Inputs, read_inputs
 from rmsd_fast.teacher.pool import load_pool
 from rmsd_kernels.implementations import resolve_impl
@@ -60,12 +61,14 @@ def prepare_material(settings: RunConfig, world: World, *, training: bool = True
         training: whether training inputs are needed; False reads only the held-out questions and the model.
     Raises:
         UserError: a required path is not given, a file is damaged, the pool belongs to other questions or has almost no
-            valid answer, the batches cannot be divided among the processes, the model is of an unsupported family, an
-            optional package is missing, or model.liger=on or the losses are not available here.
+            valid answer, the batches cannot be divided among the processes, the model is of an unsupported family, or
+            model.liger=on, the losses, a tracker or an optional package are not available here.
     """
     check_liger(settings.model.liger, world.device)
     check_packages(settings, training=training)
     if training:
+        # Only the main process writes to trackers.
+        on_main(world, lambda: check_trackers(settings.runtime.trackers))
         check_batches(settings, world.size)
         losses_of(settings, world)
     made = on_main(world, lambda: _make_locked(settings)) if settings.made.enabled else {}

@@ -11,6 +11,7 @@ import torch
 from rmsd_fast.config import ModelError, RunConfig
 from rmsd_fast.data.errors import counted
 from rmsd_fast.models.folders import find_folder, open_folder
+from rmsd_fast.runtime.trackers import missing_trackers
 from rmsd_fast.setting_rules import uses_discriminator
 from rmsd_fast.stages.inputs import read_inputs
 from rmsd_fast.stages.material import check_batches
@@ -116,6 +117,7 @@ def _inputs(settings: RunConfig) -> tuple[list[str], list[str]]:
             present.append(f"media: {counted(len(media), 'file')}{gone} (not opened yet)")
     if settings.data.decoder == "cuda" and not torch.cuda.is_available():
         missing.append("data.decoder=cuda: a CUDA device")
+    missing += missing_trackers(settings.runtime.trackers)
     return present, missing
 
 

@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -171,16 +172,19 @@ def open_run(
     return run
 
 
-def close_logs(run: TrainingRun) -> None:
+def close_logs(run: TrainingRun, *, failed: bool = False) -> None:
     """Close the log files of the run.
 
+    Args:
+        run: the run.
+        failed: whether the run ends with an error, for the trackers.
     Raises:
         OSError: lines could not be written to a file; raised after all files are closed.
     """
     faults = []
-    for file in (run.metrics, *run.logs.values()):
+    for close in (partial(run.metrics.close, failed=failed), *(file.close for file in run.logs.values())):
         try:
-            file.close()
+            close()
         except (OSError, UserError) as error:
             faults.append(error)
     if faults:

@@ -7,20 +7,29 @@ import importlib
 import io
 import json
 import logging
+import math
+import os
 import re
 import subprocess
 import sys
+from errno import ENOSPC
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from tracker_files import trackio_run, wandb_run
+from tracker_files import trackio_run, wandb_exit_codes, wandb_run
 from train_runs import command, environment, mini_arguments, only_run
 
+from rmsd_fast import train_run
 from rmsd_fast.config import CheckpointError, NotInstalled, SettingsError
 from rmsd_fast.runtime.metrics import MetricsLog
 from rmsd_fast.runtime.process_group import World
+from rmsd_fast.runtime.stop_signal import Stopped
 from rmsd_fast.runtime.trackers import Trackers, markdown_table
 from rmsd_fast.settings import load_settings
+from rmsd_fast.stages.material import prepare_material
+from rmsd_fast.stages.plan import describe_plan
 from rmsd_fast.stages.rollout_log import rollout_rows
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
@@ -111,6 +120,43 @@ def test_a_tracker_gets_each_step_of_each_stage_once(tracker, tmp_path):
     assert [(line["stage"], line["step"]) for line in lines[2:]] == [("distill", n) for n in range(1, 6)]
 
 
+def test_a_tracker_stores_values_that_are_missing_or_not_finite(tracker, tmp_path, recwarn):
+    run = tmp_path / "run"
+    rows = [{"text": "x", "score": None, "p": math.nan}, {"text": None, "score": 1.0, "p": -math.inf}]
+    metrics = make(run, [tracker], config={"unset": None})
+    metrics.start("sft")
+    values = {"loss": torch.tensor(math.nan), "most": math.inf, "least": -math.inf, "none": None, "lr": 0.5}
+    metrics.log("sft", 1, values, rows)
+    metrics.log("sft", 2, {"loss": 2.0})
+    metrics.close()
+
+    # trackio reports what it leaves out as a warning.
+    assert not [warning for warning in recwarn if "trackio" in str(warning.message)]
+    steps, config = stored(tracker, run, "sft")
+    assert config["unset"] is None
+    (first, numbers), (second, rest) = steps
+    assert (first, second, rest) == (1, 2, {"loss": 2.0})
+    table = numbers.pop("rollouts")
+    # wandb stores JSON's extensions, and trackio stores texts, which its dashboard reads as numbers.
+    assert json.loads(json.dumps(numbers), parse_constant=str) == {
+        **{"loss": "NaN", "most": "Infinity", "least": "-Infinity"},
+        "lr": 0.5,
+    }
+    if tracker == "trackio":
+        cells = [list(row.values()) for row in table["_value"]]
+        assert cells == [["x", None, "NaN"], [None, 1.0, "-Infinity"]]
+        storage = importlib.import_module("trackio.sqlite_storage").SQLiteStorage
+        name = f"run-sft-{json.loads((run / 'trackers.json').read_text())['trackio']['sft']['id']}"
+        loss = [entry["loss"] for entry in storage.get_logs("tiny", name)]
+        assert math.isnan(loss[0]) and loss[1] == 2.0
+    else:
+        content = json.loads(next(run.glob(f"wandb/offline-run-*/files/{table['path']}")).read_text())
+        assert json.loads(json.dumps(content["data"]), parse_constant=str) == [
+            ["x", None, "NaN"],
+            [None, 1.0, "-Infinity"],
+        ]
+
+
 def test_tensorboard_shows_rollouts_as_a_table(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -175,6 +221,12 @@ def test_a_tracker_that_fails_later_is_left_out_with_one_warning(tracker, tmp_pa
     with caplog.at_level(logging.WARNING):
         for stage, step in (("sft", 2), ("sft", 3), ("distill", 1)):
             metrics.log(stage, step, {"loss": float(step)})
+            # The tracker's run was closed, so what it had before is stored, and wandb shows it as failed.
+            steps, _ = stored(tracker, tmp_path / "run", "sft")
+            assert steps == [(1, {"loss": 1.0})]
+            if tracker == "wandb":
+                run_id = json.loads((tmp_path / "run" / "trackers.json").read_text())["wandb"]["sft"]["id"]
+                assert wandb_exit_codes(tmp_path / "run", run_id) == [1]
         metrics.close()
     assert [record.getMessage() for record in caplog.records if record.name == "rmsd_fast"] == [
         f"{tracker}: no longer written: Connection lost; metrics.jsonl has all numbers"
@@ -182,6 +234,138 @@ def test_a_tracker_that_fails_later_is_left_out_with_one_warning(tracker, tmp_pa
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 4
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard" / "sft")).Reload()
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3]
+
+
+def test_a_tracker_that_cannot_be_closed_either_warns_once(tracker, tmp_path, caplog, monkeypatch):
+    metrics = make(tmp_path / "run", [tracker])
+    metrics.start("sft")
+    closed = []
+
+    def fail(*args, **options):
+        raise ConnectionResetError("Connection lost")
+
+    def finish(*args, **options):
+        closed.append(options)
+        raise TimeoutError("no answer")
+
+    run = metrics._trackers._open[tracker]._run
+    monkeypatch.setattr(run, "log", fail)
+    with caplog.at_level(logging.WARNING), monkeypatch.context() as broken:
+        broken.setattr(run, "finish", finish)
+        for step in (1, 2):
+            metrics.log("sft", step, {"loss": 1.0})
+        metrics.close()
+    run.finish()
+    assert [record.getMessage() for record in caplog.records if record.name == "rmsd_fast"] == [
+        f"{tracker}: no longer written: Connection lost; metrics.jsonl has all numbers"
+    ]
+    assert len(closed) == 1
+
+
+def test_a_full_disk_does_not_drop_a_tracker(tracker, tmp_path, caplog, monkeypatch):
+    """trackers.json cannot be written at the start and at steps 1 and 3."""
+    run = tmp_path / "run"
+    replace, full = Path.replace, [True]
+
+    def replace_if_there_is_space(path, target):
+        if full[0] and Path(target).name == "trackers.json":
+            raise OSError(ENOSPC, os.strerror(ENOSPC), str(path))
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", replace_if_there_is_space)
+    metrics = make(run, [tracker])
+    warnings = []
+    with caplog.at_level(logging.WARNING):
+        metrics.start("sft")
+        for step, full[0] in enumerate((True, False, True), start=1):
+            metrics.log("sft", step, {"loss": float(step)})
+            warnings.append([record.getMessage() for record in caplog.records if record.name == "rmsd_fast"])
+            if not full[0]:
+                (entry,) = json.loads((run / "trackers.json").read_text())[tracker].values()
+                assert entry["step"] == step
+        full[0] = False
+        metrics.close()
+    warning = "trackers.json: No space left on device; it is kept in memory until it can be written"
+    assert warnings == [[warning], [warning], [warning] * 2]
+    # The state of step 3 is written at the end.
+    (entry,) = json.loads((run / "trackers.json").read_text())[tracker].values()
+    assert entry["step"] == 3
+    steps, _ = stored(tracker, run, "sft")
+    assert steps == [(step, {"loss": float(step)}) for step in (1, 2, 3)]
+
+
+def test_the_state_is_written_once_per_step_before_the_step_is_sent(tmp_path, monkeypatch):
+    sent, written, synced = [], [], []
+
+    class Run:
+        def __init__(self, *args):
+            pass
+
+        def log(self, step, numbers, table):
+            state = json.loads((tmp_path / "trackers.json").read_text())
+            assert [runs["sft"]["step"] for runs in state.values()] == [step, step]
+            sent.append(step)
+
+        def close(self, **options):
+            pass
+
+    monkeypatch.setattr("rmsd_fast.runtime.trackers.importlib.util.find_spec", lambda name: pytest)
+    monkeypatch.setattr(pytest, "origin", "here", raising=False)
+    for kind in ("WandbRun", "TrackioRun"):
+        monkeypatch.setattr(f"rmsd_fast.runtime.trackers.{kind}", Run)
+    trackers = Trackers(["wandb", "trackio"], tmp_path)
+    trackers.start("sft")
+    replace, fsync = Path.replace, os.fsync
+    monkeypatch.setattr(Path, "replace", lambda path, target: (written.append(target), replace(path, target)))
+    monkeypatch.setattr(os, "fsync", lambda handle: (synced.append(handle), fsync(handle)))
+    for step in (1, 2, 3, 3):
+        trackers.log("sft", step, {"loss": 1.0})
+    trackers.close()
+    assert sent == [1, 1, 2, 2, 3, 3]
+    assert written == [tmp_path / "trackers.json"] * 3 and synced == []
+
+
+def test_an_error_in_our_table_is_not_a_failure_of_a_tracker(tmp_path):
+    pytest.importorskip("tensorboard")
+    metrics = make(tmp_path, ["tensorboard"])
+    with pytest.raises(KeyError, match="source"):
+        metrics.log("distill", 1, {"policy/loss": 1.0}, [ROWS[0], {"id": "q2"}])
+    metrics.close()
+
+
+@pytest.mark.parametrize(
+    ("error", "processes", "code"),
+    [
+        (None, 1, 0),
+        (RuntimeError("broken"), 1, 1),
+        (SettingsError("wrong"), 1, 1),
+        (KeyboardInterrupt(), 1, 1),
+        (Stopped("step 1 is saved", together=True), 2, 0),
+        (Stopped("during an evaluation"), 1, 0),
+        (Stopped("ended by the launcher after an error of another process"), 2, 1),
+    ],
+)
+def test_wandb_shows_a_run_that_ends_with_an_error_as_failed(tmp_path, monkeypatch, error, processes, code):
+    pytest.importorskip("wandb", reason="needs wandb (pip install 'rmsd-fast[wandb]')")
+    use_local("wandb", tmp_path, monkeypatch)
+    metrics = make(tmp_path, ["wandb"])
+
+    def stages(run):
+        run.metrics.log("sft", 1, {"loss": 1.0})
+        run.metrics.log("distill", 1, {"policy/loss": 1.0})
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(train_run, "_run_stages", stages)
+    run = SimpleNamespace(world=World(0, processes, 0, torch.device("cpu")), metrics=metrics, logs={})
+    if error is None:
+        train_run.run_stages(run)
+    else:
+        with pytest.raises(type(error)):
+            train_run.run_stages(run)
+    ids = {stage: entry["id"] for stage, entry in json.loads((tmp_path / "trackers.json").read_text())["wandb"].items()}
+    # Stage 1 was complete before the error.
+    assert [wandb_exit_codes(tmp_path, ids[stage]) for stage in ("sft", "distill")] == [[0], [code]]
 
 
 KILL_WANDB = """
@@ -256,6 +440,27 @@ def test_a_missing_package_is_named_with_its_command(tmp_path, monkeypatch, name
     says = rf"runtime\.trackers: expected the package {name}, got none; run pip install 'rmsd-fast\[{extra}\]'"
     with pytest.raises(NotInstalled, match=says):
         Trackers([name], tmp_path)
+
+
+def test_a_missing_package_is_reported_before_anything_is_written(tmp_path, monkeypatch):
+    find_spec = importlib.util.find_spec
+    gone = ("wandb", "trackio")
+    monkeypatch.setattr(
+        "rmsd_fast.runtime.trackers.importlib.util.find_spec", lambda n, *rest: None if n in gone else find_spec(n)
+    )
+    names = "runtime.trackers=[tensorboard,wandb,trackio]"
+    settings = load_settings("quickstart", [names, f"made.folder={tmp_path / 'made'}", f"output={tmp_path / 'runs'}"])
+    with pytest.raises(NotInstalled) as caught:
+        prepare_material(settings, ALONE)
+    messages = str(caught.value).splitlines()
+    assert [re.match(r"runtime\.trackers: expected the package (\w+), got none; ", line)[1] for line in messages] == [
+        "wandb",
+        "trackio",
+    ]
+    assert list(tmp_path.iterdir()) == []
+    plan, ready = describe_plan(settings)
+    assert not ready and "not ready: provide the missing inputs above" in plan
+    assert all(f"  MISSING: {line}\n" in plan for line in messages)
 
 
 @pytest.mark.parametrize("content", ["[]", "{", '{"wandb": {"sft": {"id": 3, "step": 1}}}', '{"wandb": {"sft": {}}}'])
