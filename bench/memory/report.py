@@ -38,6 +38,10 @@ def _name(record: dict) -> str:
     parts = [f"`{settings['mode']}`, {adapter}", settings["dtype"], settings["packing"], f"ZeRO-{settings['zero']}"]
     groups = settings["groups"]
     parts += ["recomputed layers"] * settings["checkpointing"]
+    # Earlier records have neither.
+    parts += ["nf4"] * (settings.get("quantize") == "nf4") + ["8-bit moments"] * (
+        "8bit" in settings.get("optimizer", "")
+    )
     return ", ".join([*parts, f"{groups} group{'s' * (groups > 1)}"])
 
 

@@ -20,7 +20,7 @@ from rmsd_fast.models.families import FAMILIES, REFUSED, family_of
 from rmsd_fast.models.folders import open_folder
 from rmsd_fast.models.shared_prefix import FAMILIES as SHARED
 from rmsd_fast.models.students import encode_in_pass, encode_media, forward_hidden, freeze, load_student
-from rmsd_fast.stages.plan import count_parameters
+from rmsd_fast.stages.memory import count_parameters
 
 ROOT = Path(__file__).resolve().parents[2] / "rmsd_fast"
 # Sizes of Qwen/Qwen2.5-VL-7B-Instruct, written as in its config.json.
