@@ -83,11 +83,14 @@ def settings_of(case: Case, prompt_tokens: int, vision_tokens: int) -> RunConfig
     group = prompt_tokens + (ROLLOUTS + TEACHERS) * (RESPONSE + 1)
     rows = (ROLLOUTS + TEACHERS) * (prompt_tokens + RESPONSE + 1)
     tokens = case.groups * (group if case.packing == "shared" else rows)
+    # After stage 1, a quantized student would also have its frozen adapter, and the measured one does not.
+    stages = ["stages=[warm_up,distill]"]
+    if case.quantize == "none":
+        stages = ["stages=[sft,warm_up,distill]", "sft.train_vision=false"]
     return load_settings(
         "quickstart",
         [
-            # After stage 1, a quantized student would also have its frozen adapter, and the measured one does not.
-            "stages=[sft,warm_up,distill]" if case.quantize == "none" else "stages=[warm_up,distill]",
+            *stages,
             f"packing={case.packing}",
             f"micro_tokens={tokens}",
             f"model.dtype={case.dtype}",
@@ -96,7 +99,6 @@ def settings_of(case: Case, prompt_tokens: int, vision_tokens: int) -> RunConfig
             f"model.gradient_checkpointing={str(case.checkpointing).lower()}",
             f"discriminator.mode={case.mode}",
             "discriminator.head=random",
-            "sft.train_vision=false",
             f"data.max_prompt_tokens={prompt_tokens}",
             "data.cache_mib=0",
             "data.decode_ahead=0",
