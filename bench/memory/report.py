@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+
 from bench.core.records import RESULTS, read_lines, sources
 
 MIB = 2**20
@@ -15,7 +17,7 @@ def plan_table() -> list[str]:
     for record in records:
         planned, measured = record["planned"] / MIB, record["peak"] / MIB
         lines.append(f"| {_name(record)} | {planned:,.0f} | {measured:,.0f} | {planned / measured:.2f} |")
-    return [*lines, "", f"{sources(records)}."]
+    return [*lines, "", *textwrap.wrap(f"{sources(records)}.", 120)]
 
 
 def modes_table() -> list[str]:
