@@ -34,6 +34,8 @@ CASES = (
     Case("shared, padded", **_LORA, packing="padded", groups=1),
     Case("shared, bfloat16", **_LORA, dtype="bfloat16"),
     Case("separate, ZeRO-3", zero=3),
+    Case("shared, nf4", **_LORA, quantize="nf4"),
+    Case("separate, checkpointing, adamw_8bit", checkpointing=True, optimizer="adamw_8bit"),
     Case("head", mode="head"),
     Case("head, lora, ZeRO-0", mode="head", adapter="lora", zero=0),
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+
 from bench.core.records import RESULTS, read_lines, sources
 
 MIB = 2**20
@@ -15,7 +17,7 @@ def plan_table() -> list[str]:
     for record in records:
         planned, measured = record["planned"] / MIB, record["peak"] / MIB
         lines.append(f"| {_name(record)} | {planned:,.0f} | {measured:,.0f} | {planned / measured:.2f} |")
-    return [*lines, "", f"{sources(records)}."]
+    return [*lines, "", *textwrap.wrap(f"{sources(records)}.", 120)]
 
 
 def modes_table() -> list[str]:
@@ -38,6 +40,10 @@ def _name(record: dict) -> str:
     parts = [f"`{settings['mode']}`, {adapter}", settings["dtype"], settings["packing"], f"ZeRO-{settings['zero']}"]
     groups = settings["groups"]
     parts += ["recomputed layers"] * settings["checkpointing"]
+    # Earlier records have neither.
+    parts += ["nf4"] * (settings.get("quantize") == "nf4") + ["8-bit moments"] * (
+        "8bit" in settings.get("optimizer", "")
+    )
     return ", ".join([*parts, f"{groups} group{'s' * (groups > 1)}"])
 
 

@@ -60,6 +60,8 @@ class Case:
     checkpointing: bool = False
     zero: int = 2
     groups: int = 2
+    quantize: str = "none"
+    optimizer: str = "adamw"
 
 
 def write_student(folder: Path, tiny: bool) -> None:
@@ -81,18 +83,22 @@ def settings_of(case: Case, prompt_tokens: int, vision_tokens: int) -> RunConfig
     group = prompt_tokens + (ROLLOUTS + TEACHERS) * (RESPONSE + 1)
     rows = (ROLLOUTS + TEACHERS) * (prompt_tokens + RESPONSE + 1)
     tokens = case.groups * (group if case.packing == "shared" else rows)
+    # After stage 1, a quantized student would also have its frozen adapter, and the measured one does not.
+    stages = ["stages=[warm_up,distill]"]
+    if case.quantize == "none":
+        stages = ["stages=[sft,warm_up,distill]", "sft.train_vision=false"]
     return load_settings(
         "quickstart",
         [
-            "stages=[sft,warm_up,distill]",
+            *stages,
             f"packing={case.packing}",
             f"micro_tokens={tokens}",
             f"model.dtype={case.dtype}",
             f"model.adapter={case.adapter}",
+            f"model.quantize={case.quantize}",
             f"model.gradient_checkpointing={str(case.checkpointing).lower()}",
             f"discriminator.mode={case.mode}",
             "discriminator.head=random",
-            "sft.train_vision=false",
             f"data.max_prompt_tokens={prompt_tokens}",
             "data.cache_mib=0",
             "data.decode_ahead=0",
@@ -104,6 +110,7 @@ def settings_of(case: Case, prompt_tokens: int, vision_tokens: int) -> RunConfig
             f"rollout.prompts_per_batch={case.groups}",
             f"distill.batch_size={2 * case.groups}",
             f"runtime.zero_stage={case.zero}",
+            f"runtime.optimizer={case.optimizer}",
         ],
     )
 

@@ -103,7 +103,7 @@ class RequestBuilder:
             return ""
         path, frames = next(iter(self._short.items()))
         have = "has" if len(self._short) == 1 else "have"
-        repeats = self._preprocessor.family == "qwen3_vl"
+        repeats = self._preprocessor.repeats_frames
         return (
             f"{counted(len(self._short), 'video')} {have} fewer frames than video.num_frames="
             f"{self._settings.video.num_frames}, such as {path} with {frames}; "

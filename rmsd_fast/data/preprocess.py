@@ -42,6 +42,11 @@ class Preprocessor:
     family: str = "qwen3_vl"
 
     @property
+    def repeats_frames(self) -> bool:
+        """Whether a video with fewer frames than `video.num_frames` has some of them more than once."""
+        return self.family == "qwen3_vl"
+
+    @property
     def factor(self) -> int:
         """Return the side of one vision token in pixels. Heights and widths are multiples of it."""
         return self.patch_size * self.merge_size

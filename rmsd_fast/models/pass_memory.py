@@ -4,12 +4,15 @@ The modules of transformers and peft run as in training, under torch's FakeTenso
 creates is counted while it lives. Nothing is estimated by a formula except what happens inside of single kernels: the
 chunks of the fused heads (`rmsd_kernels.heads.chunks`) and the buffers of the attention kernels (`attention_bytes`).
 Layers are alike, so a deep decoder is run with a few layers and the counts are continued to its depth, exactly.
+
+Configs are given as `complete_config` returns them.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
+import json
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,17 +25,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
-from transformers.vision_utils import (
-    get_vision_cu_seqlens,
-    get_vision_interpolation_indices_and_weights,
-    get_vision_position_ids,
-)
 
 from rmsd_fast.config import ModelConfig
 from rmsd_fast.models.adapters import POLICY, add_adapter
+from rmsd_fast.models.families import family_of
+from rmsd_fast.models.quantize import quantizable_layers
 from rmsd_fast.models.shared_prefix import enable_shared_prefix
 from rmsd_fast.models.students import DTYPES, MediaFeatures, embed, freeze
+from rmsd_fast.models.vision_attention import vision_implementation
 from rmsd_kernels.heads.chunks import workspace_bytes
 from rmsd_kernels.shared_prefix.attention import SharedPrefixPlan
 
@@ -211,13 +211,47 @@ class _Heads(torch.autograd.Function):
         return ctx.saved_tensors
 
 
+class _Nf4Product(torch.autograd.Function):
+    """Stand for bitsandbytes' product with an nf4 weight, which is dequantized in forward and again in backward."""
+
+    @staticmethod
+    def forward(ctx, inputs, weight, bias):
+        ctx.weight = weight
+        return nn.functional.linear(inputs, _dequantized(weight), bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad @ _dequantized(ctx.weight) if ctx.needs_input_grad[0] else None, None, None
+
+
+def _dequantized(weight: Tensor) -> Tensor:
+    # The float32 scales of its blocks are dequantized before it.
+    scales = torch.empty(weight.numel() // 64, dtype=torch.float32)
+    whole = torch.empty_like(weight)
+    del scales
+    return whole
+
+
+def _multiply_as_nf4(layer: nn.Linear, inputs: Tensor) -> Tensor:
+    return _Nf4Product.apply(inputs, layer.weight, layer.bias)
+
+
+def complete_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the contents of a config.json in the nested form of transformers, with its defaults.
+
+    Raises:
+        ModelError: the family is not supported.
+    """
+    return json.loads(family_of(config).config_class(**config).to_json_string(use_diff=False))
+
+
 def count_pass(config: dict, model_config: ModelConfig, shape: RowShape, settings: PassSettings) -> Counts:
     """Return the bytes that a pass adds at its peak to weights and gradients, by what they are for.
 
     Gradients of parameters are not included, except for one at a time while it is computed.
 
     Args:
-        config: contents of the model's config.json.
+        config: complete config of the model.
         model_config: `model` section of the settings.
         shape: the rows.
         settings: how the pass runs.
@@ -234,7 +268,7 @@ def count_prefill(
     """Return the bytes that the prefill of prompts adds at its peak, including their K/V.
 
     Args:
-        config: contents of the model's config.json.
+        config: complete config of the model.
         model_config: `model` section of the settings.
         shape: packed prompts without responses.
         device: "cuda" or "cpu".
@@ -257,7 +291,7 @@ def count_vision(config: dict, model_config: ModelConfig, shape: RowShape, devic
     """Return the bytes that a call of the frozen vision tower adds at its peak, including the call's features.
 
     Args:
-        config: contents of the model's config.json.
+        config: complete config of the model.
         model_config: `model` section of the settings.
         shape: prompts whose videos are encoded.
         device: "cuda" or "cpu".
@@ -272,7 +306,8 @@ def count_vision(config: dict, model_config: ModelConfig, shape: RowShape, devic
 
 def _added_layers(config: dict) -> int:
     """Return the number of layers that add features. With a trained tower, each of them also keeps a gradient."""
-    return len((config.get("vision_config") or {}).get("deepstack_visual_indexes") or ())
+    family = family_of(config)
+    return family.deepstack_layers(family.config_class(**config))
 
 
 def _continued(config: dict, run: Callable[[dict], dict[str, Counts]], first: int = 2) -> Counts:
@@ -298,7 +333,7 @@ def _continued(config: dict, run: Callable[[dict], dict[str, Counts]], first: in
 
 def _without_tower(config: dict) -> dict:
     """Return the config with a small tower, for passes that do not run it."""
-    return config | {"vision_config": (config.get("vision_config") or {}) | {"depth": 1}}
+    return config | {"vision_config": config["vision_config"] | {"depth": 1}}
 
 
 def _with_layers(config: dict, layers: int) -> dict:
@@ -317,14 +352,21 @@ def _made(
     """Yield a model without data in the dtype and with the adapters of the settings, a counter, and vision features."""
     # A flash attention, which may not be installed here, saves the same tensors as sdpa without a mask.
     attention = "eager" if model_config.attention == "eager" else "sdpa"
+    family = family_of(config)
     with torch.device("meta"):
-        model = Qwen3VLForConditionalGeneration._from_config(
-            Qwen3VLConfig(**config), dtype=DTYPES[model_config.dtype], attn_implementation=attention
+        model = family.model_class._from_config(
+            family.config_class(**config), dtype=DTYPES[model_config.dtype], attn_implementation=attention
         )
+        if model_config.quantize == "nf4":
+            for layer in quantizable_layers(model).values():
+                layer.forward = functools.partial(_multiply_as_nf4, layer)
         if settings.adapted and model_config.adapter == "lora":
             add_adapter(model, POLICY, model_config, seed=0)
     if shape.packing == "shared":
         enable_shared_prefix(model)
+    else:
+        # A loop over frames would read their sizes from tensors without data.
+        model.set_attn_implementation({"vision_config": vision_implementation(model)})
     with FakeTensorMode(allow_non_fake_inputs=True):
         # Ops choose their kernels by the device, so weights without data have to be on the CPU and not on "meta".
         _move_to_fake(model)
@@ -391,7 +433,9 @@ def _count_with(config: dict, model_config: ModelConfig, shape: RowShape, settin
 def _loss(model, live: LiveBytes, shape: RowShape, settings: PassSettings, features, vision_inputs) -> Tensor | None:
     if vision_inputs is not None:
         live.tag = VISION
-        features = _split(_tower(model, *vision_inputs), shape)
+        encoded = _tower(model, *vision_inputs)
+        encoded.pooler_output = encoded.pooler_output.split(_videos(shape))
+        features = _as_features(family_of(model.config).vision_layers(encoded), shape)
         live.tag = ACTIVATIONS
     if features is None:
         features = _features(model, shape)
@@ -444,14 +488,10 @@ def _body(model, shape: RowShape, features: MediaFeatures, plan: Any, *, masked:
 
 def _features(model, shape: RowShape) -> MediaFeatures:
     """Return features of the prompts' videos, which are counted elsewhere."""
-    width, depth = model.config.text_config.hidden_size, len(model.config.vision_config.deepstack_visual_indexes)
+    width = model.config.text_config.hidden_size
+    depth = family_of(model.config).deepstack_layers(model.config)
     layers = [[torch.empty(tokens, width, dtype=model.dtype) for tokens in _videos(shape)] for _ in range(1 + depth)]
     return _as_features(layers, shape)
-
-
-def _split(encoded: Any, shape: RowShape) -> MediaFeatures:
-    layers = [encoded.pooler_output, *encoded.deepstack_features]
-    return _as_features([list(layer.split(_videos(shape))) for layer in layers], shape)
 
 
 def _as_features(layers: list[list[Tensor]], shape: RowShape) -> MediaFeatures:
@@ -478,21 +518,7 @@ def _vision_inputs(model, shape: RowShape) -> tuple:
     # Positions are computed from values, so they need real tensors.
     with unset_fake_temporarily():
         grid = torch.tensor(grids)
-        indices, weights = get_vision_interpolation_indices_and_weights(
-            grid,
-            num_grid_per_side=int(vision.num_position_embeddings**0.5),
-            mode="bilinear",
-            align_corners=True,
-            spatial_merge_size=merge,
-        )
-        positions = {
-            "interp_indices": indices,
-            "interp_weights": weights,
-            "position_ids": get_vision_position_ids(grid, merge),
-            "cu_seqlens": get_vision_cu_seqlens(grid),
-            "max_seqlen": max(h * w for _, h, w in grids),
-        }
-    return patches, grid, positions
+        return patches, grid, family_of(model.config).tower_inputs(vision, grid)
 
 
 def _tower(model, patches: Tensor, grid: Tensor, positions: dict[str, Any]) -> Any:

@@ -17,6 +17,8 @@ from rmsd_fast.config import NotInstalled
 
 # Start of the names of a student's modules that belong to its language model.
 LANGUAGE_MODEL = "model.language_model."
+# 4 bits, a byte per block of 64, and a float32 scale per 256 blocks.
+BYTES_PER_WEIGHT = 0.5 + 1 / 64 + 4 / (64 * 256)
 
 
 @dataclass(frozen=True)
@@ -45,10 +47,14 @@ def quantize(model: nn.Module, device: torch.device) -> None:
         NotInstalled: bitsandbytes is not installed.
     """
     bitsandbytes = import_bitsandbytes()
-    for path, layer in list(model.named_modules()):
-        if path.startswith(LANGUAGE_MODEL) and type(layer) is nn.Linear:
-            parent, _, name = path.rpartition(".")
-            setattr(model.get_submodule(parent), name, _nf4_layer(bitsandbytes, layer, device))
+    for path, layer in quantizable_layers(model).items():
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, _nf4_layer(bitsandbytes, layer, device))
+
+
+def quantizable_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """Return the linear layers of the language model by their names in a model without adapters."""
+    return {path: m for path, m in model.named_modules() if path.startswith(LANGUAGE_MODEL) and type(m) is nn.Linear}
 
 
 def import_bitsandbytes() -> Any:

@@ -13,7 +13,10 @@ trained parameters, p processes, and buckets of B = min(N, LARGEST_BUCKET) eleme
 - ZeRO-3: the same, with buffers that are never freed. Weights are counted by the caller.
 
 AdamW has two moments of 4 bytes. On CPU it also makes two temporaries of the size of a tensor; on CUDA, and with
-offloading, the fused kernel makes none.
+offloading, the fused kernel makes none. With `runtime.optimizer=adamw_8bit`, moments have a byte, and a float32 scale
+per 256. bitsandbytes 0.50 updates them with one kernel on CUDA. On CPU it makes five float32 temporaries: both moments,
+the gradient, and two for the denominator. Under ZeRO-0, parameters with less than 4,096 weights have float32 moments,
+which are not counted.
 """
 
 from __future__ import annotations
@@ -50,7 +53,15 @@ class EngineMemory:
 
 
 def engine_memory(
-    trained: int, largest: int, *, zero_stage: int, dtype: str, offload: bool, processes: int, device: str
+    trained: int,
+    largest: int,
+    *,
+    zero_stage: int,
+    dtype: str,
+    offload: bool,
+    processes: int,
+    device: str,
+    optimizer: str = "adamw",
 ) -> EngineMemory:
     """Return the bytes of an engine.
 
@@ -62,24 +73,27 @@ def engine_memory(
         offload: `runtime.offload_optimizer`.
         processes: number of processes, p.
         device: "cuda" or "cpu".
+        optimizer: `runtime.optimizer`, "adamw" or "adamw_8bit".
     """
     half = dtype == "bfloat16"
     width = 2 if half else 4
     bucket, summed = min(trained, LARGEST_BUCKET), min(trained, _LARGEST_SUM)
     part = -(-trained // processes)
-    on_cpu = device == "cpu" and not offload
+    quantized = optimizer == "adamw_8bit"
+    # Bytes per element of the tensor that is updated.
+    updated = 0 if device != "cpu" or offload else 20 if quantized else 8
     if zero_stage == 0:
         # AdamW's temporaries are those of one parameter at a time.
         return EngineMemory(
-            optimizer=(12 if half else 8) * trained,
+            optimizer=(4 * trained if half else 0) + _moments(trained, quantized),
             gradients=width * trained,
             reduction=width * summed,
-            step=(4 * trained if half else 0) + (8 * largest if on_cpu else 0),
+            step=(4 * trained if half else 0) + updated * largest,
         )
-    temporary = 8 * part if on_cpu else 0
+    temporary, states = updated * part, 4 * part + _moments(part, quantized)
     if zero_stage == 1 and half and not offload:
         return EngineMemory(
-            optimizer=12 * part,
+            optimizer=states,
             lasting=4 * trained,
             gradients=2 * trained,
             reduction=(4 + 2) * summed,
@@ -102,7 +116,7 @@ def engine_memory(
     else:
         sizes = EngineMemory(lasting=4 * part + width * bucket, reduction=width * bucket, step=4 * part + temporary)
     if not offload:
-        return replace(sizes, optimizer=12 * part)
+        return replace(sizes, optimizer=states)
     # In host memory: master weights, moments, the gradient, and new weights in their own dtype. In float32, ZeRO-2 adds
     # gradients there, too. The device keeps room for one gradient.
     adds = zero_stage == 2 and not half
@@ -113,3 +127,7 @@ def engine_memory(
         step=0,
         host=(12 + 4 + width + 4 * adds) * part,
     )
+
+
+def _moments(elements: int, quantized: bool) -> int:
+    return 2 * elements + 8 * -(-elements // 256) if quantized else 8 * elements

@@ -26,10 +26,12 @@ from rmsd_fast.models.pass_memory import (
     VISION,
     PassSettings,
     RowShape,
+    complete_config,
     count_pass,
     count_prefill,
     count_vision,
 )
+from rmsd_fast.models.quantize import BYTES_PER_WEIGHT, quantizable_layers
 from rmsd_fast.rollout.shared_cache import BLOCK, PrefixCache
 from rmsd_fast.runtime.engine import LARGEST_BUCKET
 from rmsd_fast.runtime.engine_memory import EngineMemory, engine_memory
@@ -45,11 +47,15 @@ PARTS = (WEIGHTS, GRADIENTS, OPTIMIZER, BUCKETS, ACTIVATIONS, HEADS, VISION, ROL
 CONTEXT_BYTES = GIB // 2
 # ZeRO-3 keeps up to so many gathered elements (stage3_max_live_parameters of DeepSpeed).
 _MOST_GATHERED = 1_000_000_000
-_PIXELS_PER_TOKEN, _PIXEL_BYTES = 2048, 3
+_PIXEL_BYTES = 3
 
 
 class Parameters(NamedTuple):
-    """Numbers of parameters: of the whole model, its vision tower, an untied head, one adapter, and the largest."""
+    """Numbers of parameters.
+
+    Of the whole model, its vision tower, an untied head, one adapter, the largest parameter, the largest of an adapter,
+    the weights that `model.quantize` stores in 4 bits, and the largest of these.
+    """
 
     total: int
     vision: int
@@ -57,6 +63,8 @@ class Parameters(NamedTuple):
     adapter: int
     largest: int
     largest_of_adapter: int
+    quantizable: int
+    largest_quantizable: int
 
 
 @dataclass(frozen=True)
@@ -122,7 +130,9 @@ def plan_memory(settings: RunConfig, config: dict[str, Any], *, processes: int, 
         device: "cuda" or "cpu", where the run will be.
     Raises:
         SettingsError: a target of the adapters is not a linear layer of the language model.
+        ModelError: the family is not supported.
     """
+    config = complete_config(config)
     size = count_parameters(config, settings.model)
     stages = {}
     for stage in settings.stages:
@@ -193,8 +203,10 @@ def _changes(settings: RunConfig) -> Iterator[tuple[str, ...]]:
         if stage > settings.runtime.zero_stage:
             yield (f"runtime.zero_stage={stage}",)
     if not settings.runtime.offload_optimizer:
+        yield ("runtime.optimizer=adamw_8bit",)
         stage = max(2, settings.runtime.zero_stage)
         yield ("runtime.offload_optimizer=true", f"runtime.zero_stage={stage}")
+    yield ("model.quantize=nf4",)
     if settings.model.adapter == "none":
         mode = ("discriminator.mode=shared",) if uses_discriminator(settings) else ()
         frozen = [f"{name}.train_vision=false" for name in ("sft", "distill") if getattr(settings, name).train_vision]
@@ -241,13 +253,14 @@ def check_memory(settings: RunConfig, config: dict[str, Any], *, processes: int,
 
 
 def count_parameters(config: dict[str, Any], model_config: ModelConfig) -> Parameters:
-    """Count the parameters of a Qwen3-VL configuration without allocating weights.
+    """Count the parameters of a model by the contents of its config.json, without allocating weights.
 
     Raises:
         SettingsError: a target of the adapters is not a linear layer of the language model.
+        ModelError: the family is not supported.
     """
     return _count_parameters(
-        json.dumps(config, sort_keys=True),
+        _key(complete_config(config)),
         model_config.adapter,
         model_config.lora_rank,
         tuple(model_config.lora_targets),
@@ -262,6 +275,7 @@ def _count_parameters(config: str, adapter: str, rank: int, targets: tuple[str, 
     distinct = {id(p): p.numel() for p in model.parameters()}
     head, embeddings = model.get_output_embeddings().weight, model.get_input_embeddings().weight
     layers = target_layers(model, list(targets)) if adapter == "lora" else []
+    quantizable = [layer.weight.numel() for layer in quantizable_layers(model).values()]
     return Parameters(
         total=sum(distinct.values()),
         vision=sum(p.numel() for p in model.model.visual.parameters()),
@@ -269,6 +283,8 @@ def _count_parameters(config: str, adapter: str, rank: int, targets: tuple[str, 
         adapter=sum(rank * (layer.in_features + layer.out_features) for layer in layers),
         largest=max(distinct.values()),
         largest_of_adapter=max((rank * max(layer.in_features, layer.out_features) for layer in layers), default=0),
+        quantizable=sum(quantizable),
+        largest_quantizable=max(quantizable),
     )
 
 
@@ -285,8 +301,15 @@ class _Planner:
         self.questions = max(1, training.batch_size // processes)
         self.width = 2 if settings.model.dtype == "bfloat16" else 4
         self.lora = settings.model.adapter == "lora"
+        self.quantized = settings.model.quantize == "nf4"
+        # The frozen adapter of stage 1, on which a quantized run trains new ones.
+        self.starts = self.quantized and "sft" in settings.stages and stage != "sft"
         self.text = config["text_config"]
-        self.vision_config = config.get("vision_config") or {}
+        family, vision = family_of(config), config["vision_config"]
+        # Of the pooled and of each deepstack layer.
+        self.feature_layers = 1 + family.deepstack_layers(family.config_class(**config))
+        self.step_frames = vision["temporal_patch_size"]
+        self.pixels_per_token = self.step_frames * (vision["patch_size"] * vision["spatial_merge_size"]) ** 2
 
     def imitation(self) -> StagePlan:
         """Return the plan of stage 1 or the control."""
@@ -294,7 +317,7 @@ class _Planner:
         responses = [self.settings.rollout.max_new_tokens] * counts[self.settings.sft.responses]
         policy = self._engine(self._trained_by_policy(), self._largest())
         own = self.size.total + (self.size.adapter if self.lora else 0)
-        held = self._states([policy], {"split": own})
+        held = self._states([policy], {"split": own}, copies=1)
         phases = {}
         if not self._inside:
             phases["vision"] = self._add(held, self._tower(), gradients=policy.lasting)
@@ -319,7 +342,7 @@ class _Planner:
         if not self.lora and (referenced or (judged and mode == "head")):
             # ZeRO-3 does not split a reference.
             weights["whole" if referenced else "split"] += self.size.total
-        held = self._states(engines, weights)
+        held = self._states(engines, weights, copies=2 if judged and mode == "separate" else 1)
         lasting = sum(engine.lasting for engine in engines)
         phases = {"rollout": self._add(held, self._rollout(), self._gathered(), gradients=lasting)}
         phases["vision"] = self._add(held, self._tower(), self._gathered(), gradients=lasting)
@@ -358,19 +381,26 @@ class _Planner:
             zero_stage=runtime.zero_stage,
             dtype=self.settings.model.dtype,
             offload=runtime.offload_optimizer,
+            optimizer=runtime.optimizer,
             processes=self.processes,
             device=self.device,
         )
 
-    def _states(self, engines: list[EngineMemory], elements: dict[str, int]) -> dict[str, int]:
-        """Return what is held in all phases. elements: of weights that ZeRO-3 splits, and of others."""
+    def _states(self, engines: list[EngineMemory], elements: dict[str, int], *, copies: int) -> dict[str, int]:
+        """Return what is held in all phases.
+
+        Args:
+            engines: the engines.
+            elements: numbers of weights that ZeRO-3 splits, and of others.
+            copies: number of backbones with adapters, of which `model.quantize` stores most weights in 4 bits.
+        """
         split, whole = elements["split"], elements.get("whole", 0)
         gathered = 0
         if self.settings.runtime.zero_stage == 3:
             gathered = min(self.size.total, _MOST_GATHERED)
             split = -(-split // self.processes)
         held = {
-            WEIGHTS: self.width * (split + whole + gathered),
+            WEIGHTS: self.width * (split + whole + gathered) + copies * self._changed_by_nf4(),
             OPTIMIZER: sum(engine.optimizer for engine in engines),
             MEDIA: self._frames() if self._frames_on_device else 0,
             CONTEXT: CONTEXT_BYTES if self.device == "cuda" else 0,
@@ -379,6 +409,13 @@ class _Planner:
             held[MEDIA] += self._embedding_cache()
             held[OPTIMIZER] += sum(engine.host for engine in engines)
         return held
+
+    def _changed_by_nf4(self) -> int:
+        """Return the difference that `model.quantize` makes to the bytes of a backbone, with its frozen adapter."""
+        if not self.quantized:
+            return 0
+        start = self.width * self.size.adapter if self.starts else 0
+        return start - int((self.width - BYTES_PER_WEIGHT) * self.size.quantizable)
 
     def _gathered(self) -> dict[str, int]:
         """Return the bytes of weights that ZeRO-3 gathers for rollouts, beyond those that it gathers for passes."""
@@ -422,8 +459,9 @@ class _Planner:
             device=self.device,
             trains=kind,
             train_vision=self.train_vision and bool(kind),
-            # The reference and a scalar head alone read the backbone without adapters.
-            adapted=bool(kind),
+            # The reference and a scalar head alone read the backbone without trained adapters. A frozen adapter adds as
+            # much to their passes, and nothing to passes that have another one.
+            adapted=bool(kind) or self.starts,
             reference_heads=int(bool(full_kl)),
             scores=scores,
             masked=settings.model.attention != "flash_attention_2",
@@ -484,7 +522,9 @@ class _Planner:
         # probabilities and their sums.
         number = self.width + (4 if self.width == 2 else 0) + 4 + 8 + 8
         logits = prompts * rows * text["vocab_size"] * number
-        return {ROLLOUT: max(prefill, cache + logits), VISION: self._features(self.questions)}
+        # The last layer's dequantized weight is freed before the logits.
+        whole = self.size.largest_quantizable * self.width if self.quantized else 0
+        return {ROLLOUT: max(prefill, cache + max(logits, whole)), VISION: self._features(self.questions)}
 
     def _tower(self) -> dict[str, int]:
         """Return the bytes of encoding the step's media, which is done in calls of at most micro_tokens tokens."""
@@ -497,24 +537,23 @@ class _Planner:
         # The call's own features are part of its bytes.
         sizes[VISION] += self._features(self.questions - videos)
         if not self._frames_on_device:
-            sizes[VISION] += videos * tokens * _PIXELS_PER_TOKEN * _PIXEL_BYTES
+            sizes[VISION] += videos * tokens * self.pixels_per_token * _PIXEL_BYTES
         return sizes
 
     def _steps(self) -> int:
         video = self.settings.video
-        return -(-(video.num_frames or video.max_frames) // 2)
+        return -(-(video.num_frames or video.max_frames) // self.step_frames)
 
     def _vision_tokens(self) -> int:
         """Return the most vision tokens of a video."""
         video = self.settings.video
-        by_frames = self._steps() * max(1, video.max_frame_pixels * 2 // _PIXELS_PER_TOKEN)
-        return min(video.max_video_pixels // _PIXELS_PER_TOKEN, by_frames)
+        by_frames = self._steps() * max(1, video.max_frame_pixels * self.step_frames // self.pixels_per_token)
+        return min(video.max_video_pixels // self.pixels_per_token, by_frames)
 
     def _features(self, questions: int) -> int:
         """Return the bytes of the pooled and deepstack features of so many questions."""
         tokens = min(self._vision_tokens(), self.settings.data.max_prompt_tokens - 1)
-        layers = 1 + len(self.vision_config.get("deepstack_visual_indexes") or ())
-        return questions * tokens * layers * self.text["hidden_size"] * self.width
+        return questions * tokens * self.feature_layers * self.text["hidden_size"] * self.width
 
     @property
     def _frames_on_device(self) -> bool:
@@ -525,7 +564,7 @@ class _Planner:
         """Return the bytes of decoded frames: those of the step and the steps ahead, and the cache."""
         data = self.settings.data
         tokens = min(self._vision_tokens(), data.max_prompt_tokens - 1)
-        frames = (1 + data.decode_ahead) * self.questions * tokens * _PIXELS_PER_TOKEN * _PIXEL_BYTES
+        frames = (1 + data.decode_ahead) * self.questions * tokens * self.pixels_per_token * _PIXEL_BYTES
         return frames + data.cache_mib * 2**20
 
     def _embedding_cache(self) -> int:
@@ -551,11 +590,12 @@ def _model_key(model: ModelConfig) -> tuple:
         model.adapter,
         model.lora_rank,
         tuple(model.lora_targets),
+        model.quantize,
     )
 
 
 def _model_of(key: tuple) -> ModelConfig:
-    dtype, attention, checkpointing, adapter, rank, targets = key
+    dtype, attention, checkpointing, adapter, rank, targets, quantize = key
     return ModelConfig(
         dtype=dtype,
         attention=attention,
@@ -563,6 +603,7 @@ def _model_of(key: tuple) -> ModelConfig:
         adapter=adapter,
         lora_rank=rank,
         lora_targets=list(targets),
+        quantize=quantize,
     )
 
 

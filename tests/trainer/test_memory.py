@@ -12,15 +12,21 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from bench.core.records import REPOSITORY, read_lines
 from bench.memory.report import modes_table, plan_table
 from rmsd_fast.config import RECIPES, ModelConfig, SettingsError
+from rmsd_fast.made.student import build_tiny_student
 from rmsd_fast.models import pass_memory
+from rmsd_fast.models.families import family_of
 from rmsd_fast.models.pass_memory import (
     ACTIVATIONS,
     PassSettings,
     RowShape,
+    _with_layers,
     attention_bytes,
+    complete_config,
     count_pass,
     count_prefill,
+    count_vision,
 )
+from rmsd_fast.models.quantize import BYTES_PER_WEIGHT, quantize
 from rmsd_fast.models.shared_prefix import enable_shared_prefix
 from rmsd_fast.rollout.shared_cache import PrefixCache
 from rmsd_fast.runtime.engine_memory import EngineMemory, engine_memory
@@ -38,7 +44,13 @@ TEXT |= dict(num_key_value_heads=2, head_dim=16, tie_word_embeddings=True)
 TEXT |= dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[4, 2, 2]))
 VISION = dict(depth=2, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=64)
 VISION |= dict(deepstack_visual_indexes=[0], num_position_embeddings=16)
-CONFIG = {"text_config": TEXT, "vision_config": VISION, "tie_word_embeddings": True}
+QWEN3_VL = {"model_type": "qwen3_vl", "tie_word_embeddings": True}
+CONFIG = complete_config(QWEN3_VL | {"text_config": TEXT, "vision_config": VISION})
+# As in the files of the family, the settings of the language model are at the top.
+FLAT = TEXT | dict(model_type="qwen2_5_vl", rope_scaling=dict(type="mrope", mrope_section=[4, 2, 2]))
+del FLAT["rope_parameters"]
+FLAT |= {"vision_config": dict(depth=3, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=64)}
+FLAT["vision_config"] |= dict(fullatt_block_indexes=[1])
 
 
 def test_parameter_count_of_the_4b_student():
@@ -47,6 +59,9 @@ def test_parameter_count_of_the_4b_student():
     assert 4.3e9 < size.total < 4.6e9
     assert 0.3e9 < size.vision < 0.5e9
     assert size.largest == 151936 * 2560 and size.head == 0
+    # 36 layers with q and o of 2560 x 4096, k and v of 2560 x 1024, and three of 2560 x 9728.
+    assert size.quantizable == 36 * 2560 * (2 * 4096 + 2 * 1024 + 3 * 9728)
+    assert size.largest_quantizable == 2560 * 9728
     # 36 layers of 2560 x 4096 and 9728 x 2560.
     assert size.adapter == 36 * 4 * (2560 + 4096 + 9728 + 2560)
     assert size.largest_of_adapter == 4 * 9728
@@ -59,11 +74,7 @@ def config_4b() -> dict:
     text = dict(vocab_size=151936, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36)
     text |= dict(num_attention_heads=32, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True)
     vision = dict(depth=24, hidden_size=1024, intermediate_size=4096, num_heads=16, out_hidden_size=2560)
-    return {
-        "text_config": text,
-        "vision_config": vision | {"deepstack_visual_indexes": [5, 11, 17]},
-        "tie_word_embeddings": True,
-    }
+    return QWEN3_VL | {"text_config": text, "vision_config": vision | {"deepstack_visual_indexes": [5, 11, 17]}}
 
 
 def test_the_saved_activations_by_hand():
@@ -215,6 +226,19 @@ def test_padded_rows_repeat_keys_and_hold_a_mask():
             EngineMemory(optimizer=800, gradients=400, reduction=400, step=320),
         ),
         ({"zero_stage": 1}, EngineMemory(optimizer=600, lasting=400, gradients=200, reduction=600)),
+        # 2 bytes per moment pair and a block of 256: two scales. On CPU five temporaries of 4 bytes.
+        (
+            {"optimizer": "adamw_8bit"},
+            EngineMemory(optimizer=(4 + 2) * 50 + 8, gradients=200, bucket=200, reduction=360),
+        ),
+        (
+            {"optimizer": "adamw_8bit", "device": "cpu"},
+            EngineMemory(optimizer=(4 + 2) * 50 + 8, gradients=200, bucket=200, reduction=360, step=20 * 50),
+        ),
+        (
+            {"optimizer": "adamw_8bit", "zero_stage": 0, "dtype": "float32", "device": "cpu"},
+            EngineMemory(optimizer=2 * 100 + 8, gradients=400, reduction=400, step=20 * 40),
+        ),
         (
             {"offload": True},
             EngineMemory(gradients=200, bucket=200 + 80, reduction=360, host=(12 + 4 + 2) * 50),
@@ -230,9 +254,13 @@ def test_engines_by_hand(overrides, expected):
     assert engine_memory(100, 40, **settings | overrides) == expected
 
 
+def parameters(**sizes: int) -> Parameters:
+    return Parameters(**dict.fromkeys(Parameters._fields, 0) | sizes)
+
+
 def test_the_states_of_a_stage_by_hand(monkeypatch):
     """Bytes in bfloat16: 2 per weight of a copy, and per trained parameter 4 of gradient and 12 of optimizer."""
-    size = Parameters(total=10 * GIB, vision=GIB, head=0, adapter=GIB // 4, largest=GIB, largest_of_adapter=2**20)
+    size = parameters(total=10 * GIB, vision=GIB, adapter=GIB // 4, largest=GIB, largest_of_adapter=2**20)
     monkeypatch.setattr(memory, "count_parameters", lambda *_: size)
     for name in ("_counted_pass", "_counted_prefill", "_counted_vision"):
         monkeypatch.setattr(memory, name, lambda *_: {"vision": 0})
@@ -259,19 +287,173 @@ def test_the_states_of_a_stage_by_hand(monkeypatch):
         assert states / GIB == pytest.approx(gib, abs=1e-3), (overrides, parts)
 
 
+def test_8_bit_moments_are_those_of_bitsandbytes():
+    optim = pytest.importorskip("bitsandbytes.optim")
+    weight = torch.nn.Parameter(torch.zeros(100_000))
+    optimizer = optim.AdamW8bit([weight])
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    state = optimizer.state[weight]
+    held = sum(state[name].nbytes for name in ("state1", "state2", "absmax1", "absmax2"))
+    sizes = {"zero_stage": 0, "dtype": "float32", "offload": False, "processes": 1, "device": "cuda"}
+    # 391 blocks of 256.
+    assert held == 2 * 100_000 + 2 * 4 * 391
+    assert engine_memory(100_000, 100_000, optimizer="adamw_8bit", **sizes).optimizer == held
+
+
+def test_quantized_weights_are_those_of_bitsandbytes():
+    pytest.importorskip("bitsandbytes")
+    model = torch.nn.Module()
+    model.model = torch.nn.Module()
+    model.model.language_model = torch.nn.Sequential(torch.nn.Linear(1024, 512, bias=False, dtype=torch.bfloat16))
+    quantize(model, torch.device("cpu"))
+    weight = model.model.language_model[0].weight
+    state = weight.quant_state
+    held = weight.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes
+    # 8,192 blocks of 64, in 32 blocks of 256.
+    assert held == 512 * 1024 // 2 + 8192 + 4 * 32 == BYTES_PER_WEIGHT * 512 * 1024
+
+
+def test_quantized_backbones_by_hand(monkeypatch):
+    """8 of 10 Gi weights are quantized: 16 GiB in bfloat16, and 8 * (4 / 8 + 1 / 64 + 4 / 16384) in nf4."""
+    size = parameters(total=10 * GIB, adapter=GIB // 4, quantizable=8 * GIB, largest_quantizable=GIB // 8)
+    monkeypatch.setattr(memory, "count_parameters", lambda *_: size)
+    for name in ("_counted_pass", "_counted_prefill", "_counted_vision"):
+        monkeypatch.setattr(memory, name, lambda *_: {"vision": 0})
+    backbone = 20 - 16 + 8 * 0.515869140625
+    adapter = 0.5
+    for stages, mode, stage, gib in (
+        ("[sft,distill]", "shared", "sft", backbone + adapter),
+        # Policy, discriminator, and the frozen adapter of stage 1.
+        ("[sft,distill]", "shared", "distill", backbone + 3 * adapter),
+        ("[distill]", "shared", "distill", backbone + 2 * adapter),
+        ("[sft,distill]", "separate", "distill", 2 * (backbone + 2 * adapter)),
+        ("[sft,distill]", "head", "distill", backbone + 2 * adapter),
+    ):
+        changes = ["model.quantize=nf4", f"stages={stages}", f"discriminator.mode={mode}"]
+        settings = load_settings("rmsd_qwen3vl_4b_lora", changes)
+        phases = plan_memory(settings, config_4b(), processes=1, device="cuda").stages[stage].phases
+        assert phases["policy"]["weights"] / GIB == pytest.approx(gib, abs=1e-4), (stages, mode, stage)
+
+
+def test_a_quantized_layer_holds_its_whole_weight_in_a_pass():
+    layer = torch.nn.Linear(64, 96, bias=False)
+    inputs, grad = torch.empty(10, 64, requires_grad=True), torch.empty(10, 96)
+    live = pass_memory.LiveBytes([layer.weight, inputs, grad], "cpu", RowShape("shared", (10,), ((),), (0,)))
+    with live:
+        output = pass_memory._multiply_as_nf4(layer, inputs)
+        assert live.peaks["forward"] == {ACTIVATIONS: 4 * (96 * 64 + 10 * 96)}
+        # Nothing but the output is kept.
+        assert live.live == {ACTIVATIONS: 4 * 10 * 96}
+        live.phase = "backward"
+        output.backward(grad)
+    assert live.peaks["backward"] == {ACTIVATIONS: 4 * (10 * 96 + 96 * 64 + 10 * 64)}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_quantizing_adds_no_activations_that_grow_with_depth(checkpointing):
+    shape = RowShape("shared", (200,), ((80, 80),), (0,))
+    growth = []
+    for quantized in ("none", "nf4"):
+        cfg = ModelConfig(adapter="lora", lora_rank=4, gradient_checkpointing=checkpointing, quantize=quantized)
+        sizes = [count_pass(_layers(n), cfg, shape, PassSettings("cpu", "policy"))[ACTIVATIONS] for n in (5, 6)]
+        growth.append(sizes[1] - sizes[0])
+    assert growth[0] == growth[1] > 0
+
+
+def test_the_other_family_is_planned(monkeypatch):
+    config = complete_config(FLAT)
+    assert complete_config(config) == config and config["text_config"]["hidden_size"] == 64
+    cfg = ModelConfig(dtype="bfloat16")
+    shape = RowShape("shared", (20, 12), ((), ()), (0, 0))
+    sizes = [sum(count_prefill(_with_layers(config, n), cfg, shape, "cpu", PrefixCache).values()) for n in (5, 6)]
+    # K and V of 32 tokens with 2 heads of 16 in 2 bytes.
+    assert sizes[1] - sizes[0] == 2 * 32 * 2 * 16 * 2
+    # 12 frames of 4 x 28 x 28 pixels in pairs are 24 tokens of 64 numbers. No layers have features of their own.
+    changes = ["video.num_frames=12", "video.max_frame_pixels=3136", "sft.batch_size=1"]
+    settings = load_settings("rmsd_qwen25vl_7b_lora", changes)
+    monkeypatch.setattr(memory, "_counted_vision", lambda *_: {"vision": 0})
+    plan = plan_memory(settings, FLAT, processes=1, device="cuda")
+    assert plan.stages["distill"].phases["policy"]["vision"] == 32 * 24 * 64 * 2
+    # Decoded frames have 3 bytes per pixel, in this step and in those ahead.
+    assert settings.data.decode_ahead == 1
+    frames = 2 * 32 * 12 * 3136 * 3 + settings.data.cache_mib * 2**20
+    assert plan.stages["distill"].phases["policy"]["media"] == frames
+
+
+def test_the_tower_with_windows_takes_what_the_model_takes():
+    from rmsd_fast.models.students import DTYPES
+    from rmsd_fast.models.vision_attention import FRAMES
+
+    config = complete_config(FLAT)
+    cfg = ModelConfig(dtype="float32")
+    # 3 steps of 32 tokens: 8 x 16 patches, with two windows of 8 x 8 patches.
+    planned = count_vision(config, cfg, RowShape("shared", (1,), ((),), (96,), 3), "cpu")["vision"]
+    family = family_of(config)
+    model = family.model_class._from_config(
+        family.config_class(**config), dtype=DTYPES[cfg.dtype], attn_implementation="sdpa"
+    )
+    model.set_attn_implementation({"vision_config": FRAMES})
+    patches, grid = torch.zeros(384, 3 * 2 * 14 * 14), torch.tensor([[3, 8, 16]])
+    inputs = family.tower_inputs(model.config.vision_config, grid)
+    known = [*model.parameters(), *model.buffers(), *(value for value in inputs.values() if torch.is_tensor(value))]
+    live = pass_memory.LiveBytes(known, "cpu", RowShape("shared", (1,), ((),), (96,)))
+    with torch.no_grad(), live:
+        model.model.visual(patches, grid_thw=grid, **inputs)
+    assert live.peaks["forward"] == {ACTIVATIONS: planned}
+
+
+@pytest.mark.parametrize("packing", ["shared", "padded"])
+@pytest.mark.parametrize("config", [CONFIG, FLAT], ids=["qwen3_vl", "qwen2_5_vl"])
+def test_a_trained_tower_is_continued_exactly(config, packing):
+    config = complete_config(config)
+    shape = RowShape(packing, (200,), ((80, 80),), (9,))
+    cfg, settings = ModelConfig(dtype="float32"), PassSettings("cpu", "policy", train_vision=True)
+    whole = pass_memory._count_with(_with_layers(config, 6), cfg, shape, settings)
+    highest = max(sum(sizes.values()) for sizes in whole.values())
+    assert sum(count_pass(_with_layers(config, 6), cfg, shape, settings).values()) == highest
+
+
+def test_dry_run_of_the_other_family(tmp_path, capsys):
+    build_tiny_student(tmp_path / "student", texts=["a"], layers=2, family="qwen2_5_vl")
+    command = ["rmsd_qwen25vl_7b_lora", f"model.path={tmp_path / 'student'}", "--dry-run", "--gpu-gib", "80"]
+    # Questions and teacher answers are missing.
+    assert main(command) == 2
+    told = capsys.readouterr().out
+    assert "fits in 80.0 GiB" in told and re.search(r"vision +\d", told) and "not ready: provide" in told
+
+
+def test_quantizing_is_named_if_it_makes_a_run_fit(simple_counts):
+    settings = load_settings("rmsd_qwen3vl_4b_lora")
+    plan = plan_memory(settings, config_4b(), processes=1, device="cuda")
+    found = fit_lines(settings, config_4b(), plan, plan.total - 4 * GIB, 1)
+    changed = load_settings("rmsd_qwen3vl_4b_lora", ["model.quantize=nf4"])
+    total = plan_memory(changed, config_4b(), processes=1, device="cuda").total
+    assert f"set model.quantize=nf4, planned {total / GIB:.1f} GiB" in found
+    # Full training cannot be quantized.
+    full = load_settings("rmsd_qwen3vl_4b")
+    plan = plan_memory(full, config_4b(), processes=1, device="cuda")
+    found = fit_lines(full, config_4b(), plan, plan.total - GIB, 1)
+    assert any("adamw_8bit" in line for line in found) and not any("nf4" in line for line in found)
+
+
 def _layers(number: int) -> dict:
-    return CONFIG | {"text_config": TEXT | {"num_hidden_layers": number}}
+    return _with_layers(CONFIG, number)
 
 
 def config_8b() -> dict:
     text = dict(vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36)
     text |= dict(num_attention_heads=32, num_key_value_heads=8, head_dim=128)
     vision = dict(depth=27, hidden_size=1152, intermediate_size=4304, num_heads=16, out_hidden_size=4096)
-    return {
-        "text_config": text,
-        "vision_config": vision | {"deepstack_visual_indexes": [8, 16, 24]},
-        "tie_word_embeddings": False,
-    }
+    vision |= {"deepstack_visual_indexes": [8, 16, 24]}
+    return QWEN3_VL | {"text_config": text, "vision_config": vision, "tie_word_embeddings": False}
+
+
+# Sizes of Qwen/Qwen2.5-VL-7B-Instruct, in the form of its config.json.
+CONFIG_7B = dict(model_type="qwen2_5_vl", vocab_size=152064, hidden_size=3584, intermediate_size=18944)
+CONFIG_7B |= dict(num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, tie_word_embeddings=False)
+CONFIG_7B |= dict(rope_theta=1000000.0, rope_scaling={"type": "mrope", "mrope_section": [16, 24, 24]})
+CONFIG_7B |= dict(vision_config=dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, in_chans=3))
 
 
 @pytest.mark.parametrize(
@@ -281,6 +463,7 @@ def config_8b() -> dict:
         ("rmsd_qwen3vl_4b_lora", config_4b(), 1, 80),
         ("rmsd_qwen3vl_4b_lora_24gb", config_4b(), 1, 24),
         ("rmsd_qwen3vl_8b_lora_80gb", config_8b(), 1, 80),
+        ("rmsd_qwen25vl_7b_lora", CONFIG_7B, 1, 80),
     ],
 )
 def test_the_head_of_a_recipe_tells_its_plan(recipe, config, processes, gpu_gb):
@@ -381,7 +564,7 @@ def test_the_manual_shows_the_records():
 
 
 def test_zero_3_gathers_all_weights_for_rollouts(simple_counts, monkeypatch):
-    size = Parameters(total=10**10, vision=0, head=0, adapter=0, largest=10**8, largest_of_adapter=0)
+    size = parameters(total=10**10, largest=10**8)
     monkeypatch.setattr(memory, "count_parameters", lambda *_: size)
     settings = load_settings("rmsd_qwen3vl_4b", ["runtime.zero_stage=3", "distill.kl_coef=0", "reward.alpha=0", STAGES])
     phases = plan_memory(settings, config_4b(), processes=4, device="cuda").stages["distill"].phases

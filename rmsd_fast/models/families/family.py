@@ -55,6 +55,8 @@ class Family:
             embeddings, followed by those of each deepstack layer.
         deepstack_inputs: function (language model, places [vision tokens], features by deepstack layer) that returns
             the arguments with which the language model adds these features.
+        tower_inputs: function (config of the tower, grids [media, 3]) that returns the arguments which the tower would
+            compute from the values of the grids. With them, the tower runs on tensors without data.
         liger: its layers with kernels in Liger.
         processor_files: function (preprocessor) that returns the content of the processor's files by name.
         card: what a model card says about versions of other software.
@@ -73,6 +75,7 @@ class Family:
     deepstack_layers: Callable[[PreTrainedConfig], int]
     vision_layers: Callable[[Any], list[list[torch.Tensor]]]
     deepstack_inputs: Callable[[nn.Module, torch.Tensor, list[torch.Tensor]], dict[str, Any]]
+    tower_inputs: Callable[[PreTrainedConfig, torch.Tensor], dict[str, Any]]
     liger: LigerLayers
     processor_files: Callable[[Preprocessor], dict[str, dict[str, Any]]]
     card: str

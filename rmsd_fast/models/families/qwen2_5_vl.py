@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import PreTrainedConfig, PreTrainedModel, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as modeling
+from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
 
 from rmsd_fast.data.chat_template import IMAGE_PAD, VIDEO_PAD
 from rmsd_fast.data.preprocess import Preprocessor
@@ -91,6 +92,21 @@ def _deepstack_inputs(language_model: nn.Module, places: torch.Tensor, layers: l
     return {}
 
 
+def _tower_inputs(config: PreTrainedConfig, grids: torch.Tensor) -> dict[str, Any]:
+    merge = config.spatial_merge_size
+    index, windows = get_vision_window_index(
+        grids, spatial_merge_size=merge, window_size=config.window_size, patch_size=config.patch_size
+    )
+    return {
+        "position_ids": get_vision_position_ids(grids, merge),
+        "cu_seqlens": get_vision_cu_seqlens(grids),
+        "max_seqlen": int((grids[:, 1] * grids[:, 2]).max()),
+        "window_index": index,
+        "cu_window_seqlens": windows,
+        "max_window_seqlen": int(windows.diff().max()),
+    }
+
+
 def _processor_files(preprocessor: Preprocessor) -> dict[str, dict[str, Any]]:
     # The original models have these budgets for images and for each frame of a video.
     common = {
@@ -118,6 +134,7 @@ QWEN2_5_VL = Family(
     deepstack_layers=_deepstack_layers,
     vision_layers=_vision_layers,
     deepstack_inputs=_deepstack_inputs,
+    tower_inputs=_tower_inputs,
     liger=LigerLayers(
         norm=modeling.Qwen2_5_VLRMSNorm,
         mlp=modeling.Qwen2MLP,

@@ -8,8 +8,13 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import PreTrainedModel, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import PreTrainedConfig, PreTrainedModel, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.models.qwen3_vl import modeling_qwen3_vl as modeling
+from transformers.vision_utils import (
+    get_vision_cu_seqlens,
+    get_vision_interpolation_indices_and_weights,
+    get_vision_position_ids,
+)
 
 from rmsd_fast.config import NotInstalled
 from rmsd_fast.data.chat_template import IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START
@@ -105,6 +110,24 @@ def add_features(hidden: torch.Tensor, places: torch.Tensor, features: torch.Ten
     return hidden
 
 
+def _tower_inputs(config: PreTrainedConfig, grids: torch.Tensor) -> dict[str, Any]:
+    merge = config.spatial_merge_size
+    indices, weights = get_vision_interpolation_indices_and_weights(
+        grids,
+        num_grid_per_side=int(config.num_position_embeddings**0.5),
+        mode="bilinear",
+        align_corners=True,
+        spatial_merge_size=merge,
+    )
+    return {
+        "interp_indices": indices,
+        "interp_weights": weights,
+        "position_ids": get_vision_position_ids(grids, merge),
+        "cu_seqlens": get_vision_cu_seqlens(grids),
+        "max_seqlen": int((grids[:, 1] * grids[:, 2]).max()),
+    }
+
+
 def _processor_files(preprocessor: Preprocessor) -> dict[str, dict[str, Any]]:
     common = processor_settings(preprocessor)
     image = {
@@ -138,6 +161,7 @@ QWEN3_VL = Family(
     deepstack_layers=_deepstack_layers,
     vision_layers=_vision_layers,
     deepstack_inputs=_deepstack_inputs,
+    tower_inputs=_tower_inputs,
     liger=LigerLayers(
         norm=modeling.Qwen3VLTextRMSNorm,
         mlp=modeling.Qwen3VLTextMLP,
