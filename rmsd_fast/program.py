@@ -79,6 +79,9 @@ def _run(
         case _:
             if ends is not None:
                 ends.note("fault")
+            if isinstance(error, BrokenPipeError):
+                # `run_main` would take it for the end of the program that reads the output.
+                raise RuntimeError("the connection to another process has ended") from error
             raise error
     if message:
         if ends is not None:

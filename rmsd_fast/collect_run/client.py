@@ -65,9 +65,10 @@ class Client:
         # httpx logs each URL.
         logging.getLogger("httpx2").setLevel(logging.WARNING)
         self._tls = httpx2.create_ssl_context()
-        # HTTP clients that are not in use. Each request in flight has a client of its own, because a shared one polls
-        # its idle connections before and after each request: a quarter of the CPU time with 64 connections.
-        self._free: list[httpx2.AsyncClient] = []
+        # HTTP clients of each endpoint that are not in use. Each request in flight has a client of its own, because a
+        # shared one polls its idle connections before and after each request: a quarter of the CPU time with 64
+        # connections. A client for several endpoints would keep a connection to each of them.
+        self._free: list[list[httpx2.AsyncClient]] = [[] for _ in teacher.endpoints]
         self._urls = [httpx2.URL(f"{endpoint}/chat/completions") for endpoint in teacher.endpoints]
         # Time of the last success, and the longest pause that a server has asked for since.
         self._succeeded_s, self._asked_s = 0.0, 0.0
@@ -79,8 +80,9 @@ class Client:
         return self
 
     async def __aexit__(self, *exception) -> None:
-        for http in self._free:
-            await http.aclose()
+        for https in self._free:
+            for http in https:
+                await http.aclose()
 
     def _new_http(self) -> httpx2.AsyncClient:
         # A proxy of the environment cannot reach servers on this machine.
@@ -204,7 +206,7 @@ class Client:
     async def _exchange(self, index: int, body: bytes) -> Reply:
         key = self.teacher.keys[index]
         headers = _HEADERS | ({"Authorization": f"Bearer {key}"} if key else {})
-        http = self._free.pop() if self._free else self._new_http()
+        http = self._free[index].pop() if self._free[index] else self._new_http()
         try:
             async with http.stream("POST", self._urls[index], content=body, headers=headers) as response:
                 pieces, size = [], 0
@@ -217,7 +219,7 @@ class Client:
                 if response.status_code != 200:
                     raise failure(response.status_code, response.headers, data, key)
         finally:
-            self._free.append(http)
+            self._free[index].append(http)
         return read_reply(data, key)
 
 

@@ -124,7 +124,12 @@ def _tiles(analysis: Mapping[str, Any]) -> str:
         share = sum(group[key] * group["responses"] for group in groups) / responses
         tiles.append(tile(title, f"{percent(share)}%", below))
     if priced := (analysis["usage"] or {}).get("priced"):
-        below = f"{number(priced['per_valid'])} per valid answer"
+        below, missing = (
+            f"{number(priced['per_valid'])} per valid answer",
+            analysis["pool_usage"].get("unpriced_answers"),
+        )
+        if missing:
+            below += f"; {missing:,} answers without token counts are not included"
         tiles.append(tile("Cost of the pool", number(analysis["pool_usage"]["priced"]), below))
     return f'<div class="tiles">{"".join(tiles)}</div>'
 

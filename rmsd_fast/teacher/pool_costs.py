@@ -10,7 +10,7 @@ from rmsd_fast.teacher.pool import TeacherResponse
 from rmsd_fast.teacher.pool_estimates import MOST_K, common_count, estimates
 from rmsd_fast.teacher.pool_rows import PoolRows
 from rmsd_fast.teacher.scores import Pool
-from rmsd_fast.teacher.usage import Prices, Usage, read_usage
+from rmsd_fast.teacher.usage import WITH, Prices, Usage, read_usage
 
 
 def usage_per_answer(rows: PoolRows, tau: float) -> dict | None:
@@ -43,14 +43,21 @@ def whole_usage(pool: Pool, prices: Prices | None) -> dict[str, float]:
 
     Args:
         pool: all answers, including those that no other number includes.
-        prices: prices of the tokens; with them, `priced` is the cost at these prices.
+        prices: prices of the tokens; with them, `priced` is the cost at these prices, and `unpriced_answers` is the
+            number of answers without token counts, whose cost is missing in it (absent if there are none).
     """
     responses: Sequence[TeacherResponse] = [response for answers in pool.values() for response in answers]
     used = np.array([read_usage(response.usage) for response in responses], dtype=np.float64)
     columns = dict(zip(Usage._fields, used.T, strict=True))
     if prices is not None:
         columns["priced"] = prices.cost(columns["prompt_tokens"], columns["completion_tokens"])
-    return {name: float(np.nansum(values)) for name, values in columns.items() if np.isfinite(values).any()}
+    totals = {name: float(np.nansum(values)) for name, values in columns.items() if np.isfinite(values).any()}
+    if "priced" in totals:
+        # An answer whose reply is priced with another answer is not missing.
+        alone = np.array([WITH not in response.usage for response in responses])
+        missing = int((alone & ~np.isfinite(columns["priced"])).sum())
+        totals |= {"unpriced_answers": missing} if missing else {}
+    return totals
 
 
 def cost_of_k(rows: PoolRows, prices: Prices, tau: float) -> dict | None:

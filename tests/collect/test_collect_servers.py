@@ -48,6 +48,19 @@ def test_requests_share_connections(tmp_path):
     assert server.count == 100 and server.connections == server.most_in_flight == 8
 
 
+def test_endpoints_have_connections_of_their_own(tmp_path):
+    """A client that serves two endpoints would keep a connection to both."""
+
+    def slow(request, number):
+        return replace(right(request, number), delay_s=0.01)
+
+    limits = ["collect.start_concurrency=4", "collect.max_concurrency=4"]
+    with TeacherServer(slow) as one, TeacherServer(slow) as two:
+        collect_plainly(plain_questions(tmp_path, 100), [one.url, two.url], tmp_path / "pool.jsonl", *limits)
+    assert one.count + two.count == 100
+    assert one.connections <= 4 and two.connections <= 4
+
+
 @pytest.mark.parametrize("rejects", [False, True])
 def test_servers_without_n(tmp_path, rejects):
     def one(request, number):

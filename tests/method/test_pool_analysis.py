@@ -248,6 +248,7 @@ def test_costs_of_pools_with_few_token_counts():
     pool = {"t0": answers("t0", None, None, usage=counted), "t1": answers("t1", "0 to 10", "0 to 10")}
     analysis = analyze_pool(pool, INTERVALS, TeacherConfig(parse="strict"), simulated=False, prices=prices)
     of_k = analysis["cost_of_k"]
+    assert analysis["pool_usage"]["priced"] == pytest.approx(4e-5) and analysis["pool_usage"]["unpriced_answers"] == 2
     # Only t0 has token counts, and no valid answer.
     assert of_k["questions"] == 1 and [point["mean"] for point in of_k["per_question"]] == [2e-5, 4e-5]
     assert of_k["per_valid"] == of_k["per_kept"] == [None, None] and of_k["per_question"][0]["low"] is None
