@@ -221,7 +221,7 @@ def test_dry_run_counts_the_available_inputs(capsys, tmp_path, material):
     printed = capsys.readouterr().out
     assert "questions: 36 (" in printed
     assert "teacher: 144 answers of simulated, up to K=4 of each question (36 questions have 4)" in printed
-    assert "0.5M parameters" in printed and printed.strip().endswith("ready")
+    assert "memory per process, on CPU, planned" in printed and printed.strip().endswith("ready")
 
 
 @pytest.mark.parametrize(
