@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rmsd_fast.config import CheckpointError
+from rmsd_fast.data.errors import counted
 from rmsd_fast.files import read_tensors
 
 
@@ -150,8 +151,9 @@ class SavedEngine:
             elif state.shape != master.shape:
                 raise CheckpointError(
                     f"{self.folder}: {kind}: expected optimizer states with one number for each weight, got "
-                    f"{tuple(state.shape)} for {tuple(master.shape)}, which cannot be redistributed; resume with the "
-                    "number of processes and the ZeRO stage that saved it"
+                    f"{tuple(state.shape)} for {tuple(master.shape)}, which cannot be redistributed "
+                    f"(runtime.optimizer=adamw_8bit); resume with {counted(self.ranks, 'process', 'processes')} and "
+                    f"runtime.zero_stage={self.zero_stage}"
                 )
             complete.append(state)
         return complete

@@ -67,10 +67,10 @@ def prepare_material(settings: RunConfig, world: World, *, training: bool = True
     check_liger(settings.model.liger, world.device)
     check_packages(settings, training=training)
     if training:
-        # Only the main process writes to trackers.
-        on_main(world, lambda: check_trackers(settings.runtime.trackers))
         check_batches(settings, world.size)
         losses_of(settings, world)
+        # Only the main process writes to trackers.
+        on_main(world, lambda: check_trackers(settings.runtime.trackers))
     made = on_main(world, lambda: _make_locked(settings)) if settings.made.enabled else {}
     named = {"train": settings.data.train, "heldout": settings.data.heldout, "pool": settings.teacher.pool}
     files = {role: path or made.get(role, "") for role, path in named.items()}

@@ -143,6 +143,9 @@ def check_changes(
     if checkpoint is not None:
         _refuse_late_changes(settings, checkpoint.state)
         _refuse_other_models(former, now)
+        # After stage 1, the next stage starts with new engines.
+        if not (checkpoint.state["stage"] == "sft" and _is_complete("sft", settings, checkpoint.state)):
+            _refuse_other_states(former["settings"], now["settings"])
     if changes:
         state = checkpoint.state if checkpoint else None
         _take_changes(settings, folder, keeps=lambda name: _comparable(name, former, now, settings, state))
@@ -201,6 +204,29 @@ def _refuse_late_changes(settings: RunConfig, state: dict) -> None:
             raise SettingsError(
                 f"{section}.{late[0]}={now[section][late[0]]} has no effect: {done} of {former[section][steps]} steps "
                 f"of {stage} are done; leave it out, or start a new run from the exported student"
+            )
+
+
+# Settings that decide which weights the engines train and which states their optimizers have.
+_OF_STATES = (
+    *("model.dtype", "model.adapter", "model.lora_rank", "model.lora_alpha", "model.lora_targets", "model.quantize"),
+    *("discriminator.mode", "runtime.optimizer"),
+)
+
+
+def _refuse_other_states(former: dict, now: dict) -> None:
+    """Reject changes with which the states of the checkpoint's engines could not be loaded or would mean another model.
+
+    Args:
+        former, now: settings before and after the changes.
+    """
+    for setting in _OF_STATES:
+        section, _, name = setting.partition(".")
+        before, after = former[section].get(name), now[section][name]
+        if before is not None and before != after:
+            raise SettingsError(
+                f"{setting}={after}: expected {before}, with which the checkpoint was written; leave it out, or start "
+                "a new run"
             )
 
 

@@ -182,3 +182,18 @@ def test_more_steps_than_the_control_has_taken_are_refused_while_it_is_compared(
     run_folder._refuse_late_changes(load_settings("quickstart", ["distill.kl_coef=0.5"]), state)
     without = load_settings("quickstart", ["distill.steps=90", "stages=[sft,warm_up,distill]"])
     run_folder._refuse_late_changes(without, state)
+
+
+def test_settings_of_the_saved_states_are_refused():
+    """The checkpoint's engines could not be loaded, or would be another model, so nothing may be written before."""
+    former = settings_as_dict(load_settings("quickstart", ["model.adapter=lora", "sft.train_vision=false"]))
+    for override in ("model.lora_rank=4", "model.lora_alpha=8", "runtime.optimizer=adamw_8bit"):
+        changed = settings_as_dict(
+            load_settings("quickstart", ["model.adapter=lora", "sft.train_vision=false", override])
+        )
+        with pytest.raises(SettingsError, match=f"{override}.*: expected .* with which the checkpoint was written"):
+            run_folder._refuse_other_states(former, changed)
+    run_folder._refuse_other_states(former, former)
+    # Checkpoints of earlier versions do not know every setting.
+    del former["runtime"]["optimizer"]
+    run_folder._refuse_other_states(former, former | {"runtime": {"optimizer": "adamw"}})

@@ -432,6 +432,7 @@ def test_resume_refuses_another_model(whole, made, tmp_path, folder, name):
         (["--allow-changes", "sft.steps=4"], "sft.steps=4 has no effect: 3 of 3 steps of sft are done"),
         (["--allow-changes", "sft.lr=0.5"], "sft.lr=0.5 has no effect: 3 of 3 steps of sft are done"),
         (["--allow-changes", "distill.steps=4"], "distill.steps=4 has no effect: 5 of 5 steps of distill are done"),
+        (["--allow-changes", "discriminator.mode=head"], "discriminator.mode=head: expected separate, with which the"),
     ],
 )
 def test_resume_refuses_changes_without_effect(whole, overrides, words):
