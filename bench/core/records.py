@@ -140,7 +140,8 @@ def case_of(record: dict) -> str:
 
 
 def hardware_of(record: dict) -> str:
-    return record.get("gpu") or f"{record['cpu']}, {record['threads']} threads"
+    threads = record.get("threads")
+    return record.get("gpu") or f"{record['cpu']}, {threads} thread{'' if threads == 1 else 's'}"
 
 
 def sources(records: list[dict]) -> str:
