@@ -10,8 +10,9 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +38,7 @@ from rmsd_fast.runtime.engine import LARGEST_BUCKET
 from rmsd_fast.runtime.engine_memory import EngineMemory, engine_memory
 from rmsd_fast.setting_rules import check_together, uses_discriminator, uses_reference
 
+log = logging.getLogger("rmsd_fast")
 GIB = 2**30
 WEIGHTS, GRADIENTS, OPTIMIZER, BUCKETS, ROLLOUT, MEDIA, CONTEXT = (
     *("weights", "gradients", "optimizer", "buckets", "rollout", "media"),
@@ -48,6 +50,8 @@ CONTEXT_BYTES = GIB // 2
 # ZeRO-3 keeps up to so many gathered elements (stage3_max_live_parameters of DeepSpeed).
 _MOST_GATHERED = 1_000_000_000
 _PIXEL_BYTES = 3
+# Advice for micro_tokens leaves room for teacher answers of so many tokens, whose lengths are not settings.
+_TEACHER_TOKENS = 1024
 
 
 class Parameters(NamedTuple):
@@ -168,25 +172,23 @@ def fit_lines(settings: RunConfig, config: dict[str, Any], plan: MemoryPlan, roo
     if alone:
         return [*lines, *alone]
     together: tuple[str, ...] = ()
-    best, before = plan.total, plan.total + 1
-    # A change of one phase may only count after another phase was lowered.
-    while best < before:
-        before = best
-        for change in changes:
-            keys = {setting.partition("=")[0] for setting in change}
-            tried = (*(s for s in together if s.partition("=")[0] not in keys), *change)
-            total = _total(settings, config, plan.device, processes, tried)
-            if total is not None and total < best:
-                together, best = tried, total
-            if best <= room:
-                return [*lines, f"set {' '.join(together)}, planned {best / GIB:.1f} GiB"]
+    best = plan.total
+    # A single pass: each plan can take seconds, and all combinations would take minutes.
+    for change in changes:
+        keys = {setting.partition("=")[0] for setting in change}
+        tried = (*(s for s in together if s.partition("=")[0] not in keys), *change)
+        total = _total(settings, config, plan.device, processes, tried)
+        if total is not None and total < best:
+            together, best = tried, total
+        if best <= room:
+            return [*lines, f"set {' '.join(together)}, planned {best / GIB:.1f} GiB"]
     tail = f"the smallest plan found has {best / GIB:.1f} GiB, with {' '.join(together)}; " if together else ""
     return [*lines, f"{tail}use a smaller model, a larger GPU, or more GPUs"]
 
 
 def _changes(settings: RunConfig) -> Iterator[tuple[str, ...]]:
     """Yield changes of settings that may lower the plan, cheapest first."""
-    longest = settings.data.max_prompt_tokens + settings.rollout.max_new_tokens + 1
+    longest = settings.data.max_prompt_tokens + max(settings.rollout.max_new_tokens + 1, _TEACHER_TOKENS)
     if not settings.model.gradient_checkpointing:
         yield ("model.gradient_checkpointing=true",)
     prompts = settings.rollout.prompts_per_batch
@@ -230,9 +232,13 @@ def _total(
     return plan_memory(changed, config, processes=processes, device=device).total
 
 
-def device_room(device: torch.device) -> int:
-    """Return the bytes that this process can use of a CUDA device: what is free, and its own context."""
-    return torch.cuda.mem_get_info(device)[0] + CONTEXT_BYTES
+def device_room(device: torch.device) -> tuple[int, str]:
+    """Return the bytes that this process can use of a CUDA device, and a text about how much of it is free.
+
+    The process can use what is free, and its own context.
+    """
+    free, size = torch.cuda.mem_get_info(device)
+    return free + CONTEXT_BYTES, f"{free / GIB:.1f} GiB of the GPU's {size / GIB:.1f} GiB are free"
 
 
 def check_memory(settings: RunConfig, config: dict[str, Any], *, processes: int, device: torch.device) -> list[str]:
@@ -240,16 +246,21 @@ def check_memory(settings: RunConfig, config: dict[str, Any], *, processes: int,
 
     Raises:
         SettingsError: the plan exceeds the memory of the CUDA device.
+        ModelError: the family is not supported.
     """
     plan = plan_memory(settings, config, processes=processes, device=device.type)
     lines = [f"memory planned per process: {plan.total / GIB:.2f} GiB"]
     if device.type != "cuda":
         return lines
-    room = device_room(device)
-    found = fit_lines(settings, config, plan, room, processes)
-    if plan.total > room and settings.runtime.check_memory:
-        raise SettingsError("; ".join([*found, "or set runtime.check_memory=false to start anyway"]))
-    return [*lines, *found]
+    room, free = device_room(device)
+    if plan.total > room:
+        planned = f"{plan.total / GIB:.1f} GiB exceeds {room / GIB:.1f} GiB"
+        log.warning("memory: the plan of %s; looking for settings that fit", planned)
+    exceeds, *advice = fit_lines(settings, config, plan, room, processes) or [""]
+    if plan.total > room:
+        start = "or set runtime.check_memory=false to start anyway"
+        raise SettingsError("; ".join([f"{exceeds} ({free})", *advice, start]))
+    return [*lines, exceeds] if exceeds else lines
 
 
 def count_parameters(config: dict[str, Any], model_config: ModelConfig) -> Parameters:
@@ -582,41 +593,24 @@ def _key(config: dict) -> str:
     return json.dumps(config, sort_keys=True)
 
 
-def _model_key(model: ModelConfig) -> tuple:
-    return (
-        model.dtype,
-        model.attention,
-        model.gradient_checkpointing,
-        model.adapter,
-        model.lora_rank,
-        tuple(model.lora_targets),
-        model.quantize,
-    )
+def _model_key(model: ModelConfig) -> str:
+    return json.dumps(asdict(model), sort_keys=True)
 
 
-def _model_of(key: tuple) -> ModelConfig:
-    dtype, attention, checkpointing, adapter, rank, targets, quantize = key
-    return ModelConfig(
-        dtype=dtype,
-        attention=attention,
-        gradient_checkpointing=checkpointing,
-        adapter=adapter,
-        lora_rank=rank,
-        lora_targets=list(targets),
-        quantize=quantize,
-    )
+def _model_of(key: str) -> ModelConfig:
+    return ModelConfig(**json.loads(key))
 
 
 @functools.lru_cache(maxsize=64)
-def _counted_pass(config: str, model: tuple, shape: RowShape, how: PassSettings) -> dict[str, int]:
+def _counted_pass(config: str, model: str, shape: RowShape, how: PassSettings) -> dict[str, int]:
     return count_pass(json.loads(config), _model_of(model), shape, how)
 
 
 @functools.lru_cache(maxsize=64)
-def _counted_prefill(config: str, model: tuple, shape: RowShape, device: str) -> dict[str, int]:
+def _counted_prefill(config: str, model: str, shape: RowShape, device: str) -> dict[str, int]:
     return count_prefill(json.loads(config), _model_of(model), shape, device, PrefixCache)
 
 
 @functools.lru_cache(maxsize=64)
-def _counted_vision(config: str, model: tuple, shape: RowShape, device: str) -> dict[str, int]:
+def _counted_vision(config: str, model: str, shape: RowShape, device: str) -> dict[str, int]:
     return count_vision(json.loads(config), _model_of(model), shape, device)
