@@ -34,7 +34,7 @@ from rmsd_fast.stages import distill, sft
 from rmsd_fast.stages.build import build_distillation, build_imitation
 from rmsd_fast.stages.held_out import evaluate
 from rmsd_fast.stages.material import prepare_material
-from rmsd_fast.stages.memory import check_memory
+from rmsd_fast.stages.memory_advice import check_memory
 from rmsd_fast.stages.run import (
     Step,
     TrainingRun,

@@ -15,7 +15,8 @@ from rmsd_fast.runtime.trackers import missing_trackers
 from rmsd_fast.setting_rules import uses_discriminator
 from rmsd_fast.stages.inputs import read_inputs
 from rmsd_fast.stages.material import check_batches
-from rmsd_fast.stages.memory import GIB, device_room, fit_lines, plan_memory
+from rmsd_fast.stages.memory import GIB, plan_memory
+from rmsd_fast.stages.memory_advice import device_room, fit_lines
 
 
 def describe_plan(settings: RunConfig, gpu_gib: float | None = None) -> tuple[str, bool]:

@@ -33,9 +33,10 @@ from rmsd_fast.models.shared_prefix import enable_shared_prefix
 from rmsd_fast.rollout.shared_cache import PrefixCache
 from rmsd_fast.runtime.engine_memory import EngineMemory, engine_memory
 from rmsd_fast.settings import load_settings
-from rmsd_fast.stages import memory
+from rmsd_fast.stages import memory, memory_advice
 from rmsd_fast.stages import plan as stage_plan
-from rmsd_fast.stages.memory import GIB, Parameters, check_memory, count_parameters, fit_lines, plan_memory
+from rmsd_fast.stages.memory import GIB, Parameters, count_parameters, plan_memory
+from rmsd_fast.stages.memory_advice import check_memory, fit_lines
 from rmsd_fast.train import main
 from rmsd_kernels.heads.chunks import workspace_bytes
 from rmsd_kernels.shared_prefix.attention import SharedPrefixPlan
@@ -521,17 +522,17 @@ def test_settings_that_make_it_fit(simple_counts):
 def test_a_run_is_refused_before_its_models_are_loaded(simple_counts, monkeypatch, caplog):
     settings = load_settings("quickstart", ["model.gradient_checkpointing=false"])
     given = {"processes": 1, "device": torch.device("cuda")}
-    monkeypatch.setattr(memory, "device_room", lambda _: (24 * GIB, "23.5 GiB of the GPU's 80.0 GiB are free"))
+    monkeypatch.setattr(memory_advice, "device_room", lambda _: (24 * GIB, "23.5 GiB of the GPU's 80.0 GiB are free"))
     with pytest.raises(SettingsError, match=r"memory: expected at most 24\.0 GiB .*model\.gradient_checkpointing=true"):
         check_memory(settings, CONFIG, **given)
     with pytest.raises(SettingsError, match=r"\(23\.5 GiB of the GPU's 80\.0 GiB are free\); set .*check_memory=false"):
         check_memory(settings, CONFIG, **given)
     assert "exceeds 24.0 GiB; looking for settings that fit" in caplog.text
-    monkeypatch.setattr(memory, "device_room", lambda _: (1000 * GIB, ""))
+    monkeypatch.setattr(memory_advice, "device_room", lambda _: (1000 * GIB, ""))
     (line,) = check_memory(settings, CONFIG, **given)
     assert line.startswith("memory planned per process: ")
     # A CPU's memory is not checked.
-    monkeypatch.setattr(memory, "device_room", lambda _: (0, ""))
+    monkeypatch.setattr(memory_advice, "device_room", lambda _: (0, ""))
     assert len(check_memory(settings, CONFIG, processes=1, device=torch.device("cpu"))) == 1
 
 
