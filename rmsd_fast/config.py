@@ -422,7 +422,7 @@ class RuntimeConfig:
     offload_optimizer: bool = False
     """Keep optimizer states in host memory (ZeRO 1-3 on CUDA)."""
     check_memory: bool = True
-    """Do not start if the memory plan exceeds the memory of the GPU."""
+    """Plan the memory at the start, and do not start if the plan exceeds the memory of the GPU."""
     grad_clip: float = number(1.0, least=0)
     """Maximum global gradient norm of both engines (open)."""
     max_skipped_steps: int = number(5, least=1)

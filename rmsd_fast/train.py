@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from rmsd_fast import environment
@@ -50,12 +51,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _dry_run(settings, gpu_gib: float | None) -> int:
+    # torchrun starts one process per GPU, and the plan is the same for all of them.
+    if os.environ.get("RANK", "0") != "0":
+        return 0
     from rmsd_fast.stages.plan import describe_plan
 
     plan, ready = describe_plan(settings, gpu_gib)
-    # torchrun starts one process per GPU, and the plan is the same for all of them.
-    if os.environ.get("RANK", "0") == "0":
-        print(plan)
+    print(plan)
     return 0 if ready else 2
 
 
@@ -104,10 +106,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _positive(text: str) -> float:
-    size = float(text)
-    if not 0 < size < 1e6:
-        raise ValueError(text)
-    return size
+    with suppress(ValueError):
+        if 0 < float(text) < 1e6:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"expected a size in GiB above 0, got {text!r}")
 
 
 if __name__ == "__main__":

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import sys
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 
-from rmsd_fast.config import STAGES, CheckpointError, DistillConfig, RunConfig, SettingsError, SftConfig, UserError
+from rmsd_fast.config import (
+    STAGES,
+    CheckpointError,
+    DistillConfig,
+    RunConfig,
+    SettingsError,
+    SftConfig,
+    UserError,
+    first_line,
+)
 from rmsd_fast.data.media import MediaReader
 from rmsd_fast.data.records import Question
 from rmsd_fast.files import write_text_atomic
@@ -24,7 +34,7 @@ from rmsd_fast.stages import distill, sft
 from rmsd_fast.stages.build import build_distillation, build_imitation
 from rmsd_fast.stages.held_out import evaluate
 from rmsd_fast.stages.material import prepare_material
-from rmsd_fast.stages.memory import check_memory
+from rmsd_fast.stages.memory_advice import check_memory
 from rmsd_fast.stages.run import (
     Step,
     TrainingRun,
@@ -44,6 +54,7 @@ from rmsd_fast.stages.run import (
 from rmsd_fast.stages.run_folder import run_folder
 from rmsd_fast.stages.state import StageState
 
+log = logging.getLogger("rmsd_fast")
 # Below this share of groups whose rollouts differ in content, the forecast warns.
 LEAST_SIGNAL = 0.05
 
@@ -78,8 +89,17 @@ def train(
 
 def _plan_memory(settings: RunConfig, model_path: str, world: World) -> list[str]:
     """Return lines about the memory plan. Raise SettingsError if it exceeds the memory of the GPU."""
+    if not settings.runtime.check_memory:
+        return []
     config = json.loads((resolve_folder(model_path) / "config.json").read_text())
-    return check_memory(settings, config, processes=world.size, device=world.device)
+    try:
+        return check_memory(settings, config, processes=world.size, device=world.device)
+    except UserError:
+        raise
+    # A fault of the plan is no reason not to train.
+    except Exception as error:
+        log.warning("memory: not planned (%s: %s)", type(error).__name__, first_line(error))
+        return []
 
 
 def run_stages(run: TrainingRun) -> None:

@@ -140,7 +140,8 @@ def case_of(record: dict) -> str:
 
 
 def hardware_of(record: dict) -> str:
-    return record.get("gpu") or f"{record['cpu']}, {record['threads']} threads"
+    threads = record.get("threads")
+    return record.get("gpu") or f"{record['cpu']}, {threads} thread{'' if threads == 1 else 's'}"
 
 
 def sources(records: list[dict]) -> str:
@@ -150,6 +151,7 @@ def sources(records: list[dict]) -> str:
     """
     commits = Counter(record["commit"] for record in records)
     short = {commit: commit[:10] + ("-dirty" if commit.endswith("-dirty") else "") for commit in commits}
-    named = [short[commit] + (f" ({count} cases)" if len(commits) > 1 else "") for commit, count in commits.items()]
+    cases = {commit: f" ({count} case{'' if count == 1 else 's'})" for commit, count in commits.items()}
+    named = [short[commit] + (cases[commit] if len(commits) > 1 else "") for commit in commits]
     torches = ", ".join(sorted({record["torch"] for record in records}))
     return f"{hardware_of(records[0])}, torch {torches}, commit{'s' * (len(commits) > 1)} {', '.join(named)}"

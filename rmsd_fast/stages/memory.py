@@ -7,17 +7,14 @@ responses that the settings allow, and full micro-batches.
 
 from __future__ import annotations
 
-import copy
 import functools
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 
-from rmsd_fast.config import ModelConfig, RunConfig, SettingsError
+from rmsd_fast.config import ModelConfig, RunConfig
 from rmsd_fast.models.adapters import target_layers
 from rmsd_fast.models.families import family_of
 from rmsd_fast.models.pass_memory import (
@@ -35,7 +32,7 @@ from rmsd_fast.models.quantize import BYTES_PER_WEIGHT, quantizable_layers
 from rmsd_fast.rollout.shared_cache import BLOCK, PrefixCache
 from rmsd_fast.runtime.engine import LARGEST_BUCKET
 from rmsd_fast.runtime.engine_memory import EngineMemory, engine_memory
-from rmsd_fast.setting_rules import check_together, uses_discriminator, uses_reference
+from rmsd_fast.setting_rules import uses_discriminator, uses_reference
 
 GIB = 2**30
 WEIGHTS, GRADIENTS, OPTIMIZER, BUCKETS, ROLLOUT, MEDIA, CONTEXT = (
@@ -139,117 +136,6 @@ def plan_memory(settings: RunConfig, config: dict[str, Any], *, processes: int, 
         planner = _Planner(settings, config, size, processes, device, stage)
         stages[stage] = planner.imitation() if stage in ("sft", "control") else planner.distillation()
     return MemoryPlan(device, stages)
-
-
-def fit_lines(settings: RunConfig, config: dict[str, Any], plan: MemoryPlan, room: int, processes: int) -> list[str]:
-    """Return lines that say whether a plan fits into `room` bytes and, if not, which settings would make it fit.
-
-    The list is empty if it fits with at least a tenth to spare.
-
-    Args:
-        settings: settings of the plan.
-        config: contents of the student's config.json.
-        plan: the plan.
-        room: bytes of the device.
-        processes: number of processes.
-    """
-    planned = f"{plan.total / GIB:.1f} GiB of {room / GIB:.1f} GiB"
-    if plan.total <= 0.9 * room:
-        return []
-    if plan.total <= room:
-        return [f"memory: {planned} are planned; less than a tenth is left for fragments and longer peaks"]
-    lines = [f"memory: expected at most {room / GIB:.1f} GiB per process, got a plan of {plan.total / GIB:.1f} GiB"]
-    changes = list(_changes(settings))
-    alone = []
-    for change in changes:
-        total = _total(settings, config, plan.device, processes, change)
-        if total is not None and total <= room:
-            alone.append(f"set {' '.join(change)}, planned {total / GIB:.1f} GiB")
-    if alone:
-        return [*lines, *alone]
-    together: tuple[str, ...] = ()
-    best, before = plan.total, plan.total + 1
-    # A change of one phase may only count after another phase was lowered.
-    while best < before:
-        before = best
-        for change in changes:
-            keys = {setting.partition("=")[0] for setting in change}
-            tried = (*(s for s in together if s.partition("=")[0] not in keys), *change)
-            total = _total(settings, config, plan.device, processes, tried)
-            if total is not None and total < best:
-                together, best = tried, total
-            if best <= room:
-                return [*lines, f"set {' '.join(together)}, planned {best / GIB:.1f} GiB"]
-    tail = f"the smallest plan found has {best / GIB:.1f} GiB, with {' '.join(together)}; " if together else ""
-    return [*lines, f"{tail}use a smaller model, a larger GPU, or more GPUs"]
-
-
-def _changes(settings: RunConfig) -> Iterator[tuple[str, ...]]:
-    """Yield changes of settings that may lower the plan, cheapest first."""
-    longest = settings.data.max_prompt_tokens + settings.rollout.max_new_tokens + 1
-    if not settings.model.gradient_checkpointing:
-        yield ("model.gradient_checkpointing=true",)
-    prompts = settings.rollout.prompts_per_batch
-    while prompts > 1:
-        prompts //= 2
-        yield (f"rollout.prompts_per_batch={prompts}",)
-    tokens = settings.micro_tokens
-    while tokens > longest:
-        tokens = max(longest, tokens // 2)
-        yield (f"micro_tokens={tokens}",)
-    if settings.data.decoder != "cpu":
-        yield ("data.decoder=cpu",)
-    for stage in (1, 2, 3):
-        if stage > settings.runtime.zero_stage:
-            yield (f"runtime.zero_stage={stage}",)
-    if not settings.runtime.offload_optimizer:
-        yield ("runtime.optimizer=adamw_8bit",)
-        stage = max(2, settings.runtime.zero_stage)
-        yield ("runtime.offload_optimizer=true", f"runtime.zero_stage={stage}")
-    yield ("model.quantize=nf4",)
-    if settings.model.adapter == "none":
-        mode = ("discriminator.mode=shared",) if uses_discriminator(settings) else ()
-        frozen = [f"{name}.train_vision=false" for name in ("sft", "distill") if getattr(settings, name).train_vision]
-        stage = min(2, max(1, settings.runtime.zero_stage))
-        yield ("model.adapter=lora", *mode, f"runtime.zero_stage={stage}", *frozen)
-
-
-def _total(
-    settings: RunConfig, config: dict[str, Any], device: str, processes: int, change: tuple[str, ...]
-) -> int | None:
-    """Return the total of the plan with changed settings, or None if they conflict."""
-    changed = copy.deepcopy(settings)
-    for setting in change:
-        key, _, value = setting.partition("=")
-        section, _, name = key.rpartition(".")
-        setattr(getattr(changed, section) if section else changed, name, yaml.safe_load(value))
-    try:
-        check_together(changed)
-    except SettingsError:
-        return None
-    return plan_memory(changed, config, processes=processes, device=device).total
-
-
-def device_room(device: torch.device) -> int:
-    """Return the bytes that this process can use of a CUDA device: what is free, and its own context."""
-    return torch.cuda.mem_get_info(device)[0] + CONTEXT_BYTES
-
-
-def check_memory(settings: RunConfig, config: dict[str, Any], *, processes: int, device: torch.device) -> list[str]:
-    """Return lines about the plan of a run that is about to start.
-
-    Raises:
-        SettingsError: the plan exceeds the memory of the CUDA device.
-    """
-    plan = plan_memory(settings, config, processes=processes, device=device.type)
-    lines = [f"memory planned per process: {plan.total / GIB:.2f} GiB"]
-    if device.type != "cuda":
-        return lines
-    room = device_room(device)
-    found = fit_lines(settings, config, plan, room, processes)
-    if plan.total > room and settings.runtime.check_memory:
-        raise SettingsError("; ".join([*found, "or set runtime.check_memory=false to start anyway"]))
-    return [*lines, *found]
 
 
 def count_parameters(config: dict[str, Any], model_config: ModelConfig) -> Parameters:
@@ -582,41 +468,24 @@ def _key(config: dict) -> str:
     return json.dumps(config, sort_keys=True)
 
 
-def _model_key(model: ModelConfig) -> tuple:
-    return (
-        model.dtype,
-        model.attention,
-        model.gradient_checkpointing,
-        model.adapter,
-        model.lora_rank,
-        tuple(model.lora_targets),
-        model.quantize,
-    )
+def _model_key(model: ModelConfig) -> str:
+    return json.dumps(asdict(model), sort_keys=True)
 
 
-def _model_of(key: tuple) -> ModelConfig:
-    dtype, attention, checkpointing, adapter, rank, targets, quantize = key
-    return ModelConfig(
-        dtype=dtype,
-        attention=attention,
-        gradient_checkpointing=checkpointing,
-        adapter=adapter,
-        lora_rank=rank,
-        lora_targets=list(targets),
-        quantize=quantize,
-    )
+def _model_of(key: str) -> ModelConfig:
+    return ModelConfig(**json.loads(key))
 
 
 @functools.lru_cache(maxsize=64)
-def _counted_pass(config: str, model: tuple, shape: RowShape, how: PassSettings) -> dict[str, int]:
+def _counted_pass(config: str, model: str, shape: RowShape, how: PassSettings) -> dict[str, int]:
     return count_pass(json.loads(config), _model_of(model), shape, how)
 
 
 @functools.lru_cache(maxsize=64)
-def _counted_prefill(config: str, model: tuple, shape: RowShape, device: str) -> dict[str, int]:
+def _counted_prefill(config: str, model: str, shape: RowShape, device: str) -> dict[str, int]:
     return count_prefill(json.loads(config), _model_of(model), shape, device, PrefixCache)
 
 
 @functools.lru_cache(maxsize=64)
-def _counted_vision(config: str, model: tuple, shape: RowShape, device: str) -> dict[str, int]:
+def _counted_vision(config: str, model: str, shape: RowShape, device: str) -> dict[str, int]:
     return count_vision(json.loads(config), _model_of(model), shape, device)

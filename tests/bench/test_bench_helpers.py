@@ -322,7 +322,7 @@ def test_commits_and_machines_are_stated_and_never_mixed(tmp_path):
     file.write_text(line("x") + line("y") + line("z") + line("y", commit="b" * 40 + "-dirty") + line("x", quick=True))
     found = load(tmp_path, "heads")
     assert [record["case"] for record in found] == ["x", "y", "z"] and not any(r.get("quick") for r in found)
-    assert sources(found) == "one, 2 threads, torch 2.13.0, commits aaaaaaaaaa (2 cases), bbbbbbbbbb-dirty (1 cases)"
+    assert sources(found) == "one, 2 threads, torch 2.13.0, commits aaaaaaaaaa (2 cases), bbbbbbbbbb-dirty (1 case)"
     with file.open("a") as out:
         out.write(line("x", threads=16) + line("x", device="cuda", gpu="big"))
     with pytest.raises(ValueError, match="several machines"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from bench.core.records import REPOSITORY, read_lines
 from bench.memory.report import modes_table, plan_table
+from rmsd_fast import train_run
 from rmsd_fast.config import RECIPES, ModelConfig, SettingsError
 from rmsd_fast.made.student import build_tiny_student
 from rmsd_fast.models import pass_memory
@@ -31,9 +33,10 @@ from rmsd_fast.models.shared_prefix import enable_shared_prefix
 from rmsd_fast.rollout.shared_cache import PrefixCache
 from rmsd_fast.runtime.engine_memory import EngineMemory, engine_memory
 from rmsd_fast.settings import load_settings
-from rmsd_fast.stages import memory
+from rmsd_fast.stages import memory, memory_advice
 from rmsd_fast.stages import plan as stage_plan
-from rmsd_fast.stages.memory import GIB, Parameters, check_memory, count_parameters, fit_lines, plan_memory
+from rmsd_fast.stages.memory import GIB, Parameters, count_parameters, plan_memory
+from rmsd_fast.stages.memory_advice import check_memory, fit_lines
 from rmsd_fast.train import main
 from rmsd_kernels.heads.chunks import workspace_bytes
 from rmsd_kernels.shared_prefix.attention import SharedPrefixPlan
@@ -483,7 +486,7 @@ def simple_counts(monkeypatch):
     """Replace the counted passes: 1 MiB per token, or 10 MiB without recomputation; 1 GiB per prompt of a prefill."""
 
     def count(config, model, shape, how):
-        checkpointing = model[2]
+        checkpointing = json.loads(model)["gradient_checkpointing"]
         return {"activations": shape.rows[0] * shape.rows[1] * (1 if checkpointing else 10) * 2**20}
 
     monkeypatch.setattr(memory, "_counted_pass", count)
@@ -509,27 +512,27 @@ def test_settings_that_make_it_fit(simple_counts):
         changed = plan_memory(load_settings("quickstart", [*overrides, change]), CONFIG, processes=1, device="cuda")
         assert told.endswith(f"{changed.total / GIB:.1f} GiB") and changed.total <= 24 * GIB
     assert not any("prompts_per_batch" in line or "zero_stage=1" in line for line in found)
-    # No single change is enough for 3 GiB; the smallest micro_tokens is the longest prompt with its response.
+    # No single change is enough; the smallest micro_tokens is the longest prompt with a teacher answer of 1,024 tokens.
     _, both = fit_lines(settings, CONFIG, plan, 4 * GIB, 1)
     assert "model.gradient_checkpointing=true" in both and "micro_tokens=" in both
     *_, none = fit_lines(settings, CONFIG, plan, GIB // 2, 1)
     assert "use a smaller model, a larger GPU, or more GPUs" in none
 
 
-def test_a_run_is_refused_before_its_models_are_loaded(simple_counts, monkeypatch):
+def test_a_run_is_refused_before_its_models_are_loaded(simple_counts, monkeypatch, caplog):
     settings = load_settings("quickstart", ["model.gradient_checkpointing=false"])
     given = {"processes": 1, "device": torch.device("cuda")}
-    monkeypatch.setattr(memory, "device_room", lambda _: 24 * GIB)
+    monkeypatch.setattr(memory_advice, "device_room", lambda _: (24 * GIB, "23.5 GiB of the GPU's 80.0 GiB are free"))
     with pytest.raises(SettingsError, match=r"memory: expected at most 24\.0 GiB .*model\.gradient_checkpointing=true"):
         check_memory(settings, CONFIG, **given)
-    settings.runtime.check_memory = False
-    assert "expected at most 24.0 GiB" in check_memory(settings, CONFIG, **given)[1]
-    settings.runtime.check_memory = True
-    monkeypatch.setattr(memory, "device_room", lambda _: 1000 * GIB)
+    with pytest.raises(SettingsError, match=r"\(23\.5 GiB of the GPU's 80\.0 GiB are free\); set .*check_memory=false"):
+        check_memory(settings, CONFIG, **given)
+    assert "exceeds 24.0 GiB; looking for settings that fit" in caplog.text
+    monkeypatch.setattr(memory_advice, "device_room", lambda _: (1000 * GIB, ""))
     (line,) = check_memory(settings, CONFIG, **given)
     assert line.startswith("memory planned per process: ")
     # A CPU's memory is not checked.
-    monkeypatch.setattr(memory, "device_room", lambda _: 0)
+    monkeypatch.setattr(memory_advice, "device_room", lambda _: (0, ""))
     assert len(check_memory(settings, CONFIG, processes=1, device=torch.device("cpu"))) == 1
 
 
@@ -545,9 +548,62 @@ def test_dry_run_for_a_gpu_that_is_not_here(simple_counts, monkeypatch, tmp_path
     assert text.endswith("not ready: change the settings above so that the run fits")
 
 
+def test_dry_run_with_only_config_json(simple_counts, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    settings = load_settings("quickstart", [f"model.path={tmp_path}"])
+    text, ready = stage_plan.describe_plan(settings, 1000)
+    assert not ready and f"MISSING: {tmp_path}" in text
+    assert "fits in 1000.0 GiB" in text and re.search(r"\n    total +\d", text)
+    assert "DOES NOT FIT" in stage_plan.describe_plan(settings, 8)[0]
+    # A config that cannot be read is listed, and is no crash.
+    (tmp_path / "config.json").write_text("{")
+    text, ready = stage_plan.describe_plan(settings, 8)
+    assert not ready and "MISSING" in text and "memory: could not be planned (JSONDecodeError: " in text
+
+
+def test_a_fault_of_the_plan_does_not_end_a_run(monkeypatch, tmp_path, caplog):
+    build_tiny_student(tmp_path / "student", texts=["a"], layers=2)
+    settings = load_settings("quickstart", [f"model.path={tmp_path / 'student'}"])
+
+    def fail(*_, **__):
+        raise ZeroDivisionError("no layers")
+
+    monkeypatch.setattr(memory, "count_parameters", fail)
+    text, ready = stage_plan.describe_plan(settings, 8)
+    assert ready and "memory: could not be planned (ZeroDivisionError: no layers)" in text
+    world = SimpleNamespace(size=1, device=torch.device("cuda"))
+    assert train_run._plan_memory(settings, settings.model.path, world) == []
+    assert "memory: not planned (ZeroDivisionError: no layers)" in caplog.text
+    caplog.clear()
+    settings.runtime.check_memory = False
+    assert train_run._plan_memory(settings, "no/folder", world) == [] and not caplog.text
+    settings.runtime.check_memory = True
+    settings.model.adapter, settings.model.lora_targets = "lora", ["w1"]
+    monkeypatch.undo()
+    with pytest.raises(SettingsError, match=r"model\.lora_targets"):
+        train_run._plan_memory(settings, settings.model.path, world)
+
+
+def test_only_the_first_process_plans(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(stage_plan, "describe_plan", lambda *_: pytest.fail("planned"))
+    assert main(["quickstart", "--dry-run"]) == 0 and not capsys.readouterr().out
+
+
 def test_dry_run_without_the_model_says_so():
     text, _ = stage_plan.describe_plan(load_settings("rmsd_qwen3vl_4b"), 80)
     assert "memory: cannot be planned before Qwen/Qwen3-VL-4B-Instruct is downloaded" in text
+    assert "MISSING: --gpu-gib: " in text
+    text, ready = stage_plan.describe_plan(load_settings("quickstart"), 80)
+    assert not ready and "MISSING: --gpu-gib: " in text
+    assert stage_plan.describe_plan(load_settings("quickstart"))[1]
+
+
+@pytest.mark.parametrize("size", ["0", "-1", "nan", "large"])
+def test_a_wrong_size_of_the_gpu(size, capsys):
+    with pytest.raises(SystemExit):
+        main(["quickstart", "--dry-run", f"--gpu-gib={size}"])
+    assert f"--gpu-gib: expected a size in GiB above 0, got '{size}'" in capsys.readouterr().err
 
 
 def test_gpu_gib_needs_a_dry_run(capsys):
