@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 
-from rmsd_fast.config import ModelError, RunConfig, UserError, first_line
+from rmsd_fast.config import ModelError, NotInstalled, RunConfig, UserError, first_line
 from rmsd_fast.data.errors import counted
 from rmsd_fast.models.folders import find_folder, open_folder
 from rmsd_fast.runtime.trackers import missing_trackers
 from rmsd_fast.setting_rules import uses_discriminator
 from rmsd_fast.stages.inputs import read_inputs
-from rmsd_fast.stages.material import check_batches
+from rmsd_fast.stages.material import check_batches, check_packages
 from rmsd_fast.stages.memory import GIB, plan_memory
 from rmsd_fast.stages.memory_advice import device_room, fit_lines
 
@@ -64,7 +64,8 @@ def describe_plan(settings: RunConfig, gpu_gib: float | None = None) -> tuple[st
         if folder is not None or not fault:
             memory, too_large = _memory_lines(settings, folder, processes, gpu_gib)
     except Exception as error:
-        if isinstance(error, UserError) and not fault:
+        # A missing package is already listed.
+        if isinstance(error, UserError) and not isinstance(error, NotInstalled) and not fault:
             raise
         memory = [f"memory: could not be planned ({type(error).__name__}: {first_line(error)})"]
     lines += [f"  {line}" for line in memory]
@@ -128,6 +129,10 @@ def _inputs(settings: RunConfig) -> tuple[list[str], list[str]]:
     if settings.data.decoder == "cuda" and not torch.cuda.is_available():
         missing.append("data.decoder=cuda: a CUDA device")
     missing += missing_trackers(settings.runtime.trackers)
+    try:
+        check_packages(settings, training=True)
+    except NotInstalled as error:
+        missing.append(str(error))
     return present, missing
 
 

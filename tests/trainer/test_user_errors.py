@@ -256,3 +256,16 @@ def test_print_config_and_dry_run(capsys):
     assert "seed: 5" in capsys.readouterr().out
     assert train.main(["distill.steps=7", "--dry-run"]) == 0
     assert "distill: 7 steps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("override", "module"), [("runtime.optimizer=adamw_8bit", "bitsandbytes"), ("model.adapter=lora", "peft")]
+)
+def test_dry_run_lists_missing_packages(capsys, tmp_path, material, monkeypatch, override, module):
+    for name in [name for name in sys.modules if name.split(".")[0] == module]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, module, None)
+    overrides = [override, "sft.train_vision=false", "runtime.check_memory=false"]
+    assert train.main([*arguments(material, tmp_path), *overrides, "--dry-run"]) == 2
+    printed = capsys.readouterr().out
+    assert f"expected the package {module}, got none" in printed and "not ready" in printed
