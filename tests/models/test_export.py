@@ -422,17 +422,17 @@ def test_a_folder_published_for_457_loads_correctly(
         ),
         pytest.param(
             lambda text: text["rope_scaling"].update(mrope_section=[8, 4, 4]),
-            r"expected the same settings in text_config\.rope_parameters and .*'mrope_section': \[8, 4, 4\]",
+            r"expected the same settings in rope_parameters and .*'mrope_section': \[8, 4, 4\]",
             id="two sections",
         ),
         pytest.param(
             lambda text: text.update(rope_scaling="linear"),
-            r"config\.json: text_config\.rope_scaling: expected an object, got 'linear'; restore",
+            r"config\.json: rope_scaling: expected an object, got 'linear'; restore",
             id="scaling as text",
         ),
         pytest.param(
             lambda text: text.update(rope_parameters=[1]),
-            r"config\.json: text_config\.rope_parameters: expected an object, got \[1\]; restore",
+            r"config\.json: rope_parameters: expected an object, got \[1\]; restore",
             id="parameters as a list",
         ),
         pytest.param(
