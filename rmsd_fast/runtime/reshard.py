@@ -89,8 +89,8 @@ class SavedEngine:
 
     def _other_parameters(self) -> CheckpointError:
         return CheckpointError(
-            f"{self.folder}: expected states of {sum(self.numels):,} trained elements in rank_*.safetensors, got a "
-            "different number; resume with the number of processes that saved it, or start from the exported model"
+            f"{self.folder}: expected states of {sum(self.numels):,} trained elements in the files of {self.ranks} "
+            "ranks, got a different number; restore the checkpoint, or start a run from the exported model"
         )
 
     def weight(self, name: str, start: int, length: int) -> Tensor:
