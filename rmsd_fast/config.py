@@ -365,12 +365,20 @@ class RolloutConfig:
 
     n: int = number(8, least=1)
     """N, rollouts per question (2603.11423: 8)."""
+    engine: str = choice("hf", of=("hf",))
+    """`hf` = with transformers in the training process."""
     temperature: float = number(0.8, above=0)
     """Sampling temperature; every log-prob of the loss uses the same temperature (GAD 2511.10643)."""
     max_new_tokens: int = number(1024, least=1)
     """Maximum length of a response in tokens; longer responses are truncated and counted."""
     prompts_per_batch: int = number(8, least=1)
     """Number of questions per generation batch of a process."""
+    parity_every: int = number(50, least=0)
+    """Interval in steps for comparing the rollouts' log-probs with the trainer's, in one more forward pass of the
+    policy. The first step of warm-up and of stage 2 is always compared; 0 = never."""
+    parity_bound: float | None = number(None, above=0)
+    """Stop if these log-probs differ by more than this in the mean, in nats; null = 0.001 in float32, and 0.05 in
+    bfloat16 (open)."""
     log_every_steps: int = number(10, least=0)
     """Interval in steps for writing questions with their rollouts and teacher answers to `rollouts.jsonl`. The first
     and the last step of warm-up and of stage 2 are always written; 0 = never write."""

@@ -177,6 +177,16 @@ GROUPS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
                 include=(0.99, 1.01),
             ),
             Chart(
+                "Log-probs, trainer against rollout engine",
+                "difference on the same tokens in nats, and share of ratios outside [0.9, 1.1]",
+                (
+                    ("parity/mean_difference", "mean"),
+                    ("parity/largest_difference", "largest"),
+                    ("parity/outside_share", "outside"),
+                ),
+                include=(0.0,),
+            ),
+            Chart(
                 "Mismatch correction",
                 "share of tokens whose weight is capped, and of tokens in excluded responses",
                 (("policy/tis_capped_fraction", "capped"), ("policy/sequence_masked_fraction", "excluded")),

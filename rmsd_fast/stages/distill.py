@@ -22,6 +22,7 @@ from rmsd_fast.runtime.process_group import any_rank, global_sum
 from rmsd_fast.setting_rules import uses_discriminator
 from rmsd_fast.stages.discriminator_pass import discriminator_pass
 from rmsd_fast.stages.groups import RolloutGroup, group_record, make_group, quality_record, set_advantages
+from rmsd_fast.stages.parity import check_parity
 from rmsd_fast.stages.passes import Pass, passes
 from rmsd_fast.stages.state import StageState, StepResult, apply_or_discard, encode_step
 from rmsd_fast.stages.step_metrics import Metric, global_metrics, mean
@@ -39,6 +40,7 @@ def warm_up_step(state: StageState, prompts: list[Prompt], number: int) -> StepR
     rollouts, features = roll_out(state, prompts, number)
     if rollouts is None:
         return StepResult({"tokens": 0}, skipped=True)
+    parity = check_parity(state, prompts, rollouts, features, number)
     with state.timer("matching"):
         groups = [
             make_group(prompt, drawn, state.targets[prompt.question.id], settings, step=number)
@@ -51,7 +53,7 @@ def warm_up_step(state: StageState, prompts: list[Prompt], number: int) -> StepR
     work = {"tokens": _rollout_tokens(groups) + teacher_tokens, "tokens_computed": computed}
     metrics = global_metrics({**scored, **group_record(groups, settings), **work}, state.world)
     finished = _has_learned(state, metrics["discriminator/pair_accuracy"])
-    return StepResult({**metrics, "discriminator/grad_norm": norm}, skipped, groups, finished)
+    return StepResult({**metrics, **parity, "discriminator/grad_norm": norm}, skipped, groups, finished)
 
 
 def forecast(state: StageState, prompts: list[Prompt]) -> dict[str, float | None] | None:
@@ -100,6 +102,7 @@ def step(state: StageState, prompts: list[Prompt], number: int) -> StepResult:
     rollouts, features = roll_out(state, prompts, rollout_step)
     if rollouts is None:
         return StepResult({"tokens": 0}, skipped=True)
+    parity = check_parity(state, prompts, rollouts, features, number)
     with state.timer("matching"):
         groups = [
             make_group(prompt, drawn, state.targets[prompt.question.id], settings, step=rollout_step)
@@ -134,7 +137,7 @@ def step(state: StageState, prompts: list[Prompt], number: int) -> StepResult:
     metrics["policy/grad_norm"] = norms[0]
     if scored:
         metrics["discriminator/grad_norm"] = norms[1]
-    return StepResult(metrics, skipped, groups)
+    return StepResult({**metrics, **parity}, skipped, groups)
 
 
 def roll_out(

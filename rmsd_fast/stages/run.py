@@ -200,7 +200,7 @@ def write_facts(run: TrainingRun, *, finished: bool) -> None:
         "recipe": run.settings.name,
         "world_size": run.world.size,
         "hardware": _hardware(run.world),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {name: version_of(name) for name in PACKAGES},
         "decoder": run.media.decoder + (f" ({run.media.decoder_reason})" if run.media.decoder_reason else ""),
         "liger": describe_liger(run.settings.model.liger, run.world.device),
         "losses": _losses(run),
@@ -232,7 +232,7 @@ def _now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S")
 
 
-def _version(name: str) -> str:
+def version_of(name: str) -> str:
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
