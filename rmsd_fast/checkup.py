@@ -85,12 +85,19 @@ def examine(settings: RunConfig, world: World, questions: int | None, show: Show
         show(Finding("the rest", "skipped", "it needs the inputs and the model"))
         return
     try:
+        # The plan depends on the model, which the recipe may generate.
         material = prepare_material(settings, world)
         show(_memory(settings, world, material))
         with MediaReader(settings.data, world.device) as media:
+            reason = f": {media.decoder_reason}" if media.decoder_reason else ""
+            status = "warning" if reason else "ok"
+            show(Finding("decoder", status, f"videos are decoded on {media.decoder}{reason}"))
             count = questions or min(settings.rollout.prompts_per_batch, settings.distill.batch_size // world.size)
             _examine_training(settings, world, material, media, count, show)
     except UserError as error:
+        # The other processes may be waiting for this one, so it has to end.
+        if world.size > 1:
+            raise
         show(Finding("training", "fault", str(error)))
 
 

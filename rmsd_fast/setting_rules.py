@@ -146,11 +146,11 @@ def _check_adapter(settings: RunConfig) -> None:
                 f"{section}.train_vision: expected false with model.adapter=lora, since the vision tower has no "
                 f"adapters, got true; set {section}.train_vision=false"
             )
-    shares = uses_reference(settings) or (judged and mode != "separate")
-    if zero == 3 and shares:
+    if zero == 3 and judged and mode != "separate":
         raise SettingsError(
-            "runtime.zero_stage: expected at most 2 with model.adapter=lora, since several models share one backbone, "
-            "got 3; set runtime.zero_stage=2, which splits the states of the adapters"
+            f"runtime.zero_stage: expected at most 2 with discriminator.mode={mode}, since ZeRO-3 cannot split a "
+            "backbone that two engines share, got 3; set discriminator.mode=separate, or runtime.zero_stage=2, which "
+            "splits the states of the adapters"
         )
     if zero == 0 and judged and mode == "shared":
         raise SettingsError(

@@ -35,6 +35,7 @@ CASES = (
     Case("shared, bfloat16", **_LORA, dtype="bfloat16"),
     Case("separate, ZeRO-3", zero=3),
     Case("shared, nf4", **_LORA, quantize="nf4"),
+    Case("separate, lora, ZeRO-3", adapter="lora", zero=3),
     Case("separate, checkpointing, adamw_8bit", checkpointing=True, optimizer="adamw_8bit"),
     Case("head", mode="head"),
     Case("head, lora, ZeRO-0", mode="head", adapter="lora", zero=0),

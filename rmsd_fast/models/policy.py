@@ -42,13 +42,15 @@ class Policy(nn.Module):
         rows: Rows,
         features: MediaFeatures | None,
         head: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Result],
+        *,
+        adapted: bool = True,
     ) -> Result:
         """Apply `head(hidden [S, D], weight [V, D], targets [S])` to the positions that predict a response token.
 
         The S positions belong to the rows' responses, in order. If features is None, the media are encoded here, with a
-        gradient if the vision tower is trained.
+        gradient if the vision tower is trained. With adapted=False, a model with adapters computes without them.
         """
-        self.activate()
+        activate(self._adapted, self.adapter if adapted else None)
         if features is None:
             features = encode_in_pass(self.model, prompts)
         hidden = forward_hidden(self.model, rows, features)

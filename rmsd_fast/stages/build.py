@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Any
 
 import torch
@@ -185,7 +186,9 @@ def build_distillation(
     state.rollouts = HfRollout(state.builder, prompts_per_batch=settings.rollout.prompts_per_batch, device=world.device)
     if uses_reference(settings):
         lora = settings.model.adapter == "lora"
-        state.reference = Policy(state.student.model, None) if lora else make_reference(load(path, settings, world))
+        # It runs in the policy's engine, which gathers its weights under ZeRO-3.
+        without = partial(state.policy, adapted=False)
+        state.reference = without if lora else make_reference(load(path, settings, world))
     if uses_discriminator(settings):
         discriminator = _discriminator(state, path)
         state.discriminator = make_engine(discriminator, settings, world, settings.discriminator.lr)

@@ -246,7 +246,7 @@ def _policy_pass(
         This process's part of the metrics, and the number of tokens that the model processed.
     """
     distill = state.settings.distill
-    token_mean = distill.aggregation == "token_mean"
+    token_mean, lora = distill.aggregation == "token_mean", state.settings.model.adapter == "lora"
     exact_kl = distill.kl_coef and distill.kl == "full"
     # With kl_coef = 0, the KL is measured only if the reward needs the reference's log-probs anyway. "full" would need
     # the reference's hidden states, so k3 is used instead.
@@ -263,7 +263,8 @@ def _policy_pass(
         if exact_kl:
             with torch.no_grad():
                 hidden, weight = state.reference(read.prompts, rows, policy_pass.ref_features, _hidden_and_head)
-            reference = {"ref_hidden": hidden, "ref_weight": weight}
+            # With adapters, the reference has the policy's head, whose weight ZeRO-3 gathers only inside a forward.
+            reference = {"ref_hidden": hidden} | ({} if lora else {"ref_weight": weight})
         head = partial(
             linear_policy_loss,
             advantages=each_token(advantages),
@@ -278,7 +279,7 @@ def _policy_pass(
             **kl,
             **reference,
         )
-        result = state.policy(read.prompts, rows, read.features, head)
+        result = state.policy(read.prompts, rows, read.features, _own_head(head) if exact_kl and lora else head)
         read.backward(state.policy, result.loss)
         if read.filler:
             continue
@@ -298,6 +299,11 @@ _MEANS = {"kl", "kl_k1", "entropy", "logp", "importance_ratio", "tis_capped_frac
 
 def _hidden_and_head(hidden, weight, targets):
     return hidden, weight
+
+
+def _own_head(loss):
+    """Let a loss use the policy's head for the reference, too."""
+    return lambda hidden, weight, targets: loss(hidden, weight, targets, ref_weight=weight)
 
 
 def _rollout_tokens(groups: list[RolloutGroup]) -> int:

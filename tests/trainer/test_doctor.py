@@ -1,0 +1,143 @@
+"""Test the doctor: healthy and faulty recipes, faults planted in the rollout engine, and several processes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from material import tiny_settings
+from train_runs import MINI, environment
+
+from rmsd_fast.checkup import Finding, examine
+from rmsd_fast.rollout.hf import HfRollout
+from rmsd_fast.runtime.process_group import start, stop
+
+CHECKS = ["packages", "device", "disk", "plan", "memory", "decoder", "prompts", "imitation", "noise", "log-probs"]
+CHECKS += ["media", "stage 2", "evaluation", "new weights", "whole run"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return tmp_path_factory.mktemp("doctor")
+
+
+@pytest.fixture
+def world():
+    yield start()
+    stop()
+
+
+def run_doctor(*arguments: str, processes: int = 1) -> subprocess.CompletedProcess:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    start = launcher if processes > 1 else []
+    return subprocess.run(
+        [sys.executable, *start, "-m", "rmsd_fast.doctor", *arguments],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_healthy_recipe(made: Path, tmp_path: Path, processes: int) -> None:
+    arguments = ["quickstart", *MINI, f"output={tmp_path / 'runs'}", f"made.folder={made}", "--questions=2"]
+    done = run_doctor(*arguments, *(["--json"] if processes == 1 else []), processes=processes)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert not (tmp_path / "runs").exists()
+    if processes == 2:
+        assert [line.split("  ")[0] for line in done.stdout.splitlines() if line[:1].strip()][:-1] == CHECKS
+        assert done.stdout.splitlines()[-1].startswith("healthy")
+        return
+    findings = {finding["name"]: finding for finding in json.loads(done.stdout)}
+    assert list(findings) == CHECKS
+    assert {finding["status"] for finding in findings.values()} == {"ok"}
+    assert findings["log-probs"]["numbers"]["mean"] < 1e-5
+    assert findings["new weights"]["numbers"]["mean"] < 1e-5
+    assert findings["media"]["numbers"]["trainer_difference"] > 1e-4
+    parts = [findings[name]["numbers"]["hours"] for name in ("imitation", "stage 2", "evaluation")]
+    assert all(part > 0 for part in parts)
+    assert findings["whole run"]["numbers"]["hours"] == pytest.approx(sum(parts))
+
+
+def test_missing_inputs_are_a_fault(tmp_path: Path) -> None:
+    done = run_doctor("quickstart", "made.enabled=false", f"output={tmp_path}")
+    assert done.returncode == 1, done.stderr
+    assert "MISSING: data.train" in done.stdout
+    assert done.stdout.splitlines()[-1] == "not healthy: plan"
+
+
+def test_wrong_settings_and_arguments() -> None:
+    done = run_doctor("quickstart", "rollout.n=0")
+    assert done.returncode == 2 and "rollout.n" in done.stderr
+    done = run_doctor("quickstart", "--questions=0")
+    assert done.returncode == 2 and "--questions" in done.stderr
+
+
+def findings_of(made: Path, world, *overrides: str) -> dict[str, Finding]:
+    found: list[Finding] = []
+    settings = tiny_settings(made, "stages=[distill]", "rollout.n=2", "distill.batch_size=2", *overrides)
+    examine(settings, world, 2, found.append)
+    return {finding.name: finding for finding in found}
+
+
+def test_an_engine_with_old_weights(made: Path, world, monkeypatch) -> None:
+    """The log-probs agree at first and after the steps at a learning rate of 0, and not after the change."""
+    generate, first = HfRollout.generate, {}
+
+    def with_first_weights(self, model, *arguments, **keywords):
+        weight = model.model.language_model.layers[0].mlp.down_proj.weight
+        now = weight.detach().clone()
+        old = first.setdefault("weight", now)
+        with torch.no_grad():
+            weight.copy_(old)
+            rollouts = generate(self, model, *arguments, **keywords)
+            weight.copy_(now)
+        return rollouts
+
+    monkeypatch.setattr(HfRollout, "generate", with_first_weights)
+    found = findings_of(made, world)
+    assert [found[name].status for name in ("log-probs", "media", "new weights")] == ["ok", "ok", "fault"]
+    assert "other weights" in found["new weights"].text
+
+
+def test_an_engine_that_does_not_see_the_media(made: Path, world, monkeypatch) -> None:
+    """An engine may serve the features that it has cached for a prompt of the same text."""
+    generate, cached = HfRollout.generate, {}
+
+    def from_cache(self, model, prompts, sampling, **keywords):
+        kept = [cached.setdefault(prompt.question.id, prompt) for prompt in prompts]
+        return generate(self, model, kept, sampling, **{**keywords, "features": None})
+
+    monkeypatch.setattr(HfRollout, "generate", from_cache)
+    found = findings_of(made, world)
+    assert (found["log-probs"].status, found["media"].status) == ("ok", "fault")
+    assert "the engine does not see the media" in found["media"].text
+
+
+def test_a_trainer_that_does_not_see_the_media(made: Path, world, monkeypatch) -> None:
+    from rmsd_fast.stages import state as stage_state
+
+    encode = stage_state.encode_media
+
+    def gray(model, prompts, **keywords):
+        media = [
+            tuple(replace(f, pixels=torch.full_like(f.pixels, 128), key="") for f in prompt.media) for prompt in prompts
+        ]
+        return encode(model, [replace(p, media=m) for p, m in zip(prompts, media, strict=True)], **keywords)
+
+    monkeypatch.setattr(stage_state, "encode_media", gray)
+    found = findings_of(made, world)
+    assert found["media"].status == "fault"
+    assert "the trainer does not see them" in found["media"].text
+
+
+def test_questions_that_cannot_be_read(made: Path, world) -> None:
+    found = findings_of(made, world, "data.max_prompt_tokens=20")
+    assert found["prompts"].status == "fault"
+    assert "stage 2" not in found
