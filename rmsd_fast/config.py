@@ -369,8 +369,8 @@ class RolloutConfig:
     """`hf` = transformers, with the model that is trained, or `vllm` = vLLM, with a copy of it that is updated in each
     step (extra `vllm`; not with Qwen2.5-VL or `model.quantize`). Evaluations always use `hf`."""
     vllm_kv_cache_gib: float = number(8.0, above=0)
-    """Size of vLLM's KV cache in GiB, on the device of each process. vLLM also holds a copy of the weights there, but on
-    a GPU both only during rollouts."""
+    """Size of vLLM's KV cache in GiB, on the device of each process. vLLM also holds a copy of the weights there; on a
+    GPU, both are there only during rollouts."""
     temperature: float = number(0.8, above=0)
     """Sampling temperature; every log-prob of the loss uses the same temperature (GAD 2511.10643)."""
     max_new_tokens: int = number(1024, least=1)

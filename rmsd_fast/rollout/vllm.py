@@ -82,6 +82,11 @@ def check_family(student_family: str, path: str) -> None:
         )
 
 
+def batch_tokens(max_tokens: int) -> int:
+    """Return the most tokens of one pass of vLLM, for prompts and responses of at most `max_tokens`."""
+    return max(BATCH_TOKENS, max_tokens)
+
+
 class VllmRollout:
     """Generate rollouts with an engine of vLLM in this process. Each process has an engine with all weights.
 
@@ -133,7 +138,7 @@ class VllmRollout:
                 dtype=dtype,
                 max_model_len=max_tokens,
                 max_num_seqs=sequences,
-                max_num_batched_tokens=max(BATCH_TOKENS, max_tokens),
+                max_num_batched_tokens=batch_tokens(max_tokens),
                 kv_cache_memory_bytes=int(kv_cache_gib * GIB),
                 # The size of the KV cache is given, and the memory that training holds is none of vLLM's business.
                 gpu_memory_utilization=0.01,
@@ -354,7 +359,7 @@ class VllmRollout:
         return mm_input(ids, MultiModalKwargsItems(items), hashes, ranges, cache_salt=salt)
 
     def _check_prompt(self, prompt: Prompt, inputs: Any, sampling: Sampling) -> None:
-        """Raise RolloutError if the prompt is too long, or if vLLM gives its tokens other positions than the trainer."""
+        """Raise RolloutError if a prompt is too long, or if vLLM gives its tokens other positions than the trainer."""
         from vllm.multimodal.inputs import MultiModalFeatureSpec
 
         name = f"question {prompt.question.id!r}"

@@ -84,7 +84,7 @@ def stream(policy: PolicyEngine, weights: Iterable[SourceWeight]) -> Iterator[tu
 
 
 def weight_group(name: str) -> str:
-    """Return the group of a weight in which `bit_sum` is compared: "layers.3", "embeddings", "head", "norm" or "vision".
+    """Return the group in which a weight is compared: "layers.3", "embeddings", "head", "norm" or "vision".
 
     The name may be that of transformers or of vLLM.
     """
