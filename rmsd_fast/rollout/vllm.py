@@ -152,7 +152,7 @@ class VllmRollout:
         # vLLM's own finalizer would destroy the process group of the training.
         self._engine.engine_core._finalizer.detach()
         weakref.finalize(self, _shut_down, core).atexit = False
-        self._model = core.model_executor.driver_worker.worker.model_runner.model
+        self._model = core.model_executor.driver_worker.worker.model_runner.get_model()
         _check_plain(self._model)
         self._vocabulary = student.model.config.text_config.vocab_size
         self._frozen_sums: dict[str, torch.Tensor] | None = None

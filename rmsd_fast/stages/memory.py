@@ -309,7 +309,9 @@ class _Planner:
 
     def _gathered(self) -> dict[str, int]:
         """Return the bytes of weights that ZeRO-3 gathers for rollouts, beyond those that it gathers for passes."""
-        more = self.size.total - _MOST_GATHERED if self.settings.runtime.zero_stage == 3 else 0
+        if self.settings.runtime.zero_stage != 3 or uses_vllm(self.settings):
+            return {}
+        more = self.size.total - _MOST_GATHERED
         return {WEIGHTS: self.width * max(0, more)}
 
     def _add(self, held: dict[str, int], *parts: dict[str, int], gradients: int = 0) -> dict[str, int]:

@@ -21,8 +21,9 @@ from train_runs import forget_steps, metrics, mini_arguments, only_run, run_trai
 from rmsd_fast.config import NotInstalled
 from rmsd_fast.data.packing import media_places
 from rmsd_fast.models.adapters import POLICY, adapted_layers
+from rmsd_fast.models.export import export_student
 from rmsd_fast.models.shared_prefix import disable_shared_prefix, enable_shared_prefix
-from rmsd_fast.models.students import embed, encode_media
+from rmsd_fast.models.students import embed, encode_media, load_student
 from rmsd_fast.rollout import vllm
 from rmsd_fast.rollout.base import RolloutError, Sampling
 from rmsd_fast.rollout.hf import HfRollout
@@ -207,10 +208,9 @@ def test_sync_takes_the_changed_weights(state, prompts, capsys):
     began = time.perf_counter()
     state.rollouts.update(state.policy, 1)
     seconds = time.perf_counter() - began
+    numel = sum(p.numel() for p in state.student.model.parameters())
     with capsys.disabled():
-        print(
-            f"\nsync of {sum(p.numel() for p in state.student.model.parameters()):,} weights: {1000 * seconds:.1f} ms"
-        )
+        print(f"\nsync of {numel:,} weights: {1000 * seconds:.1f} ms")
     assert difference(state, prompts, sample(state, prompts)) < ROUNDING
 
 
@@ -442,6 +442,29 @@ def test_adapters(material, world):
         names["language_model.model.layers.1.input_layernorm.weight"][0] += 1
     with pytest.raises(RolloutError, match=r"got others in layers.1 \(1 of 4"):
         state.rollouts.update(state.policy, 5)
+
+
+def test_untied_head_with_a_padded_vocabulary_in_bfloat16(material, world, tmp_path):
+    """vLLM pads 590 rows to 640. Log-probs differ by bfloat16's rounding, and the sums not at all."""
+    student = load_student(material.inputs.model_path, dtype="float32")
+    student.model.resize_token_embeddings(590, pad_to_multiple_of=None)
+    student.model.config.text_config.tie_word_embeddings = student.model.config.tie_word_embeddings = False
+    student.model.lm_head.weight = torch.nn.Parameter(0.1 * torch.randn(590, 64))
+    export_student(student, tmp_path / "untied")
+    inputs = replace(material.inputs, model_path=str(tmp_path / "untied"))
+    state = build(SimpleNamespace(folder=material.folder, inputs=inputs), world, "model.dtype=bfloat16")
+    lines, prompts = stage2_steps(state, material, steps=2)
+    assert [line["policy/importance_ratio"] for line in lines] == pytest.approx([1] * 2, abs=0.05)
+    state.rollouts.update(state.policy, 2)
+    assert set(state.rollouts.weight_sums()) == {"embeddings", "layers.0", "layers.1", "norm", "head"}
+    assert difference(state, prompts, sample(state, prompts)) < 0.05
+    names = dict(state.rollouts._model.named_parameters())
+    assert len(names["language_model.lm_head.weight"]) == 640
+    with torch.no_grad():
+        names["language_model.lm_head.weight"][589, 0] += 1
+    sources = vllm.source_weights(state.policy)
+    with pytest.raises(RolloutError, match=r"got others in head \(1 of 5"):
+        state.rollouts._compare(state.policy, sources, vllm.group_sums(vllm.stream(state.policy, sources)), 3)
 
 
 @pytest.mark.parametrize(
