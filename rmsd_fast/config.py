@@ -361,12 +361,16 @@ class RewardConfig:
 
 @dataclass
 class RolloutConfig:
-    """Online responses of the student, generated with transformers in the training process."""
+    """Online responses of the student, generated in the training process."""
 
     n: int = number(8, least=1)
     """N, rollouts per question (2603.11423: 8)."""
-    engine: str = choice("hf", of=("hf",))
-    """`hf` = with transformers in the training process."""
+    engine: str = choice("hf", of=("hf", "vllm"))
+    """`hf` = transformers, with the model that is trained, or `vllm` = vLLM, with a copy of it that is updated in each
+    step (extra `vllm`; not with Qwen2.5-VL or `model.quantize`). Evaluations always use `hf`."""
+    vllm_kv_cache_gib: float = number(8.0, above=0)
+    """Size of vLLM's KV cache in GiB, on the device of each process. vLLM also holds a copy of the weights there; on a
+    GPU, both are there only during rollouts."""
     temperature: float = number(0.8, above=0)
     """Sampling temperature; every log-prob of the loss uses the same temperature (GAD 2511.10643)."""
     max_new_tokens: int = number(1024, least=1)

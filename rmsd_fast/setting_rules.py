@@ -22,6 +22,11 @@ def makes_rollouts(settings: RunConfig) -> bool:
     return "warm_up" in settings.stages or "distill" in settings.stages
 
 
+def uses_vllm(settings: RunConfig) -> bool:
+    """Return whether any stage samples its rollouts with vLLM."""
+    return makes_rollouts(settings) and settings.rollout.engine == "vllm"
+
+
 def uses_frozen_tower(settings: RunConfig) -> bool:
     """Return whether any stage encodes media outside of the training passes, with a frozen vision tower."""
     imitation = {"sft": settings.sft, "control": settings.distill}
@@ -78,6 +83,12 @@ def check_together(settings: RunConfig) -> None:
         # An end token is appended to truncated rollouts before the discriminator reads them.
         check_room(
             settings, settings.rollout.max_new_tokens + 1, "a rollout of rollout.max_new_tokens and its end token"
+        )
+    if uses_vllm(settings) and settings.model.quantize != "none":
+        raise SettingsError(
+            "rollout.engine: expected hf with model.quantize, since vLLM would sample with weights that are not "
+            f"quantized, got vllm with model.quantize={settings.model.quantize}; set rollout.engine=hf or "
+            "model.quantize=none"
         )
     _check_made(settings.made)
     _check_adapter(settings)
@@ -282,6 +293,11 @@ def refuse_useless(settings: RunConfig, written_keys: list[str], where: str) -> 
             "open is not in made.tasks; add it to made.tasks",
         ),
         ([*of_rollouts, "reward."], not rolls_out, "no stage samples rollouts; add warm_up or distill to stages"),
+        (
+            ["rollout.vllm_kv_cache_gib"],
+            settings.rollout.engine != "vllm",
+            f"rollout.engine={settings.rollout.engine} has no cache of this size; set rollout.engine=vllm",
+        ),
         (
             ["rollout.log_questions"],
             settings.rollout.log_every_steps == 0,

@@ -252,16 +252,21 @@ def merged_weights(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
         if path not in layers:
             weights[f"{path}.weight"] = full_weight(layer).to("cpu")
     for path, layer in layers.items():
-        weights[f"{path}.weight"] = _merged_weight(layer, _merged_adapters(layer, name)).to("cpu")
+        weights[f"{path}.weight"] = merged_weight(layer, name).to("cpu")
     return weights
 
 
-def _merged_weight(layer: Any, names: list[str]) -> torch.Tensor:
-    """Return the weight of a layer with adapters merged into it. The sum is computed in float32."""
+@torch.no_grad()
+def merged_weight(layer: Any, name: str) -> torch.Tensor:
+    """Return the weight of a layer with an adapter merged into it, [out, in].
+
+    The sum is computed in float32 and rounded once to the dtype of the layer. The layer itself does not change.
+    """
     base = full_weight(layer.get_base_layer())
     merged = base.float()
-    for name in names:
-        merged = merged + layer.scaling[name] * (layer.lora_B[name].weight.float() @ layer.lora_A[name].weight.float())
+    for adapter in _merged_adapters(layer, name):
+        product = layer.lora_B[adapter].weight.float() @ layer.lora_A[adapter].weight.float()
+        merged = merged + layer.scaling[adapter] * product
     return merged.to(base.dtype)
 
 

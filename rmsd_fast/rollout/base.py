@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
 
+from rmsd_fast.config import UserError
 from rmsd_fast.data.prompts import Prompt
+from rmsd_fast.models.policy import Policy
 from rmsd_fast.models.students import MediaFeatures
 
 
@@ -45,6 +49,8 @@ class Rollout:
             banned ids). If the model's logits were not finite, the response ends there with NaN.
         truncated: whether the response was truncated at `max_new_tokens`.
         policy_version: rollout step in which the response was sampled. The weights change at most once per step.
+        banned_mass: mean over the tokens of the probability of the banned ids under the model; None if the engine
+            cannot tell.
     """
 
     question_id: str
@@ -54,6 +60,7 @@ class Rollout:
     logp: torch.Tensor
     truncated: bool
     policy_version: int
+    banned_mass: float | None = None
 
     @property
     def finite(self) -> bool:
@@ -61,7 +68,41 @@ class Rollout:
         return bool(torch.isfinite(self.logp).all())
 
 
+class RolloutError(UserError, RuntimeError):
+    """An engine that cannot sample rollouts of the policy, or whose rollouts cannot be used."""
+
+
+class PolicyEngine(Protocol):
+    """What a rollout engine needs of the `runtime.engine.Engine` that trains the policy."""
+
+    names: list[str]
+
+    @property
+    def module(self) -> Policy: ...
+
+    def gathered(self, params: Iterable[torch.nn.Parameter]) -> AbstractContextManager[None]: ...
+
+
 class RolloutEngine(Protocol):
+    """Sample rollouts.
+
+    Attributes:
+        runs_policy: whether `generate` runs the training model. If not, the engine has weights of its own, and the
+            caller need not gather those of the language model under ZeRO-3.
+    """
+
+    runs_policy: bool
+
+    def update(self, policy: PolicyEngine, version: int) -> None:
+        """Take over the policy's weights, if this engine has its own. All ranks call this together.
+
+        Args:
+            policy: engine of the policy, whose adapter is active.
+            version: number of the rollout step, for messages.
+        Raises:
+            RolloutError: the weights did not arrive.
+        """
+
     def generate(
         self,
         model: torch.nn.Module,

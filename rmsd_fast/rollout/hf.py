@@ -16,7 +16,7 @@ from rmsd_fast.data.prompts import Prompt, PromptBuilder
 from rmsd_fast.data.transfer import to_device
 from rmsd_fast.models.shared_prefix import run_shared_prefix, shared_prefix_enabled
 from rmsd_fast.models.students import MediaFeatures, embed, encode_media
-from rmsd_fast.rollout.base import Rollout, Sampling, sampling_noise
+from rmsd_fast.rollout.base import PolicyEngine, Rollout, Sampling, sampling_noise
 from rmsd_fast.rollout.shared_cache import DecodeCache, PrefixCache
 
 
@@ -29,11 +29,16 @@ class HfRollout:
         device: device of the model.
     """
 
+    runs_policy = True
+
     def __init__(self, builder: PromptBuilder, *, prompts_per_batch: int, device: torch.device):
         self.builder = builder
         self.prompts_per_batch = prompts_per_batch
         self.device = device
         self.banned_ids = builder.banned_ids.to(device)
+
+    def update(self, policy: PolicyEngine, version: int) -> None:
+        """Do nothing: the rollouts are those of the training model itself."""
 
     @torch.no_grad()
     def generate(

@@ -11,7 +11,7 @@ Every caller must follow three rules. Otherwise, DeepSpeed's collectives hang or
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -208,22 +208,38 @@ class Engine:
         self._trace = 0
 
     @contextmanager
-    def full_weights(self) -> Iterator[None]:
-        """Hold all weights of `module` on every rank inside the context, so that calling it needs no collective.
+    def gathered(self, params: Iterable[nn.Parameter]) -> Iterator[None]:
+        """Hold these parameters of `module` whole on every rank inside the context.
 
         Under ZeRO-3, all ranks must enter and leave together. With other stages, this does nothing. Do not change
-        weights or call `backward` inside.
+        weights inside.
         """
-        if self.zero_stage != 3:
+        params = list(params)
+        if self.zero_stage != 3 or not params:
             yield
             return
         import deepspeed
 
-        params = list(self.module.parameters())
-        offload = self.engine.optimizer.parameter_offload
         for param in params:
             param.ds_active_sub_modules.clear()
         with deepspeed.zero.GatheredParameters(params):
+            yield
+
+    @contextmanager
+    def full_weights(self, part: nn.Module | None = None) -> Iterator[None]:
+        """Hold all weights of `module` on every rank inside the context, so that calling it needs no collective.
+
+        Under ZeRO-3, all ranks must enter and leave together. With other stages, this does nothing. Do not change
+        weights or call `backward` inside.
+
+        Args:
+            part: a submodule. Only its weights are held, and only it can be called; None = the whole module.
+        """
+        if self.zero_stage != 3:
+            yield
+            return
+        offload = self.engine.optimizer.parameter_offload
+        with self.gathered((part or self.module).parameters()):
             # DeepSpeed's hooks would release weights after each call and gather them again with a collective, which
             # hangs if ranks generate different numbers of tokens.
             offload._remove_module_hooks()

@@ -22,6 +22,7 @@ from rmsd_fast.models.policy import Policy
 from rmsd_fast.models.quantize import QuantizedBase, import_bitsandbytes, quantize
 from rmsd_fast.models.shared_prefix import enable_shared_prefix, unsupported
 from rmsd_fast.models.students import Student, freeze, load_student
+from rmsd_fast.rollout.base import RolloutEngine
 from rmsd_fast.rollout.hf import HfRollout
 from rmsd_fast.runtime.engine import Engine
 from rmsd_fast.runtime.metrics import PhaseTimer
@@ -183,7 +184,7 @@ def build_distillation(
     See `build_imitation` for the arguments.
     """
     state = build_imitation(path, settings, world, material, media, stage="distill")
-    state.rollouts = HfRollout(state.builder, prompts_per_batch=settings.rollout.prompts_per_batch, device=world.device)
+    state.rollouts = make_rollouts(state, path, settings, world)
     if uses_reference(settings):
         lora = settings.model.adapter == "lora"
         # It runs in the policy's engine, which gathers its weights under ZeRO-3.
@@ -193,6 +194,33 @@ def build_distillation(
         discriminator = _discriminator(state, path)
         state.discriminator = make_engine(discriminator, settings, world, settings.discriminator.lr)
     return state
+
+
+def make_rollouts(state: StageState, path: str, settings: RunConfig, world: World) -> RolloutEngine:
+    """Return the engine that samples the rollouts, see `rollout.engine`.
+
+    Args:
+        state: state of the stage, with its student.
+        path: folder of the model that the stage starts from.
+        settings: settings of the run.
+        world: this process in the run.
+    """
+    rollout = settings.rollout
+    if rollout.engine == "vllm":
+        from rmsd_fast.rollout.vllm import VllmRollout
+
+        return VllmRollout(
+            state.student,
+            state.builder,
+            resolve_folder(path),
+            dtype=settings.model.dtype,
+            max_tokens=settings.data.max_prompt_tokens + rollout.max_new_tokens,
+            sequences=rollout.prompts_per_batch * rollout.n,
+            kv_cache_gib=rollout.vllm_kv_cache_gib,
+            device=world.device,
+            processes=world.size,
+        )
+    return HfRollout(state.builder, prompts_per_batch=rollout.prompts_per_batch, device=world.device)
 
 
 def make_policy(student: Student, settings: RunConfig, train_vision: bool) -> Policy:

@@ -156,8 +156,12 @@ def roll_out(
         seed=settings.seed,
         step=rollout_step,
     )
-    with state.policy.full_weights():
-        state.policy.module.activate()
+    state.policy.module.activate()
+    if not state.rollouts.runs_policy:
+        with state.timer("sync"):
+            state.rollouts.update(state.policy, rollout_step)
+    # An engine with its own weights needs only the vision features of the training model.
+    with state.policy.full_weights(None if state.rollouts.runs_policy else state.student.model.model.visual):
         features = encode_step(state, prompts)
         with state.timer("rollout"):
             rollouts = state.rollouts.generate(

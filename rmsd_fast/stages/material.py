@@ -18,13 +18,16 @@ from rmsd_fast.made.real_clips import write_real_questions
 from rmsd_fast.made.student import build_tiny_student
 from rmsd_fast.made.teacher import SimulatedTeacher, write_simulated_pool
 from rmsd_fast.models.adapters import import_peft
+from rmsd_fast.models.families import family_of
 from rmsd_fast.models.folders import model_digests, open_folder, resolve_folder
 from rmsd_fast.models.liger import check_liger
 from rmsd_fast.models.quantize import import_bitsandbytes
 from rmsd_fast.models.students import DTYPES
+from rmsd_fast.rollout.vllm import check_family, check_vllm
 from rmsd_fast.runtime.engine import import_adamw_8bit
 from rmsd_fast.runtime.process_group import World, on_main
 from rmsd_fast.runtime.trackers import check_trackers
+from rmsd_fast.setting_rules import uses_vllm
 from rmsd_fast.stages.inputs import Inputs, read_inputs
 from rmsd_fast.teacher.pool import load_pool
 from rmsd_kernels.implementations import resolve_impl
@@ -86,12 +89,14 @@ def prepare_material(settings: RunConfig, world: World, *, training: bool = True
     inputs = read_inputs(settings, files, roots)
     # This is checked before a run folder is created. The main process downloads a Hub model, and the other processes
     # find it in the cache.
-    on_main(world, lambda: _check_model(model_path))
+    on_main(world, lambda: _check_model(model_path, settings, training))
     return Material(**vars(inputs), model_path=model_path, files=files)
 
 
-def _check_model(path: str) -> None:
-    open_folder(resolve_folder(path))
+def _check_model(path: str, settings: RunConfig, training: bool) -> None:
+    model = open_folder(resolve_folder(path))
+    if training and uses_vllm(settings):
+        check_family(family_of(model.config).title, path)
 
 
 def check_packages(settings: RunConfig, *, training: bool) -> None:
@@ -102,6 +107,8 @@ def check_packages(settings: RunConfig, *, training: bool) -> None:
         import_peft()
     if training and settings.runtime.optimizer == "adamw_8bit":
         import_adamw_8bit()
+    if training and uses_vllm(settings):
+        check_vllm()
 
 
 def check_batches(settings: RunConfig, processes: int) -> None:

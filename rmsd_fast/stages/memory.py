@@ -30,9 +30,10 @@ from rmsd_fast.models.pass_memory import (
 )
 from rmsd_fast.models.quantize import BYTES_PER_WEIGHT, quantizable_layers
 from rmsd_fast.rollout.shared_cache import BLOCK, PrefixCache
+from rmsd_fast.rollout.vllm import batch_tokens
 from rmsd_fast.runtime.engine import LARGEST_BUCKET
 from rmsd_fast.runtime.engine_memory import EngineMemory, engine_memory
-from rmsd_fast.setting_rules import uses_discriminator, uses_reference
+from rmsd_fast.setting_rules import uses_discriminator, uses_reference, uses_vllm
 
 GIB = 2**30
 WEIGHTS, GRADIENTS, OPTIMIZER, BUCKETS, ROLLOUT, MEDIA, CONTEXT = (
@@ -230,6 +231,9 @@ class _Planner:
             weights["whole" if referenced else "split"] += self.size.total
         held = self._states(engines, weights, copies=2 if judged and mode == "separate" else 1)
         lasting = sum(engine.lasting for engine in engines)
+        if uses_vllm(settings) and self.device == "cpu":
+            # On a CPU, vLLM does not sleep between rollouts.
+            held[ROLLOUT] = self._vllm_state()
         phases = {"rollout": self._add(held, self._rollout(), self._gathered(), gradients=lasting)}
         phases["vision"] = self._add(held, self._tower(), self._gathered(), gradients=lasting)
         drawn = [settings.rollout.max_new_tokens + 1] * settings.rollout.n
@@ -305,7 +309,9 @@ class _Planner:
 
     def _gathered(self) -> dict[str, int]:
         """Return the bytes of weights that ZeRO-3 gathers for rollouts, beyond those that it gathers for passes."""
-        more = self.size.total - _MOST_GATHERED if self.settings.runtime.zero_stage == 3 else 0
+        if self.settings.runtime.zero_stage != 3 or uses_vllm(self.settings):
+            return {}
+        more = self.size.total - _MOST_GATHERED
         return {WEIGHTS: self.width * max(0, more)}
 
     def _add(self, held: dict[str, int], *parts: dict[str, int], gradients: int = 0) -> dict[str, int]:
@@ -391,7 +397,28 @@ class _Planner:
     def _rollout(self) -> dict[str, int]:
         """Return the bytes of generating one batch of rollouts."""
         rollout = self.settings.rollout
+        if uses_vllm(self.settings):
+            state = self._vllm_state() if self.device == "cuda" else 0
+            return {ROLLOUT: state + self._vllm_pass(), VISION: 2 * self._features(self.questions)}
         return self._generation(min(rollout.prompts_per_batch, self.questions), rollout.n, rollout.max_new_tokens)
+
+    def _vllm_state(self) -> int:
+        """Return the bytes that vLLM holds while it is awake: all weights, buffers for deepstack, and the KV cache."""
+        buffers = (self.feature_layers - 1) * self._vllm_tokens * self.text["hidden_size"]
+        return (self.size.total + buffers) * self.width + int(self.settings.rollout.vllm_kv_cache_gib * GIB)
+
+    def _vllm_pass(self) -> int:
+        """Return the bytes of vLLM's largest pass: an estimate, which was not measured on a GPU."""
+        text, rollout = self.text, self.settings.rollout
+        layer = 3 * text["intermediate_size"] + 6 * text["hidden_size"]
+        rows = min(rollout.prompts_per_batch, self.questions) * rollout.n
+        # Logits, in float32 the same scaled, their log-softmax, and noise.
+        logits = rows * text["vocab_size"] * (self.width + 4 * 4)
+        return max(self._vllm_tokens * layer * self.width, logits)
+
+    @property
+    def _vllm_tokens(self) -> int:
+        return batch_tokens(self.settings.data.max_prompt_tokens + self.settings.rollout.max_new_tokens)
 
     def _generation(self, prompts: int, rows: int, tokens: int) -> dict[str, int]:
         settings, text = self.settings, self.text
@@ -461,6 +488,9 @@ class _Planner:
         if self.device != "cpu":
             host = sum(engine.host for engine in engines) + self._embedding_cache()
             host += 0 if self._frames_on_device else self._frames()
+            if uses_vllm(self.settings) and self.stage in ("warm_up", "distill"):
+                # vLLM keeps its weights in host memory while it sleeps.
+                host += self.size.total * self.width
         return StagePlan(phases, host)
 
 

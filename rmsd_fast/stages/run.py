@@ -26,6 +26,7 @@ from rmsd_fast.models.export import export_student, fill_export
 from rmsd_fast.models.folders import model_digests
 from rmsd_fast.models.liger import describe_liger
 from rmsd_fast.models.students import Student
+from rmsd_fast.rollout.vllm import check_vllm
 from rmsd_fast.runtime.checkpoint import (
     Checkpoint,
     find_checkpoint,
@@ -37,6 +38,7 @@ from rmsd_fast.runtime.json_lines import JsonLines
 from rmsd_fast.runtime.metrics import MetricsLog, PhaseTimer, peak_mib
 from rmsd_fast.runtime.process_group import World, all_gather_objects, any_rank, global_max, global_sum, on_main
 from rmsd_fast.runtime.stop_signal import StopSignal
+from rmsd_fast.setting_rules import uses_vllm
 from rmsd_fast.settings import settings_as_dict
 from rmsd_fast.stages import held_out
 from rmsd_fast.stages.material import Material, losses_of
@@ -200,7 +202,10 @@ def write_facts(run: TrainingRun, *, finished: bool) -> None:
         "recipe": run.settings.name,
         "world_size": run.world.size,
         "hardware": _hardware(run.world),
-        "versions": {name: version_of(name) for name in PACKAGES},
+        "versions": {
+            **{name: version_of(name) for name in PACKAGES},
+            **({"vllm": check_vllm()} if uses_vllm(run.settings) else {}),
+        },
         "decoder": run.media.decoder + (f" ({run.media.decoder_reason})" if run.media.decoder_reason else ""),
         "liger": describe_liger(run.settings.model.liger, run.world.device),
         "losses": _losses(run),

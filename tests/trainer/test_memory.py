@@ -627,3 +627,29 @@ def test_zero_3_gathers_all_weights_for_rollouts(simple_counts, monkeypatch):
     # A quarter of the weights, and 10**9 gathered elements in passes, in 2 bytes.
     assert phases["policy"]["weights"] == 2 * (10**10 // 4 + 10**9)
     assert phases["rollout"]["weights"] == 2 * (10**10 // 4 + 10**10)
+
+
+def test_vllm_holds_its_weights_and_cache_during_rollouts(simple_counts, monkeypatch):
+    size = parameters(total=10**10, largest=10**8)
+    monkeypatch.setattr(memory, "count_parameters", lambda *_: size)
+    engine = ["rollout.engine=vllm", "rollout.vllm_kv_cache_gib=3", "rollout.prompts_per_batch=4", "rollout.n=2"]
+    settings = load_settings(
+        "rmsd_qwen3vl_4b", [*engine, "runtime.zero_stage=3", "data.max_prompt_tokens=15000", STAGES]
+    )
+    config = config_4b()
+    text = config["text_config"]
+    hidden, mlp, vocabulary = text["hidden_size"], text["intermediate_size"], text["vocab_size"]
+    tokens = 15000 + settings.rollout.max_new_tokens
+    # Weights, buffers of three deepstack layers, cache; then the larger of one layer's tensors and logits.
+    state = 2 * (10**10 + 3 * tokens * hidden) + 3 * memory.GIB
+    largest = max(2 * tokens * (3 * mlp + 6 * hidden), 8 * vocabulary * 18)
+    plan = plan_memory(settings, config, processes=4, device="cuda").stages["distill"]
+    assert plan.phases["rollout"]["rollout"] == state + largest
+    assert "rollout" not in plan.phases["policy"]
+    # Under ZeRO-3, nothing is gathered for the rollouts, and vLLM's weights sleep in host memory.
+    assert plan.phases["rollout"]["weights"] == plan.phases["policy"]["weights"]
+    hf = load_settings("rmsd_qwen3vl_4b", ["runtime.zero_stage=3", "data.max_prompt_tokens=15000", STAGES])
+    assert plan.host == plan_memory(hf, config, processes=4, device="cuda").stages["distill"].host + 2 * 10**10
+    on_cpu = plan_memory(settings, config, processes=4, device="cpu").stages["distill"]
+    assert on_cpu.phases["policy"]["rollout"] == state
+    assert on_cpu.phases["rollout"]["rollout"] == state + largest
