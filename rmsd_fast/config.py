@@ -371,6 +371,8 @@ class RolloutConfig:
     """Maximum length of a response in tokens; longer responses are truncated and counted."""
     prompts_per_batch: int = number(8, least=1)
     """Number of questions per generation batch of a process."""
+    cuda_graphs: bool = True
+    """Capture decoding steps in CUDA graphs, so that they do not wait for Python. On CPU, steps run eagerly."""
     log_every_steps: int = number(10, least=0)
     """Interval in steps for writing questions with their rollouts and teacher answers to `rollouts.jsonl`. The first
     and the last step of warm-up and of stage 2 are always written; 0 = never write."""

@@ -182,7 +182,12 @@ def build_distillation(
     See `build_imitation` for the arguments.
     """
     state = build_imitation(path, settings, world, material, media, stage="distill")
-    state.rollouts = HfRollout(state.builder, prompts_per_batch=settings.rollout.prompts_per_batch, device=world.device)
+    state.rollouts = HfRollout(
+        state.builder,
+        prompts_per_batch=settings.rollout.prompts_per_batch,
+        device=world.device,
+        cuda_graphs=settings.rollout.cuda_graphs,
+    )
     if uses_reference(settings):
         lora = settings.model.adapter == "lora"
         state.reference = Policy(state.student.model, None) if lora else make_reference(load(path, settings, world))
