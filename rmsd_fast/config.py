@@ -377,6 +377,8 @@ class RolloutConfig:
     """Maximum length of a response in tokens; longer responses are truncated and counted."""
     prompts_per_batch: int = number(8, least=1)
     """Number of questions per generation batch of a process."""
+    cuda_graphs: bool = True
+    """Capture decoding steps in CUDA graphs, so that they do not wait for Python. On CPU, steps run eagerly."""
     parity_every: int = number(50, least=0)
     """Interval in steps for comparing the rollouts' log-probs with the trainer's, in one more forward pass of the
     policy. The first step of warm-up and of stage 2 is always compared; 0 = never."""

@@ -69,6 +69,7 @@ CASES = {
         f"P{p}-R{r}-float32" for p, r in ((1024, 64), (1024, 128), (2048, 64), (2048, 128), (2048, 256), (4096, 128))
     ),
     "step": tuple(f"P{p}-R{r}-float32" for p, r in ((1024, 64), (2048, 64), (2048, 128), (4096, 128))),
+    "rollout": tuple(f"P{p}-N{n}-R64-float32" for p in (512, 2048) for n in (4, 8, 16)),
 }
 CONDITIONS = {
     "linear_cross_entropy": (f"{_LONG}-conditions",),
@@ -83,7 +84,7 @@ MOST_LEVELS = 3.0
 SIZES, GOPS = (16, 64), (30, 250)
 
 
-_STEPS, _SHARED, _MEDIA = ("step",), ("shared_prefix",), ("media",)
+_STEPS, _SHARED, _MEDIA, _ROLLOUT = ("step",), ("shared_prefix",), ("media",), ("rollout",)
 _PREPROCESS = tuple(f"preprocess-720p-{frames}f" for frames in reversed(SIZES))
 _DECODE = tuple(f"decode-720p-{frames}f-gop{gop}" for frames in reversed(SIZES) for gop in GOPS)
 _EPOCHS, _FLAT, _ON_CUDA = ("epochs-720p",), ("flat",), ("cuda-720p-64f-gop30",)
@@ -106,6 +107,7 @@ TABLE = (
     (_STEPS, CASES["step"], "cpu", "passes, K=4 over K=1", 1.15),
     (_STEPS, CASES["step"], "cpu", "ways against the cost model", 1.25),
     (_STEPS, SWEPT, "cpu", "K=8 against the cost model", 1.25),
+    (_ROLLOUT, ("P2048-N8-R64-float32",), "cpu", "times faster than generate", 3.0),
     (_MEDIA, _PREPROCESS, "cpu", "preprocessing time", 3.0),
     (_MEDIA, _PREPROCESS, "cpu", "preprocessing memory", 0.2),
     (_MEDIA, _PREPROCESS, "cpu", "levels from HF", 0),
@@ -129,6 +131,7 @@ TABLE = (
     (_STEPS, CUDA_STEPS[1:2], "cuda", "utilisation, 4 groups, recipe", 0.45),
     (_STEPS, CUDA_STEPS, "cuda", "passes against the cost model", 1.15),
     (_STEPS, CUDA_STEPS[:1], "cuda", "passes of padded rows", 5.0),
+    (_ROLLOUT, ("P2048-N8-R64-bfloat16",), "cuda", "times faster than eager steps", 3.0),
     (HEADS, (f"{_CUDA}-trainable",), "cuda", "time over the GEMMs", 1.15),
     (("linear_logprob",), (f"{_CUDA}-frozen",), "cuda", "time over the GEMMs", 1.15),
     (("linear_logprob",), (f"{_CUDA}-trainable",), "cuda", "times faster than the best peer", 1.3),

@@ -293,6 +293,8 @@ METRICS: dict[str, tuple[str, Metric]] = {
     "utilisation, 4 groups, recipe": (LEAST, _metric(_utilisation, STEP_SEVERAL, SEVERAL, True)),
     "passes against the cost model": (MOST, _metric(_passes_off_model)),
     "passes of padded rows": (LEAST, _metric(_step_over_padded)),
+    "times faster than generate": (LEAST, _metric(_faster_than, "generate")),
+    "times faster than eager steps": (LEAST, _metric(_faster_than, "ours, eager")),
     "preprocessing time": (LEAST, _metric(_preprocessing_time)),
     "preprocessing memory": (MOST, _metric(_preprocessing_memory)),
     "levels from HF": (

@@ -100,6 +100,7 @@ SUBJECTS = {
         "discriminator",
     ),
     "sharing": ("shared_prefix", "step"),
+    "rollouts": ("rollout",),
     "media": ("media",),
 }
 

@@ -63,6 +63,7 @@ def case_table(record: dict) -> str:
 
 
 _NUMBERS = dict(tflop_per_s="TFLOP/s", gb_per_s="GB/s", peak_mib="peak MiB", peak_beyond_gradients_mib="less gradients")
+_NUMBERS |= dict(tokens_per_s="tokens/s", launches_per_token="launches/token")
 
 
 def _step_table(record: dict) -> str:
@@ -296,6 +297,31 @@ def sharing_page(records: list[dict]) -> str:
     return f"{first}\n\n{second}\n\n{legend}{sources(records)}.\n"
 
 
+# Rollouts.
+
+
+def rollout_page(records: list[dict]) -> str:
+    """Ours against generate() by case, with the part that is decoding."""
+    rows = []
+    for record in records:
+        (ours, other), shape = (record["variants"][name] for name in (OURS, "generate")), record["shape"]
+        pairs = [f"{own['tokens_per_s']:,.0f}" for own in (ours, other)]
+        pairs += [f"{main_time(other) / main_time(ours):.2f} ({other['times_ours_by_round']:.2f})"]
+        pairs += [f"{own['decode_ms_per_token']:.2f}" for own in (ours, other)]
+        pairs += [f"{own['launches_per_token']:.0f}" for own in (ours, other)]
+        rows.append((*(shape[key] for key in "PNR"), *pairs, ours["rounds"]))
+    head = ("prompt", "N", "new tokens", "tokens/s", "generate", "times faster (by round)", "ms per step", "generate")
+    legend = (
+        "Tokens/s: N responses in the whole call, prefill included. ms per step: the call less a call for one token, "
+        "by further token. Operations: those of a decode step that would launch kernels on a GPU. Medians. Greedy "
+        "tokens of both were equal before. "
+    )
+    found = [(v.status, v.where.removeprefix("rollout "), v.what) for v in verdicts(records, "cpu", ["rollout"])]
+    first = table((*head, "operations per step", "generate", "rounds"), rows)
+    goals = table(("verdict", "case", "found"), found)
+    return f"{first}\n\n**Goals**\n\n{goals}\n\n{legend}{sources(records)}.\n"
+
+
 # The media path.
 
 _TITLES = {
@@ -482,6 +508,7 @@ def _left_out(of: dict[str, list[dict]], cases: list[dict]) -> str:
 PAGES = {
     "heads": {"fused-losses.md": heads_page, "fused-losses.svg": heads_chart},
     "sharing": {"shared-prefix.md": sharing_page, "shared-prefix.svg": sharing_chart},
+    "rollouts": {"rollout.md": rollout_page},
     "media": {"media.md": media_page},
 }
 

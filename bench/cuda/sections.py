@@ -135,13 +135,14 @@ _PREFIX = ("prefix/bench_attention", "heads/bench_discriminator")
 SECTIONS = (
     Section("machine", "what the machine is, and its ceilings", 15, 5, _machine, required=True),
     Section("correctness", "tests of rows, heads, prefixes and discriminator", 60, 20, _tests(kernels=True)),
-    Section("heads", "where a head's time goes; the losses", 120, 30, _benchmark(*_HEADS)),
-    Section("prefix", "attention over a shared prefix, decoding, discriminator", 60, 20, _benchmark(*_PREFIX)),
+    Section("heads", "where a head's time goes; the losses", 100, 30, _benchmark(*_HEADS)),
+    Section("prefix", "attention over a shared prefix, decoding, discriminator", 50, 20, _benchmark(*_PREFIX)),
     Section("step", "steps at the shape of Qwen3-VL-4B", 135, 45, _benchmark("step/bench_step"), required=True),
     Section(
         *("media", "decoding and preprocessing", 30, 20, _benchmark("media/bench_video", only="cuda")),
         ahead=_media_files,
     ),
+    Section("rollout", "rollouts at the shape of Qwen3-VL-4B", 30, 20, _benchmark("rollout/bench_rollout")),
     Section("stages", "whole stages, and all other tests for CUDA and vLLM", 40, 20, _tests(kernels=False)),
     Section("optimizer", "a full optimizer at the shape of Qwen3-VL-4B", 20, 20, _benchmark("step/bench_optimizer")),
 )

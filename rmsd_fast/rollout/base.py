@@ -45,12 +45,13 @@ class Rollout:
         index: index of the response within its question.
         token_ids: sampled ids, int64 [R], including the end token if the response was not truncated.
         text: decoded text.
-        logp: log-probs of the sampled ids, float32 [R], under the sampled distribution (with temperature, without
-            banned ids). If the model's logits were not finite, the response ends there with NaN.
+        logp: log-probs of the sampled ids, float32 [R], at the sampling temperature and over the whole vocabulary, as
+            the trainer computes them; at temperature 0, those at temperature 1. Ids that may not be sampled count. If
+            the model's logits were not finite, the response ends there with NaN.
         truncated: whether the response was truncated at `max_new_tokens`.
         policy_version: rollout step in which the response was sampled. The weights change at most once per step.
-        banned_mass: mean over the tokens of the probability of the banned ids under the model; None if the engine
-            cannot tell.
+        banned_mass: probability of ids that may not be sampled, mean over the response's tokens; None if the engine
+            does not know it.
     """
 
     question_id: str

@@ -65,21 +65,37 @@ class PrefixCache:
 class DecodeCache:
     """Hold the K/V of B rows that are decoded one token per forward pass, on prompts that are stored once.
 
+    The K/V of the rows' own tokens are in buffers with room for a multiple of BLOCK tokens. A pass writes to the place
+    in `slot` and reads as many tokens as `used` says. Both are on the device, so that a CUDA graph of the pass can be
+    replayed for every token of a block. Call `make_room` before each pass, and `advance` after it.
+
     Args:
         prefix: cache of the prefilled prompts, which is neither copied nor changed.
         rows: number of responses of each prompt. B is their sum, and rows are group-major.
     Attributes:
         prefix: cache of the prefilled prompts.
-        keys: one `OwnTokens` per layer.
-        values: one `OwnTokens` per layer.
+        keys: one buffer [B, room, Hkv, d] per layer, in the model's dtype.
+        values: one buffer [B, room, Hkv, d] per layer, in the model's dtype.
+        slot: place of the next token in the buffers, int64 [1] on the device.
+        used: number of tokens of each row including the next one, int32 [B] on the device.
     """
 
     def __init__(self, prefix: PrefixCache, rows: list[int]):
         self.prefix = prefix
-        self.keys = [OwnTokens() for _ in prefix.keys]
-        self.values = [OwnTokens() for _ in prefix.values]
+        first = prefix.keys[0]
         self._owner = torch.arange(len(rows)).repeat_interleave(torch.tensor(rows))
         self._plan = self._make_plan()
+        # Unused places must be finite: kernels multiply their values by a probability of 0.
+        shape = (len(self._owner), BLOCK, *first.shape[1:])
+        self.keys = [first.new_zeros(shape) for _ in prefix.keys]
+        self.values = [first.new_zeros(shape) for _ in prefix.values]
+        self.slot = torch.zeros(1, dtype=torch.int64, device=first.device)
+        self.used = torch.ones(len(self._owner), dtype=torch.int32, device=first.device)
+
+    @property
+    def room(self) -> int:
+        """Number of own tokens per row that the buffers can hold."""
+        return self.keys[0].shape[1]
 
     def attend(
         self, layer_idx: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None
@@ -95,13 +111,39 @@ class DecodeCache:
         Returns:
             The attention output, [B, 1, H, d].
         """
-        own_k, own_v = self.keys[layer_idx].append(k), self.values[layer_idx].append(v)
-        prefix_k, prefix_v = self.prefix.keys[layer_idx], self.prefix.values[layer_idx]
-        out = shared_prefix_decode(q[:, :, 0], prefix_k, prefix_v, own_k, own_v, self._plan, scale=scale)
+        own_k, own_v = self.keys[layer_idx], self.values[layer_idx]
+        own_k.index_copy_(1, self.slot, k.transpose(1, 2))
+        own_v.index_copy_(1, self.slot, v.transpose(1, 2))
+        out = shared_prefix_decode(
+            q[:, :, 0],
+            self.prefix.keys[layer_idx],
+            self.prefix.values[layer_idx],
+            own_k.transpose(1, 2),
+            own_v.transpose(1, 2),
+            self._plan,
+            own_lengths=self.used,
+            scale=scale,
+        )
         return out[:, None]
 
+    def advance(self) -> None:
+        """Move to the next token, on the device."""
+        self.slot += 1
+        self.used += 1
+
+    def make_room(self, tokens: int) -> bool:
+        """Grow the buffers by BLOCK if they cannot hold so many tokens per row. Return whether they were replaced."""
+        if tokens <= self.room:
+            return False
+        for buffers in (self.keys, self.values):
+            for layer, buffer in enumerate(buffers):
+                larger = buffer.new_zeros(buffer.shape[0], buffer.shape[1] + BLOCK, *buffer.shape[2:])
+                larger[:, : buffer.shape[1]] = buffer
+                buffers[layer] = larger
+        return True
+
     def keep(self, rows: torch.Tensor) -> None:
-        """Keep only the given rows. Synchronizes with the device.
+        """Keep only the given rows, in new buffers. Synchronizes with the device.
 
         The prompt of a group without rows stays in memory but is no longer read.
 
@@ -110,35 +152,12 @@ class DecodeCache:
         """
         self._owner = self._owner[rows.cpu()]
         self._plan = self._make_plan()
-        for tokens in (*self.keys, *self.values):
-            tokens.keep(rows)
+        for buffers in (self.keys, self.values):
+            for layer, buffer in enumerate(buffers):
+                buffers[layer] = buffer.index_select(0, rows)
+        self.used = self.used.index_select(0, rows)
 
     def _make_plan(self) -> DecodePlan:
         lengths = self.prefix.prefix_lengths
         counts = torch.bincount(self._owner, minlength=len(lengths)).tolist()
         return DecodePlan.from_counts(lengths, counts, device=self.prefix.keys[0].device)
-
-
-class OwnTokens:
-    """Hold K or V of the rows' own tokens in one layer, in a buffer that grows."""
-
-    def __init__(self):
-        self.length = 0
-        self.buffer: torch.Tensor | None = None
-
-    def append(self, new: torch.Tensor) -> torch.Tensor:
-        """Append one token per row, [B, Hkv, 1, d], and return a view of all tokens so far, [B, Hkv, t, d]."""
-        if self.buffer is None or self.length == self.buffer.shape[2]:
-            rows, heads, _, size = new.shape
-            larger = new.new_empty(rows, heads, self.length + BLOCK, size)
-            if self.buffer is not None:
-                larger[:, :, : self.length] = self.buffer
-            self.buffer = larger
-        self.buffer[:, :, self.length] = new[:, :, 0]
-        self.length += 1
-        return self.buffer[:, :, : self.length]
-
-    def keep(self, rows: torch.Tensor) -> None:
-        """Keep only the given rows, int64 [A]."""
-        if self.buffer is not None:
-            self.buffer = self.buffer.index_select(0, rows)

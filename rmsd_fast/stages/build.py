@@ -220,7 +220,12 @@ def make_rollouts(state: StageState, path: str, settings: RunConfig, world: Worl
             device=world.device,
             processes=world.size,
         )
-    return HfRollout(state.builder, prompts_per_batch=rollout.prompts_per_batch, device=world.device)
+    return HfRollout(
+        state.builder,
+        prompts_per_batch=rollout.prompts_per_batch,
+        device=world.device,
+        cuda_graphs=rollout.cuda_graphs,
+    )
 
 
 def make_policy(student: Student, settings: RunConfig, train_vision: bool) -> Policy:

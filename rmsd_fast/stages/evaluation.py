@@ -72,7 +72,8 @@ def answer_questions(
         video = dataclasses.replace(video, num_frames=settings.evaluate.num_frames, fps=None)
     builder = PromptBuilder(student, video, media)
     batch_size = settings.evaluate.prompts_per_batch
-    engine = HfRollout(builder, prompts_per_batch=batch_size, device=world.device)
+    graphs = settings.rollout.cuda_graphs
+    engine = HfRollout(builder, prompts_per_batch=batch_size, device=world.device, cuda_graphs=graphs)
     sampling = Sampling(n=1, temperature=0.0, max_new_tokens=settings.evaluate.max_new_tokens)
     share = questions[world.rank :: world.size]
     records = []
@@ -142,7 +143,9 @@ def _with_sampled(
     )
     # As many rows at a time as in greedy decoding.
     rows = max(1, settings.evaluate.prompts_per_batch // count)
-    sampler = HfRollout(engine.builder, prompts_per_batch=rows, device=engine.device)
+    sampler = HfRollout(
+        engine.builder, prompts_per_batch=rows, device=engine.device, cuda_graphs=settings.rollout.cuda_graphs
+    )
     result = []
     for record, prompt, rollouts in zip(
         records, prompts, sampler.generate(student.model, prompts, sampling), strict=True

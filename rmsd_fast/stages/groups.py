@@ -244,6 +244,11 @@ def group_record(groups: list[RolloutGroup], settings: RunConfig) -> dict[str, M
         "teacher/kept_share": (mean, sum(len(group.kept) for group in groups), len(answers)),
         "teacher/empty_share": (mean, sum(not group.kept for group in groups), len(groups)),
     }
+    masses = [rollout.banned_mass for rollout in rollouts]
+    if None not in masses:
+        lengths = [len(rollout.token_ids) for rollout in rollouts]
+        total = sum(mass * length for mass, length in zip(masses, lengths, strict=True))
+        record["rollout/banned_mass"] = (mean, total, sum(lengths))
     record |= quality_record(groups)
     if not uses_discriminator(settings):
         # Without a discriminator, nothing leads to its target.

@@ -435,6 +435,8 @@ class _Planner:
         # probabilities and their sums.
         number = self.width + (4 if self.width == 2 else 0) + 4 + 8 + 8
         logits = prompts * rows * text["vocab_size"] * number
+        # The graph of a step keeps its memory while the first step of the next block runs eagerly.
+        logits *= 2 if self.device == "cuda" and settings.rollout.cuda_graphs else 1
         # The last layer's dequantized weight is freed before the logits.
         whole = self.size.largest_quantizable * self.width if self.quantized else 0
         return {ROLLOUT: max(prefill, cache + max(logits, whole)), VISION: self._features(self.questions)}

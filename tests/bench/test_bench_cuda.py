@@ -67,7 +67,7 @@ def test_sections_are_ordered_by_importance():
     from bench.cuda.sections import SECTIONS
 
     names = [section.name for section in SECTIONS]
-    assert names == ["machine", "correctness", "heads", "prefix", "step", "media", "stages", "optimizer"]
+    assert names == ["machine", "correctness", "heads", "prefix", "step", "media", "rollout", "stages", "optimizer"]
     assert [section.name for section in SECTIONS if section.required] == ["machine", "step"]
 
 

@@ -88,6 +88,9 @@ def _segments(lengths: Lengths, q: Tensor, k: Tensor):
         assert rows.stride(-1) == 1
     assert len(edges[0]) == len(edges[1])
     spans = [[slice(a, b) for a, b in zip(e, e[1:], strict=False)] for e in edges]
+    if lengths.used_keys is not None:
+        assert lengths.used_keys.dtype == torch.int32 and lengths.used_keys.is_contiguous()
+        assert lengths.used_keys.shape == (len(edges[0]) - 1,)
     # With a bound of 1, the kernel would take another path; see shared_prefix/cuda.py.
     assert lengths.longest_queries >= max(2, *(s.stop - s.start for s in spans[0]))
     assert lengths.longest_keys >= max(s.stop - s.start for s in spans[1])
@@ -123,7 +126,9 @@ def stand_in_attend(q, k, v, lengths: Lengths | None, causal: bool, scale: float
     # As in the kernels, the result has the strides of q.
     out = torch.full_like(q, float("nan"))
     lse = q.new_full((q.shape[1], len(q)), float("nan"))
-    for queries, keys in _segments(lengths, q, k):
+    for index, (queries, keys) in enumerate(_segments(lengths, q, k)):
+        if lengths.used_keys is not None:
+            keys = slice(keys.start, keys.start + int(lengths.used_keys[index]))
         p, lse[:, queries] = _softmax(q[queries], k[keys].repeat_interleave(repeat, 1), causal, scale)
         out[queries] = torch.einsum("hrp,phd->rhd", _rounded(p, dtype), v[keys].repeat_interleave(repeat, 1))
     return out.to(dtype), lse

@@ -28,9 +28,9 @@ from shared_prefix_cases import (
 )
 from torch import Tensor
 
-from rmsd_kernels import SharedPrefixPlan, shared_prefix_attention
+from rmsd_kernels import DecodePlan, SharedPrefixPlan, shared_prefix_attention, shared_prefix_decode
 from rmsd_kernels.shared_prefix import attention as op
-from rmsd_kernels.shared_prefix import backends, cuda, segments
+from rmsd_kernels.shared_prefix import backends, cuda, decode, segments
 
 
 def test_flash_error_says_why_it_cannot_serve_the_call(monkeypatch):
@@ -61,6 +61,8 @@ def test_torch_flash_kernels_are_called_by_their_schema():
     assert got.shape == out.shape and lse.shape == (4, 9) and lse.dtype == torch.float32
     gradients = cuda.torch_flash_backward(out, q, k, k, out, lse, lengths, True, 0.3)
     assert [t.shape for t in gradients] == [q.shape, k.shape, k.shape]
+    used = lengths._replace(used_keys=edges[:2])
+    assert cuda.torch_flash(q, k, k, used, False, 0.3)[0].shape == out.shape
     got, lse = cuda.torch_flash(q[None], k[None], k[None], None, False, 0.3)
     assert got.shape == (1, 9, 4, 16) and lse.shape == (1, 4, 9)
 
@@ -68,7 +70,7 @@ def test_torch_flash_kernels_are_called_by_their_schema():
 FA3_FORWARD = (
     "fwd(Tensor q, Tensor k, Tensor v, Tensor? k_new=None, Tensor? out=None, Tensor? cu_seqlens_q=None, "
     "Tensor? cu_seqlens_k=None, int? max_seqlen_q=None, int? max_seqlen_k=None, float? softmax_scale=None, "
-    "bool is_causal=False, int window_size_left=-1, float softcap=0.0, int num_splits=0) "
+    "bool is_causal=False, Tensor? seqused_k=None, float softcap=0.0, int num_splits=0) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
 FA3_BACKWARD = (
@@ -98,10 +100,10 @@ def flash_attn_3(monkeypatch):
     # torch omits arguments that equal the defaults of the schema.
     def run_forward(
         q, k, v, k_new=None, out=None, cu_q=None, cu_k=None, longest_q=None, longest_k=None, scale=None, causal=False,
-        *others,
+        used=None, *others,
     ):  # fmt: skip
         assert k_new is None and out is None and not others
-        lengths = None if cu_q is None else cuda.Lengths(cu_q, cu_k, longest_q, longest_k)
+        lengths = None if cu_q is None else cuda.Lengths(cu_q, cu_k, longest_q, longest_k, used)
         out, lse = stand_in_attend(q, k, v, lengths, causal, scale)
         return out, lse, q.new_empty(0), q.new_empty(0)
 
@@ -129,6 +131,19 @@ def test_flash_attn_3_is_called_by_its_schema(flash_attn_3, monkeypatch):
     d_out = torch.randn_like(inputs[0])
     ours = with_gradients(lambda *rows: shared_prefix_attention(*rows, PLAN), inputs, d_out)
     assert largest_error(ours, with_gradients(lambda *rows: dense(*rows, PLAN), inputs, d_out)) <= 1e-12
+
+
+def test_flash_attn_3_reads_only_the_used_tokens_of_a_buffer(flash_attn_3, monkeypatch):
+    flash_attn_3()
+    plan = DecodePlan.from_counts([5, 7], [2, 1])
+    q, prefix_k, prefix_v = (torch.randn(n, heads, 8) for n, heads in ((3, 4), (12, 2), (12, 2)))
+    own_k, own_v = (torch.randn(3, 6, 2, 8).transpose(1, 2) for _ in range(2))
+    step = (q, prefix_k, prefix_v)
+    expected = shared_prefix_decode(*step, own_k[:, :, :4], own_v[:, :, :4], plan)
+    monkeypatch.setattr(decode, "backend_of", lambda q, impl: cuda.flash_attn_3())
+    used = torch.full((3,), 4, dtype=torch.int32)
+    out = shared_prefix_decode(*step, own_k, own_v, plan, own_lengths=used)
+    assert (out - expected).abs().max() <= 1e-5
 
 
 def test_flash_attn_3_with_another_interface_is_refused(flash_attn_3):

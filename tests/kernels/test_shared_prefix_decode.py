@@ -75,6 +75,62 @@ def test_fp64_equals_one_by_one(step, heads, own, path):
     assert out.is_contiguous() and (out - one_by_one(*tensors, plan, scale=0.4)).abs().max() <= 1e-12
 
 
+def as_buffers(step: list[Tensor], room: int) -> list[Tensor]:
+    """Return the step with own_k and own_v in buffers that are stored token by token, with large unused values."""
+    q, prefix_k, prefix_v, *own = step
+    buffers = [F.pad(t.transpose(1, 2), (0, 0, 0, 0, 0, room - t.shape[2]), value=1e4).contiguous() for t in own]
+    return [q, prefix_k, prefix_v, *(t.transpose(1, 2) for t in buffers)]
+
+
+@pytest.mark.parametrize("path", PATHS, indirect=True)
+@pytest.mark.parametrize("own", [1, 6])
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("step", STEPS)
+def test_only_used_tokens_of_buffers_count(step, heads, own, path):
+    plan = DecodePlan.from_counts(*STEPS[step])
+    tensors = random_step(plan, own, heads)
+    expected = one_by_one(*tensors, plan)
+    for room in (own, own + 3):
+        buffers = as_buffers(tensors, room)
+        used = torch.full((len(tensors[0]),), own, dtype=torch.int32)
+        out = shared_prefix_decode(*buffers, plan, own_lengths=used, impl=path)
+        assert (out - expected).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("path", PATHS, indirect=True)
+def test_sequences_with_different_lengths(path):
+    plan = DecodePlan.from_counts([5, 7], [4, 1])
+    tensors = random_step(plan, 6)
+    used = [2, 2, 6, 1, 3]
+    out = shared_prefix_decode(*as_buffers(tensors, 8), plan, own_lengths=torch.tensor(used).int(), impl=path)
+    for length in set(used):
+        q, prefix_k, prefix_v, own_k, own_v = tensors
+        expected = one_by_one(q, prefix_k, prefix_v, own_k[:, :, :length], own_v[:, :, :length], plan)
+        rows = [row for row, of_row in enumerate(used) if of_row == length]
+        assert (out[rows] - expected[rows]).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_buffers_give_the_bits_of_slices_on_cpu(dtype):
+    """Sizes around those at which the CPU kernel changes its block sizes and its vector tails."""
+    plan = DecodePlan.from_counts([300, 64], [4, 3])
+    for own in (1, 7, 8, 15, 16, 33, 64, 130):
+        tensors = random_step(plan, own, (4, 2), 32, dtype)
+        used = torch.full((7,), own, dtype=torch.int32)
+        out = shared_prefix_decode(*as_buffers(tensors, 192), plan, own_lengths=used)
+        assert torch.equal(out, shared_prefix_decode(*tensors, plan))
+
+
+def test_masked_buffers_are_within_rounding_of_slices():
+    """The explicit form masks, as it must on CUDA. Products of other sizes are summed in another order."""
+    plan = DecodePlan.from_counts([300, 64], [4, 3])
+    for own in (1, 9, 64):
+        tensors = random_step(plan, own, (4, 2), 32, torch.float32)
+        used = torch.full((7,), own, dtype=torch.int32)
+        out = shared_prefix_decode(*as_buffers(tensors, 128), plan, own_lengths=used, impl="torch")
+        assert (out - shared_prefix_decode(*tensors, plan)).abs().max() <= 1e-6
+
+
 @pytest.mark.parametrize("impl", ["flash", "torch"])
 def test_16_bit_error(impl):
     plan = DecodePlan.from_counts([300, 64], [4, 3])
@@ -134,7 +190,9 @@ def test_opcheck_and_compile():
     # All sizes differ, because torch.compile treats equal sizes as one symbol.
     tensors = random_step(plan, 6, dtype=torch.float32)
     edges = (plan.lengths, plan.group_queries, plan.group_keys)
-    torch.library.opcheck(decode._decode, (*tensors, *edges, 0.5, "auto"))
+    torch.library.opcheck(decode._decode, (*tensors, None, *edges, 0.5, "auto"))
+    used = torch.tensor([2, 6, 1], dtype=torch.int32)
+    torch.library.opcheck(decode._decode, (*tensors, used, *edges, 0.5, "auto"))
     torch._dynamo.reset()
     compiled = torch.compile(
         lambda *step: shared_prefix_decode(*step, plan), fullgraph=True, backend="aot_eager", dynamic=True
@@ -209,6 +267,16 @@ def test_invalid_calls_are_refused():
         shared_prefix_decode(q, prefix_k, prefix_v, own_k, own_v, SharedPrefixPlan.from_lengths([4], [[2]]))
     with pytest.raises(ValueError, match="plan: expected device cpu, got meta"):
         shared_prefix_decode(q, prefix_k, prefix_v, own_k, own_v, plan.to("meta"))
+    for own_lengths, kind, message in (
+        (torch.ones(3, dtype=torch.int64), TypeError, "own_lengths: expected int32, got torch.int64"),
+        (torch.ones(2, dtype=torch.int32), ValueError, r"own_lengths: expected a contiguous vector of B=3, got \[2\]"),
+        (torch.ones(6, dtype=torch.int32)[::2], ValueError, "own_lengths: expected a contiguous vector of B=3"),
+        (torch.ones(3, dtype=torch.int32, device="meta"), ValueError, "own_lengths: expected device cpu, got meta"),
+        (torch.tensor([1, 0, 3]).int(), ValueError, "own_lengths: expected numbers from 1 to t=3, got 0"),
+        (torch.tensor([1, 4, 3]).int(), ValueError, "own_lengths: expected numbers from 1 to t=3, got 4"),
+    ):
+        with pytest.raises(kind, match=message):
+            shared_prefix_decode(q, prefix_k, prefix_v, own_k, own_v, plan, own_lengths=own_lengths)
     with pytest.raises(RuntimeError, match="no gradient; call it under torch.no_grad"):
         shared_prefix_decode(q.requires_grad_(), prefix_k, prefix_v, own_k, own_v, plan)
     with torch.no_grad():
@@ -225,3 +293,29 @@ def test_cuda_flash(step, heads, own):
     exact = one_by_one(*(t.double() for t in tensors), plan)
     out = shared_prefix_decode(*tensors, plan, impl="flash")
     assert float((out.double() - exact).norm()) <= 0.01 * float(exact.norm())
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("impl", ["flash", "torch"])
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("step", STEPS)
+def test_cuda_buffers_in_a_graph(step, heads, impl):
+    """A captured step reads as many tokens as the device says at each replay."""
+    plan = DecodePlan.from_counts(*STEPS[step], device="cuda")
+    dtype = torch.bfloat16 if impl == "flash" else torch.float32
+    tensors = random_step(plan, 40, heads, 64, dtype)
+    buffers = as_buffers(tensors, 64)
+    used = torch.full((len(tensors[0]),), 40, dtype=torch.int32, device="cuda")
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.stream(stream):
+        shared_prefix_decode(*buffers, plan, own_lengths=used, impl=impl)
+    torch.cuda.synchronize()
+    with torch.no_grad(), torch.cuda.graph(graph, stream=stream):
+        out = shared_prefix_decode(*buffers, plan, own_lengths=used, impl=impl)
+    q, prefix_k, prefix_v, own_k, own_v = tensors
+    for own in (40, 1, 17):
+        used.fill_(own)
+        graph.replay()
+        exact = one_by_one(*(t.double() for t in (q, prefix_k, prefix_v, own_k[:, :, :own], own_v[:, :, :own])), plan)
+        bound = 0.01 if impl == "flash" else 1e-5
+        assert float((out.double() - exact).norm()) <= bound * float(exact.norm())

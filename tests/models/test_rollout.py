@@ -1,4 +1,6 @@
-"""Test rollouts of the hf engine against transformers' own generation and full recomputation, and test the caches."""
+"""Test rollouts of the hf engine against transformers' own generation, full recomputation and decoding with K/V that
+grow token by token, and test the caches.
+"""
 
 from __future__ import annotations
 
@@ -6,23 +8,26 @@ import copy
 import math
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from material import tiny_material
 from media_files import write_images
+from rollout_oracle import decode_plainly
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rmsd_fast.config import VideoConfig
+from rmsd_fast.config import SettingsError, VideoConfig
 from rmsd_fast.data.packing import media_places, pack
 from rmsd_fast.data.prompts import PromptBuilder
 from rmsd_fast.losses import linear_logprob
 from rmsd_fast.models.policy import Policy
 from rmsd_fast.models.shared_prefix import is_shared_prefix, shared_prefix_enabled
 from rmsd_fast.models.students import embed, encode_media, load_student
-from rmsd_fast.rollout import hf
+from rmsd_fast.rollout import decode, hf
 from rmsd_fast.rollout.base import Sampling, sampling_noise
+from rmsd_fast.rollout.decode import LEAST_REPLAYS, Graphs, choose
 from rmsd_fast.rollout.hf import HfRollout
 from rmsd_fast.rollout.shared_cache import BLOCK, DecodeCache
 
@@ -52,8 +57,8 @@ def mixed_prompts(setup, tmp_path_factory):
     return [builder.build(question) for question in questions]
 
 
-def engine(builder, prompts_per_batch=8, device="cpu"):
-    return HfRollout(builder, prompts_per_batch=prompts_per_batch, device=torch.device(device))
+def engine(builder, prompts_per_batch=8, device="cpu", **options):
+    return HfRollout(builder, prompts_per_batch=prompts_per_batch, device=torch.device(device), **options)
 
 
 SAMPLING = Sampling(n=3, temperature=0.8, max_new_tokens=10, seed=3, step=4)
@@ -85,10 +90,10 @@ def _recomputed_row(model, builder, prompt, features, sampling, index):
             use_cache=False,
         ).last_hidden_state
         logits = model.lm_head(hidden)[0, -1].double()
-        logits[builder.banned_ids] = -torch.inf
         logp = (logits / (sampling.temperature or 1.0)).log_softmax(-1)
+        logits[builder.banned_ids] = -torch.inf
         if sampling.temperature:
-            cdf = logp.exp().cumsum(-1)
+            cdf = (logits / sampling.temperature).softmax(-1).cumsum(-1)
             chosen = int((cdf <= noise[t] * cdf[-1]).sum())
         else:
             chosen = int(logits.argmax())
@@ -165,25 +170,122 @@ def test_a_rollout_does_not_depend_on_its_batch(setup):
         assert len({tuple(r.token_ids.tolist()) for r in a}) > 1
 
 
-def test_log_probs_equal_those_of_the_training_forward(setup):
+@pytest.mark.parametrize("banned", ["of the student", "half of the ids", "vision ids"])
+def test_log_probs_equal_those_of_the_training_forward(setup, banned):
+    """The importance ratio is 1 however much probability the banned ids have; and that mass is recorded."""
     student, builder, prompts = setup
-    groups = engine(builder).generate(student.model, prompts, SAMPLING)
+    ours = engine(builder)
+    vocabulary = student.model.lm_head.weight.shape[0]
+    # A packed row rejects sampled vision ids.
+    vision = set(prompts[0].vision_ids)
+    if banned == "half of the ids":
+        ours.banned_ids = torch.tensor(sorted(vision | {*range(1 - builder.eos_id % 2, vocabulary, 2)}))
+    elif banned == "vision ids":
+        ours.banned_ids = torch.tensor(sorted(vision))
+    groups = ours.generate(student.model, prompts, SAMPLING)
+    rollouts = [r for group in groups for r in group]
     rows = pack(prompts, [[r.token_ids for r in group] for group in groups])
+    head = partial(linear_logprob, temperature=SAMPLING.temperature)
     with torch.no_grad(), shared_prefix_enabled(student.model):
-        logp = Policy(student.model)(prompts, rows, None, _banned_logprob(builder, SAMPLING.temperature))
-    sampled = torch.cat([r.logp for g in groups for r in g])
-    assert torch.allclose(logp, sampled, atol=2e-5)
+        logp = Policy(student.model)(prompts, rows, None, head)
+        logits = Policy(student.model)(prompts, rows, None, lambda hidden, weight, targets: hidden @ weight.T)
+    sampled = torch.cat([r.logp for r in rollouts])
+    assert torch.allclose(logp, sampled, rtol=0, atol=2e-5)
+    mass = (logits / SAMPLING.temperature).softmax(-1)[:, ours.banned_ids].sum(-1)
+    for rollout, of_tokens in zip(rollouts, mass.split([len(r.token_ids) for r in rollouts]), strict=True):
+        assert rollout.banned_mass == pytest.approx(float(of_tokens.mean()), rel=1e-4, abs=1e-9)
+        assert not torch.isin(rollout.token_ids, ours.banned_ids).any()
+    least = {"of the student": 1e-3, "half of the ids": 0.3, "vision ids": 1e-4}[banned]
+    assert min(r.banned_mass for r in rollouts) >= least
 
 
-def _banned_logprob(builder, temperature):
-    """Return log-probs over the ids that generation may choose."""
+def test_choosing_by_hand():
+    """Probabilities 1/10, 2/10, 3/10 and 4/10; the last is banned, so the others are drawn with 1/6, 2/6 and 3/6."""
+    logits = torch.tensor([1.0, 2.0, 3.0, 4.0]).log()
+    banned = torch.tensor([3])
+    noise = torch.tensor([0.0, 0.16, 0.17, 0.49, 0.51, 0.999], dtype=torch.float64)
+    chosen = choose(logits.repeat(6, 1), noise, 1.0, banned, 0)
+    assert chosen.ids.tolist() == [0, 0, 1, 1, 2, 2]
+    assert chosen.logp.exp().tolist() == pytest.approx([0.1, 0.1, 0.2, 0.2, 0.3, 0.3])
+    assert chosen.banned_mass.tolist() == pytest.approx([0.4] * 6)
+    # At temperature 1/2, the probabilities are 1, 4, 9 and 16 of 30.
+    chosen = choose(logits.repeat(2, 1), noise[[0, 5]], 0.5, banned, 0)
+    assert chosen.logp.exp().tolist() == pytest.approx([1 / 30, 9 / 30])
+    assert chosen.banned_mass.tolist() == pytest.approx([16 / 30] * 2)
+    greedy = choose(logits[None].clone(), noise[:1], 0.0, banned, 0)
+    assert greedy.ids.tolist() == [2] and greedy.logp.exp().tolist() == pytest.approx([0.3])
+    broken = choose(torch.stack([logits, logits * math.nan]), noise[:2], 1.0, banned, 1)
+    assert broken.ids.tolist() == [0, 1] and broken.logp.isnan().tolist() == [False, True]
+    assert broken.banned_mass.isnan().tolist() == [False, True]
 
-    def head(hidden, weight, targets):
-        bias = torch.zeros(len(weight))
-        bias[builder.banned_ids] = -1e9
-        return linear_logprob(hidden, weight, targets, bias=bias, temperature=temperature)
 
-    return head
+def test_banned_ids_with_nearly_all_probability():
+    """Exact numbers are in float64; the ids have between e-13 and nearly all of the mass."""
+    logits = torch.randn(64, 50) * 3
+    logits[:, 7] += torch.linspace(-25, 25, 64)
+    noise = torch.rand(64, dtype=torch.float64)
+    chosen = choose(logits.clone(), noise, 1.0, torch.tensor([7]), 0)
+    exact = logits.double().log_softmax(-1)
+    mass = exact[:, 7].exp()
+    assert float(mass.min()) < 1e-11 and float(mass.max()) > 0.999999
+    assert torch.allclose(chosen.logp.double(), exact.gather(1, chosen.ids[:, None])[:, 0], rtol=1e-6, atol=1e-5)
+    assert torch.allclose(chosen.banned_mass.double(), mass, rtol=1e-4, atol=0)
+
+
+@contextmanager
+def recorded_logits(model):
+    """Collect the logits of every pass."""
+    logits = []
+    handle = model.lm_head.register_forward_hook(lambda module, inputs, output: logits.append(output.clone()))
+    try:
+        yield logits
+    finally:
+        handle.remove()
+
+
+# The end token's logit is raised, or lowered so that no response ends.
+@pytest.mark.parametrize(
+    ("bonus", "sampling"),
+    [
+        (0.0, Sampling(1, 0.0, 12)),
+        (-100.0, Sampling(2, 1.0, 2 * BLOCK + 7, seed=3)),
+        (2.5, Sampling(8, 1.0, BLOCK + 20, seed=2)),
+        (4.0, Sampling(16, 1.2, 40, seed=7)),
+    ],
+    ids=["greedy", "three blocks", "rows dropped beyond a block", "many early ends"],
+)
+@pytest.mark.parametrize("look_every", [1, 8])
+def test_static_buffers_give_the_bits_of_growing_ones(setup, bonus, sampling, look_every):
+    """Logits of every pass are bit-equal if rows are dropped at the same tokens; the tokens never depend on that."""
+    student, builder, prompts = setup
+    model = student.model
+    with eager_end(model, builder.eos_id, bonus), recorded_logits(model) as ours:
+        groups = engine(builder, look_every=look_every).generate(model, prompts, sampling)
+    with eager_end(model, builder.eos_id, bonus), recorded_logits(model) as theirs:
+        expected = decode_plainly(engine(builder), model, prompts, sampling, look_every=look_every)
+    assert len(ours) == len(theirs) and all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    sizes = {len(logits) for logits in ours[1:]}
+    assert (len(sizes) > 1) == (bonus > 0)
+    rollouts = [rollout for group in groups for rollout in group]
+    assert [r.token_ids.tolist() for r in rollouts] == [ids for ids, _, _ in expected]
+    assert max(len(r.token_ids) for r in rollouts) == sampling.max_new_tokens
+    for rollout, (_, _, whole) in zip(rollouts, expected, strict=True):
+        assert torch.allclose(rollout.logp, torch.tensor(whole), rtol=0, atol=2e-6)
+    with eager_end(model, builder.eos_id, bonus):
+        at_once = decode_plainly(engine(builder), model, prompts, sampling)
+    assert [ids for ids, _, _ in at_once] == [ids for ids, _, _ in expected]
+
+
+def test_sampled_log_probs_have_the_bits_of_growing_buffers(setup):
+    """Without banned ids, the log-probs are those of the sampled distribution, and nothing is added to them."""
+    student, builder, prompts = setup
+    ours, sampling = engine(builder), Sampling(8, 1.0, 30, seed=2)
+    ours.banned_ids = torch.empty(0, dtype=torch.int64)
+    with eager_end(student.model, builder.eos_id, bonus=2.5):
+        groups = ours.generate(student.model, prompts, sampling)
+        expected = decode_plainly(ours, student.model, prompts, sampling)
+    for rollout, (ids, restricted, _) in zip([r for g in groups for r in g], expected, strict=True):
+        assert rollout.token_ids.tolist() == ids and rollout.logp.tolist() == restricted
 
 
 def test_samples_follow_the_distribution(setup):
@@ -264,7 +366,8 @@ def eager_end(model, eos_id, bonus):
         handle.remove()
 
 
-def test_ended_rows_leave_the_batch(setup):
+@pytest.mark.parametrize("look_every", [1, 8])
+def test_ended_rows_leave_the_batch(setup, look_every):
     """Lengths range from 1 to the limit, and the batch shrinks at least by halves."""
     student, builder, prompts = setup
     sampling = Sampling(n=8, temperature=1.0, max_new_tokens=32, seed=2)
@@ -274,7 +377,7 @@ def test_ended_rows_leave_the_batch(setup):
         expected = recomputed(student.model, builder, prompts, sampling)
         watch = layer.register_forward_pre_hook(lambda module, args: sizes.append(args[0].shape[0]))
         try:
-            groups = engine(builder).generate(student.model, prompts, sampling)
+            groups = engine(builder, look_every=look_every).generate(student.model, prompts, sampling)
         finally:
             watch.remove()
     assert_same(groups, expected, atol=1e-5)
@@ -284,11 +387,11 @@ def test_ended_rows_leave_the_batch(setup):
     batch, wanted, groups_left = 24, [], set()
     for t in range(sampling.max_new_tokens - 1):
         active = [sum(n > t + 1 for n in group) for group in lengths]
-        if 2 * sum(active) <= batch:
+        if (t + 1) % look_every == 0 and 2 * sum(active) <= batch:
             batch = sum(active)
             groups_left.add(sum(n > 0 for n in active))
         wanted.append(batch)
-    assert sizes == [1, *wanted] and len(set(wanted)) > 3
+    assert sizes == [1, *wanted] and len(set(wanted)) > 2
     assert min(groups_left) < 3
     for group in groups:
         for rollout in group:
@@ -306,15 +409,17 @@ class Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_the_host_waits_once_per_token(setup):
+@pytest.mark.parametrize(("look_every", "waits"), [(1, 16), (8, 2)])
+def test_the_host_waits_only_to_look_at_ended_rows(setup, look_every, waits):
     student, builder, prompts = setup
     features, counts = encode_media(student.model, prompts), []
+    ours = engine(builder, look_every=look_every)
     with torch.no_grad(), shared_prefix_enabled(student.model), eager_end(student.model, builder.eos_id, bonus=-100.0):
-        for tokens in (4, 10):
+        for tokens in (4, 20):
             with Reads() as reads:
-                engine(builder)._decode(student.model, prompts, features, Sampling(2, 1.0, tokens))
+                ours._decode(student.model, prompts, features, Sampling(2, 1.0, tokens))
             counts.append(reads.count)
-    assert counts[1] - counts[0] == 6
+    assert counts[1] - counts[0] == waits
 
 
 def test_the_prefix_is_stored_once(setup, monkeypatch):
@@ -335,8 +440,8 @@ def test_the_prefix_is_stored_once(setup, monkeypatch):
     prefix = sum(len(p.input_ids) for p in prompts)
     held = _storages(cache)
     assert sum(s.nbytes() for s in held.values()) == 4 * token * (prefix + 8 * len(prompts) * BLOCK)
-    own = cache.keys + cache.values
-    assert {tokens.length for tokens in own} == {3}
+    assert cache.used.tolist() == [4] * 24 and cache.slot.tolist() == [3]
+    assert {len(buffer) for buffer in cache.keys + cache.values} == {24}
     assert {tuple(k.shape) for k in cache.prefix.keys} == {(prefix, config.num_key_value_heads, config.head_dim)}
 
 
@@ -408,6 +513,133 @@ def test_a_layer_without_the_op_is_refused(setup):
         engine(builder).generate(model, prompts, Sampling(2, 0.0, 3))
 
 
+class StandInGraph:
+    """A graph on CPU: capturing runs nothing, and a replay runs the step on the tensors that it was captured with."""
+
+    def __init__(self):
+        self.replays = 0
+
+    def replay(self):
+        self.replays += 1
+        self.step()
+
+
+class StandInGraphs(Graphs):
+    """The decisions of Graphs with steps that run on CPU."""
+
+    def __init__(self):
+        self._graph, self._steps, self.eager, self.graphs = None, 0, 0, []
+
+    def _on_side_stream(self, step):
+        self.eager += 1
+        step()
+
+    def _captured(self, step):
+        graph = StandInGraph()
+        graph.step = step
+        self.graphs.append(graph)
+        return graph
+
+
+def test_each_step_runs_once_with_graphs(setup):
+    """One graph per block and row count: the first step of each is eager, and short remainders stay eager."""
+    student, builder, prompts = setup
+    model, sampling = student.model, Sampling(8, 1.0, 2 * BLOCK + 1 + LEAST_REPLAYS, seed=2)
+    ours = engine(builder, look_every=8)
+    features = encode_media(model, prompts)
+    used = []
+    with torch.no_grad(), shared_prefix_enabled(model), eager_end(model, builder.eos_id, bonus=-100.0):
+        expected = ours._decode(model, prompts, features, sampling)
+        monkeypatch_graphs = pytest.MonkeyPatch()
+        monkeypatch_graphs.setattr(hf, "Graphs", lambda device: used.append(StandInGraphs()) or used[-1])
+        ours.cuda_graphs = True
+        try:
+            got = ours._decode(model, prompts, features, sampling)
+        finally:
+            monkeypatch_graphs.undo()
+    assert torch.equal(got.tokens, expected.tokens) and torch.equal(got.logp, expected.logp)
+    (graphs,) = used
+    # BLOCK steps, BLOCK steps, and LEAST_REPLAYS steps, of which one is the warm-up, so the rest is too short.
+    assert [graph.replays for graph in graphs.graphs] == [BLOCK - 1, BLOCK - 1]
+    assert graphs.eager == 2 + LEAST_REPLAYS
+
+
+def test_dropped_rows_get_a_new_graph(setup, monkeypatch):
+    student, builder, prompts = setup
+    model, sampling = student.model, Sampling(8, 1.0, BLOCK - 1, seed=2)
+    used, ours = [], engine(builder, look_every=8)
+    with eager_end(model, builder.eos_id, bonus=2.5), recorded_logits(model) as logits:
+        expected = ours.generate(model, prompts, sampling)
+    sizes = [len(of_pass) for of_pass in logits[1:]]
+    assert len(set(sizes)) > 1
+    monkeypatch.setattr(hf, "Graphs", lambda device: used.append(StandInGraphs()) or used[-1])
+    ours.cuda_graphs = True
+    with eager_end(model, builder.eos_id, bonus=2.5):
+        groups = ours.generate(model, prompts, sampling)
+    for a, b in zip([r for g in groups for r in g], [r for g in expected for r in g], strict=True):
+        assert torch.equal(a.token_ids, b.token_ids) and torch.equal(a.logp, b.logp)
+    wanted = [sizes.count(size) - 1 for size in dict.fromkeys(sizes)]
+    assert [graph.replays for graph in used[0].graphs] == [count for count in wanted if count >= LEAST_REPLAYS]
+
+
+def test_a_step_that_cannot_be_captured_is_named(monkeypatch):
+    class Capture:
+        def __init__(self, *args, **options):
+            assert options["capture_error_mode"] == "thread_local" and options["pool"] == "pool"
+
+        def __enter__(self):
+            pass
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", StandInGraph)
+    monkeypatch.setattr(torch.cuda, "graph", Capture)
+    monkeypatch.setattr(decode, "side_stream", lambda device: "stream")
+    monkeypatch.setattr(Graphs, "_on_side_stream", lambda self, step: step())
+
+    def fails():
+        if failures:
+            raise failures.pop()
+
+    graphs, failures = Graphs(torch.device("cuda")), []
+    graphs.run(fails, True, BLOCK)
+    failures = [RuntimeError("operation not permitted when stream is capturing\nmore")]
+    with pytest.raises(SettingsError, match="rollout.cuda_graphs: .* got operation not permitted .* capturing; set"):
+        graphs.run(fails, False, BLOCK - 1)
+    graphs.run(fails, True, BLOCK)
+    failures = [torch.OutOfMemoryError("out of memory")]
+    with pytest.raises(torch.OutOfMemoryError):
+        graphs.run(fails, False, BLOCK - 1)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bonus", [-100.0, 2.5], ids=["two blocks", "rows dropped"])
+def test_cuda_graphs_equal_eager_decoding(setup, mixed_prompts, dtype, bonus):
+    """The same kernels run on the same inputs, so tokens and log-probs have the same bits."""
+    student, builder, _ = setup
+    model, sampling = copy.deepcopy(student.model).to("cuda", dtype), Sampling(8, 1.0, BLOCK + 30, seed=2)
+    with eager_end(model, builder.eos_id, bonus):
+        eager = engine(builder, device="cuda", cuda_graphs=False).generate(model, mixed_prompts, sampling)
+        for _ in range(2):
+            groups = engine(builder, device="cuda").generate(model, mixed_prompts, sampling)
+            for a, b in zip([r for g in groups for r in g], [r for g in eager for r in g], strict=True):
+                assert torch.equal(a.token_ids, b.token_ids) and torch.equal(a.logp, b.logp)
+
+
+@pytest.mark.cuda
+def test_cuda_graphs_replay_nearly_every_step(setup, mixed_prompts, monkeypatch):
+    student, builder, _ = setup
+    model, replays = copy.deepcopy(student.model).to("cuda", torch.bfloat16), []
+    replay = torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: replays.append(id(graph)) or replay(graph))
+    with eager_end(model, builder.eos_id, bonus=-100.0):
+        engine(builder, device="cuda").generate(model, mixed_prompts, Sampling(4, 1.0, 2 * BLOCK + 1))
+    assert len(replays) == 2 * (BLOCK - 1)
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_cuda_equals_the_training_forward(setup, mixed_prompts, dtype):
@@ -420,7 +652,6 @@ def test_cuda_equals_the_training_forward(setup, mixed_prompts, dtype):
     def head(hidden, weight, targets):
         logits = (hidden @ weight.T).float()
         logits[:, builder.eos_id] += ENDS_EARLY
-        logits[:, builder.banned_ids] = -torch.inf
         return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
 
     with torch.no_grad(), shared_prefix_enabled(model):

@@ -52,6 +52,7 @@ def test_decoding_beyond_a_block_while_rows_end():
             cache.keep(torch.tensor(leave))
             owner = [owner[row] for row in leave]
             own = [[rows[row] for row in leave] for rows in own]
+        assert cache.make_room(t + 1) == (t == BLOCK)
         for layer in range(LAYERS):
             q, k, v = tensors(len(owner), 1)
             out = cache.attend(layer, q, k, v, None)
@@ -62,8 +63,19 @@ def test_decoding_beyond_a_block_while_rows_end():
                 keys, values = (torch.cat(x, 1) for x in zip(*parts, strict=True))
                 wanted = dense(q[row], keys, values)
                 assert torch.allclose(out[row].transpose(0, 1), wanted, rtol=0, atol=1e-12)
-    assert {tokens.buffer.shape[2] for tokens in cache.keys + cache.values} == {2 * BLOCK}
-    assert {tokens.buffer.shape[0] for tokens in cache.keys + cache.values} == {1}
+        cache.advance()
+    assert {tuple(buffer.shape) for buffer in cache.keys + cache.values} == {(1, 2 * BLOCK, KV_HEADS, SIZE)}
+
+
+def test_a_token_beyond_the_buffers_is_refused():
+    prefix, _ = prefilled()
+    cache = DecodeCache(prefix, [1, 0, 0])
+    for _ in range(BLOCK):
+        for layer in range(LAYERS):
+            cache.attend(layer, *tensors(1, 1), None)
+        cache.advance()
+    with pytest.raises(IndexError):
+        cache.attend(0, *tensors(1, 1), None)
 
 
 def test_scale_is_forwarded():

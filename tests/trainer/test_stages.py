@@ -240,8 +240,9 @@ def test_reference_equals_the_policy_before_the_first_update(folder, material, w
     state, prompts = build(folder, material, world, *overrides)
     first = distill.step(state, prompts, 0).metrics
     assert first["policy/kl"] == pytest.approx(0.0, abs=1e-6)
-    # The engine excludes banned ids and the loss does not; they have about 1.3% of an untrained student's mass.
-    assert 0.98 < first["policy/importance_ratio"] < 1
+    # Rollouts exclude banned ids, which have about 1.3% of an untrained student's mass, but their log-probs count them.
+    assert first["policy/importance_ratio"] == pytest.approx(1.0, abs=1e-4)
+    assert 0.005 < first["rollout/banned_mass"] < 0.05
     second = distill.step(state, prompts, 1).metrics
     assert second["policy/kl"] > 1e-7
 
@@ -481,14 +482,21 @@ def test_shares_of_rollouts_by_hand(folder, material, world):
     groups = roll_out(state, [state.builder.build(question)])
     texts = [f"<think>a</think><answer>{question.answer}</answer>", "<think>a</think><answer> </answer>", ""]
     rollouts = [
-        replace(r, text=text, truncated=cut)
-        for r, text, cut in zip(groups[0].rollouts, texts, (False, False, True), strict=True)
+        replace(r, text=text, truncated=cut, token_ids=r.token_ids[:length], banned_mass=mass)
+        for r, text, cut, length, mass in zip(
+            groups[0].rollouts, texts, (False, False, True), (1, 2, 3), (0.6, 0.0, 0.2), strict=True
+        )
     ]
     group = make_group(groups[0].prompt, rollouts, state.targets[question.id], state.settings, step=0)
     metrics = global_metrics(group_record([group], state.settings), world)
     assert metrics["rollout/empty_share"] == pytest.approx(2 / 3)
     assert metrics["rollout/valid_share"] == pytest.approx(1 / 3)
     assert metrics["rollout/truncated_share"] == pytest.approx(1 / 3)
+    # (1 * 0.6 + 2 * 0 + 3 * 0.2) / 6 tokens
+    assert metrics["rollout/banned_mass"] == pytest.approx(0.2)
+    # An engine that does not know the mass reports none.
+    group.rollouts[1] = replace(group.rollouts[1], banned_mass=None)
+    assert "rollout/banned_mass" not in group_record([group], state.settings)
 
 
 def test_a_non_finite_step_changes_nothing(folder, material, world):

@@ -29,16 +29,20 @@ from .merge import adjacent, merge_
 
 _LEAST_BOUND = 2
 # FlashAttention-3's names for the fields of Lengths.
-_LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+_LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "seqused_k")
 
 
 class Lengths(NamedTuple):
-    """Edges of the segments of queries and keys, int32 on the device, and bounds on their lengths."""
+    """Edges of the segments of queries and keys, int32 on the device, and bounds on their lengths.
+
+    With `used_keys`, int32 on the device, only the first keys of each segment are used, as many as it says.
+    """
 
     queries: Tensor
     keys: Tensor
     longest_queries: int
     longest_keys: int
+    used_keys: Tensor | None = None
 
 
 class Varlen(NamedTuple):
@@ -81,11 +85,25 @@ class Varlen(NamedTuple):
                 dv[prefix_rows].add_(prefix_dv[prefix_rows])
         return dq, dk, dv
 
-    def attend_own(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """Return the attention of q [B, Hkv, r, d] over k, v [B, Hkv, t, d]: out [B, Hkv r, d], lse [Hkv r, B]."""
-        rows = (t.transpose(1, 2) for t in (q, *map(adjacent, (k, v))))
-        out, lse = self.attend(*rows, None, False, scale)
-        return out.transpose(1, 2).flatten(1, 2), lse.flatten(1, 2).t()
+    def attend_own(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float):
+        """Return the attention of q [B, Hkv, r, d] over k, v [B, Hkv, t, d]: out [B, Hkv r, d], lse [Hkv r, B].
+
+        With lengths, int32 [B], this is a variable-length call over whole buffers of t tokens, because the dense call
+        does not take a number of used keys. The host does not read the lengths.
+        """
+        batch, _, fold, _ = q.shape
+        query, key, value = (t.transpose(1, 2) for t in (q, *map(adjacent, (k, v))))
+        if lengths is None:
+            out, lse = self.attend(query, key, value, None, False, scale)
+            return out.transpose(1, 2).flatten(1, 2), lse.flatten(1, 2).t()
+        room = key.shape[1]
+        edges = (
+            torch.arange(0, (batch + 1) * tokens, tokens, dtype=torch.int32, device=q.device) for tokens in (fold, room)
+        )
+        bounds = Lengths(*edges, max(fold, _LEAST_BOUND), room, lengths)
+        # Buffers that are stored token by token are not copied.
+        out, lse = self.attend(*(t.flatten(0, 1) for t in (query, key, value)), bounds, False, scale)
+        return _by_sequence(out, lse, batch)
 
     def attend_prefixes(self, q, k, v, prefixes, rows, edges, scale: float) -> tuple[Tensor, Tensor]:
         """Return the same for each group's rows over its prefix, with k, v [Tp, Hkv, d].
@@ -105,8 +123,13 @@ class Varlen(NamedTuple):
             longest = max(max(rows) * fold, _LEAST_BOUND)
             lengths = Lengths(edges[0] * fold, edges[1], longest, max(prefixes))
             out, lse = self.attend(query, k, v, lengths, False, scale)
-        out = out.unflatten(0, (batch, fold)).transpose(1, 2).flatten(1, 2)
-        return out, lse.unflatten(1, (batch, fold)).transpose(1, 2).flatten(0, 1)
+        return _by_sequence(out, lse, batch)
+
+
+def _by_sequence(out: Tensor, lse: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+    """Return out [B r, Hkv, d] as [B, Hkv r, d], and lse [Hkv, B r] as [Hkv r, B]."""
+    out = out.unflatten(0, (batch, -1)).transpose(1, 2).flatten(1, 2)
+    return out, lse.unflatten(1, (batch, -1)).transpose(1, 2).flatten(0, 1)
 
 
 def _calls(layout: Layout, edges: tuple[Tensor, ...]) -> tuple[Lengths, Lengths]:
@@ -155,8 +178,9 @@ def _has_flash_attn_3() -> bool:
 
 
 def torch_flash(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths | None, causal: bool, scale: float):
-    bounds = (None, None, q.shape[1], k.shape[1]) if lengths is None else lengths
-    out, lse, *_ = torch.ops.aten._flash_attention_forward(q, k, v, *bounds, 0.0, causal, False, scale=scale)
+    *bounds, used = Lengths(None, None, q.shape[1], k.shape[1]) if lengths is None else lengths
+    forward = torch.ops.aten._flash_attention_forward
+    out, lse, *_ = forward(q, k, v, *bounds, 0.0, causal, False, scale=scale, seqused_k=used)
     return out, lse
 
 
@@ -164,7 +188,9 @@ def torch_flash_backward(d_out, q, k, v, out, lse, lengths: Lengths, causal: boo
     # The random state is read only with dropout.
     rng_state = torch.empty(2, dtype=torch.uint64, device=q.device)
     backward = torch.ops.aten._flash_attention_backward
-    return backward(d_out, q, k, v, out, lse, *lengths, 0.0, causal, rng_state, rng_state.new_empty(()), scale=scale)
+    return backward(
+        d_out, q, k, v, out, lse, *lengths[:4], 0.0, causal, rng_state, rng_state.new_empty(()), scale=scale
+    )
 
 
 TORCH_FLASH = Varlen(torch_flash, torch_flash_backward)
@@ -174,10 +200,10 @@ TORCH_FLASH = Varlen(torch_flash, torch_flash_backward)
 def flash_attn_3() -> Varlen:
     """Return the ops of FlashAttention-3. Raise RuntimeError if they do not accept the arguments passed here."""
     importlib.import_module("flash_attn_interface")
-    settings = (*_LENGTHS, "softmax_scale", "is_causal")
-    forward = _op("fwd", ("q", "k", "v", *settings))
+    settings = ("softmax_scale", "is_causal")
+    forward = _op("fwd", ("q", "k", "v", *_LENGTHS, *settings))
     tensors = ("dout", "q", "k", "v", "out", "softmax_lse", "dq", "dk", "dv")
-    backward = _op("bwd", (*tensors, *settings, "deterministic"))
+    backward = _op("bwd", (*tensors, *_LENGTHS[:4], *settings, "deterministic"))
 
     def attend(q, k, v, lengths: Lengths | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
         bounds = {} if lengths is None else dict(zip(_LENGTHS, lengths, strict=True))
@@ -188,7 +214,7 @@ def flash_attn_3() -> Varlen:
         gradients = tuple(t.new_empty(t.shape) for t in (q, k, v))
         backward(
             **dict(zip(tensors, (d_out, q, k, v, out, lse, *gradients), strict=True)),
-            **dict(zip(_LENGTHS, lengths, strict=True)),
+            **dict(zip(_LENGTHS[:4], lengths[:4], strict=True)),
             softmax_scale=scale,
             is_causal=causal,
             deterministic=torch.are_deterministic_algorithms_enabled(),

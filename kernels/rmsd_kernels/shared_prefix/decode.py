@@ -79,10 +79,15 @@ def shared_prefix_decode(
     own_v: Tensor,
     plan: DecodePlan,
     *,
+    own_lengths: Tensor | None = None,
     scale: float | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """Compute attention of one new token per sequence over its group's prefix and its own tokens.
+
+    With `own_lengths`, own_k and own_v are buffers of which only the first tokens are used. On CUDA, the host does not
+    read these numbers, so a step can be captured in a CUDA graph and replayed while they grow. On CPU, the result has
+    the same bits as a call with slices of the buffers, except with impl="torch", which masks the scores.
 
     Args:
         q: queries, [B, H, d], floating.
@@ -92,6 +97,10 @@ def shared_prefix_decode(
             view of a larger buffer.
         own_v: values of each sequence's own tokens, [B, Hkv, t, d], dtype of q. May be a view of a larger buffer.
         plan: the prefix of each sequence, on the device of q.
+        own_lengths: number of used tokens of each sequence in own_k and own_v, from 1 to t, [B], int32, contiguous, on
+            the device of q; None means t. The values in unused places must be finite, and those of own_lengths are
+            checked on CPU only, because CUDA would have to wait. On CUDA, flash kernels need buffers with the strides
+            of [B, t, Hkv, d]; others are copied.
         scale: factor of the scores; None means d ** -0.5.
         impl: as in shared_prefix_attention.
     Returns:
@@ -103,10 +112,12 @@ def shared_prefix_decode(
     """
     q, prefix_k, prefix_v, own_k, own_v = autocast(q, prefix_k, prefix_v, own_k, own_v)
     _check_step(q, prefix_k, prefix_v, own_k, own_v, plan)
+    if own_lengths is not None:
+        _check_lengths(own_lengths, q)
     checks.check_choice("impl", impl, IMPLEMENTATIONS)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     edges = (plan.lengths, plan.group_queries, plan.group_keys)
-    return _decode(q, prefix_k, prefix_v, own_k, own_v, *edges, scale, impl)
+    return _decode(q, prefix_k, prefix_v, own_k, own_v, own_lengths, *edges, scale, impl)
 
 
 @torch.library.custom_op("rmsd_kernels::shared_prefix_decode", mutates_args=())
@@ -116,6 +127,7 @@ def _decode(
     prefix_v: Tensor,
     own_k: Tensor,
     own_v: Tensor,
+    own_lengths: Tensor | None,
     lengths: Tensor,
     group_queries: Tensor,
     group_keys: Tensor,
@@ -130,10 +142,14 @@ def _decode(
             f"q and prefix_k: expected the plan's B={sum(rows)} and Tp={sum(prefixes)}, "
             f"got {len(q)} and {len(prefix_k)}"
         )
+    if own_lengths is not None and own_lengths.device.type == "cpu":
+        outside = [used for used in own_lengths.tolist() if not 1 <= used <= own_k.shape[2]]
+        if outside:
+            raise ValueError(f"own_lengths: expected numbers from 1 to t={own_k.shape[2]}, got {outside[0]}")
     with torch.autocast(q.device.type, enabled=False):
         folded = adjacent(q).unflatten(1, (own_k.shape[1], -1))  # [B, Hkv, r, d]
         backend = backend_of(q, impl)
-        out, lse = backend.attend_own(folded, own_k, own_v, scale)
+        out, lse = backend.attend_own(folded, own_k, own_v, own_lengths, scale)
         edges = (group_queries, group_keys)
         prefix_out, prefix_lse = backend.attend_prefixes(folded, prefix_k, prefix_v, prefixes, rows, edges, scale)
         merge_(out, lse, prefix_out, prefix_lse)
@@ -141,7 +157,7 @@ def _decode(
 
 
 @_decode.register_fake
-def _(q, prefix_k, prefix_v, own_k, own_v, lengths, group_queries, group_keys, scale, impl):
+def _(q, prefix_k, prefix_v, own_k, own_v, own_lengths, lengths, group_queries, group_keys, scale, impl):
     return q.new_empty(q.shape)
 
 
@@ -160,3 +176,11 @@ def _check_step(q, prefix_k, prefix_v, own_k, own_v, plan: DecodePlan) -> None:
     checks.check_device("plan", plan.group_queries, q)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, prefix_k, prefix_v, own_k, own_v)):
         raise RuntimeError("shared_prefix_decode has no gradient; call it under torch.no_grad()")
+
+
+def _check_lengths(own_lengths: Tensor, q: Tensor) -> None:
+    if own_lengths.dtype != torch.int32:
+        raise TypeError(f"own_lengths: expected int32, got {own_lengths.dtype}")
+    if own_lengths.shape != q.shape[:1] or not own_lengths.is_contiguous():
+        raise ValueError(f"own_lengths: expected a contiguous vector of B={len(q)}, got {list(own_lengths.shape)}")
+    checks.check_device("own_lengths", own_lengths, q)

@@ -4,6 +4,7 @@ Adjacent segments of equal length are one batched call on views, so inputs are n
 """
 
 from collections.abc import Callable
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -18,16 +19,18 @@ _SCORES = 1 << 24
 
 
 class Segments(NamedTuple):
-    """A back end built from three functions on [B, H, R, d] queries and [B, Hkv, P, d] keys.
+    """A back end built from four functions on [B, H, R, d] queries and [B, Hkv, P, d] keys.
 
     attend(q, k, v, causal, scale) returns (out, lse [B, H, R]).
     attend_exactly is the same, with out in the accumulation dtype, for results that are rounded after a merge.
     attend_backward(d_out, q, k, v, out, lse, causal, scale) returns (dq, dk, dv).
+    attend_first(q, k, v, lengths, scale), with H = Hkv, is attend over the first lengths[b] keys of sequence b.
     """
 
     attend: Callable
     attend_exactly: Callable
     attend_backward: Callable
+    attend_first: Callable
 
     def forward(self, q, k, v, layout: Layout, edges, scale: float) -> tuple[Tensor, Tensor]:
         """Return (out [T, H, d], lse [H, T])."""
@@ -70,9 +73,16 @@ class Segments(NamedTuple):
                 _as_batch(gradient[rows]).add_(share)
         return gradients
 
-    def attend_own(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """Return the attention of q [B, Hkv, r, d] over k, v [B, Hkv, t, d]: out [B, Hkv r, d], lse [Hkv r, B]."""
-        out, lse = self.attend(q, *map(adjacent, (k, v)), False, scale)
+    def attend_own(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float):
+        """Return the attention of q [B, Hkv, r, d] over k, v [B, Hkv, t, d]: out [B, Hkv r, d], lse [Hkv r, B].
+
+        With lengths, int32 [B], each sequence attends to so many of its first keys.
+        """
+        k, v = map(adjacent, (k, v))
+        if lengths is None:
+            out, lse = self.attend(q, k, v, False, scale)
+        else:
+            out, lse = self.attend_first(q, k, v, lengths, scale)
         return out.flatten(1, 2), lse.flatten(1, 2).t()
 
     def attend_prefixes(self, q, k, v, prefixes, rows, edges, scale: float) -> tuple[Tensor, Tensor]:
@@ -130,6 +140,16 @@ def cpu_flash_backward(d_out, q, k, v, out, lse, causal: bool, scale: float) -> 
     return backward(*rows, lse, 0.0, causal, scale=scale)
 
 
+def cpu_flash_first(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    # Reading numbers costs nothing on a CPU, and calls on slices give the same bits as calls on tensors of that length.
+    calls, row = [], 0
+    for used, sequences in groupby(lengths.tolist()):
+        rows = slice(row, row + len(list(sequences)))
+        calls.append(cpu_flash(q[rows], k[rows, :, :used], v[rows, :, :used], False, scale))
+        row = rows.stop
+    return calls[0] if len(calls) == 1 else tuple(map(torch.cat, zip(*calls, strict=True)))
+
+
 def explicit(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """Attend with matrix products, in chunks of queries with at most _SCORES scores (or one query)."""
     kv_heads, dtype = k.shape[1], accumulation_dtype(q)
@@ -143,6 +163,15 @@ def explicit(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tup
         out[:, :, rows] = _unfold(chunk_out, q.shape[1])
         lse[:, :, rows] = _unfold(chunk_lse, q.shape[1])
     return out, lse
+
+
+def explicit_first(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Attend to the first keys of each sequence by masking the others, without reading the lengths on the host."""
+    dtype = accumulation_dtype(q)
+    scores = (q.to(dtype) @ k.to(dtype).mT).mul_(scale)
+    beyond = torch.arange(k.shape[2], device=k.device) >= lengths[:, None]
+    lse = scores.masked_fill_(beyond[:, None, None], float("-inf")).logsumexp(-1)
+    return scores.sub_(lse.unsqueeze(-1)).exp_() @ v.to(dtype), lse
 
 
 def explicit_backward(d_out, q, k, v, out, lse, causal: bool, scale: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -190,5 +219,5 @@ def _scores(query: Tensor, k: Tensor, rows: slice, causal: bool, scale: float) -
     return scores
 
 
-CPU_FLASH = Segments(cpu_flash, cpu_flash_exactly, cpu_flash_backward)
-EXPLICIT = Segments(explicit, explicit, explicit_backward)
+CPU_FLASH = Segments(cpu_flash, cpu_flash_exactly, cpu_flash_backward, cpu_flash_first)
+EXPLICIT = Segments(explicit, explicit, explicit_backward, explicit_first)

@@ -1,0 +1,81 @@
+"""Test the rollout benchmark: its gate, how it counts, its goals and its page."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bench.core.goals import verdicts
+from bench.core.report import rollout_page
+from bench.prefix.groups import HIDDEN, LAYERS, load
+from bench.rollout import bench_rollout
+from bench.rollout.bench_rollout import Rig, gate, launches_per_token
+from rmsd_fast.rollout.base import Sampling
+
+
+@pytest.fixture(scope="module")
+def rig():
+    return Rig(load(HIDDEN, LAYERS, "float32", "cpu"), 40, torch.device("cpu"))
+
+
+def test_both_ways_sample_as_many_tokens_without_banned_ids(rig):
+    sampling = Sampling(3, 1.0, 6, seed=1)
+    for ids in (rig.ours(sampling), rig.generate(sampling)):
+        assert ids.shape == (3, 6) and not torch.isin(ids, rig.banned).any()
+        assert len({tuple(row.tolist()) for row in ids}) == 3
+
+
+def test_the_gate_compares_greedy_tokens(monkeypatch):
+    assert gate.__wrapped__(40, 5, "cpu") == 5
+    ours = Rig.ours
+    monkeypatch.setattr(Rig, "ours", lambda self, sampling: ours(self, sampling).roll(1, 1))
+    with pytest.raises(AssertionError, match="greedy tokens differ"):
+        gate.__wrapped__(40, 5, "cpu")
+
+
+def test_operations_per_token_are_those_of_a_further_token():
+    x = torch.ones(4, 4)
+
+    def run(tokens: int) -> None:
+        torch.mm(x, x)
+        for _ in range(tokens):
+            # One addition and one product; the transposed view is not counted.
+            torch.mm(x.t(), x + 1)
+
+    assert launches_per_token(run, torch.device("cpu")) == 2
+
+
+def record_of(case: str, device: str = "cpu", **ms: float) -> dict:
+    record = {"bench": "rollout", "case": case, "device": device, "quick": False, "baseline": "ours"}
+    record |= {"shape": {"P": 2048, "N": 8, "R": 64}, "cpu": "one", "threads": 2, "torch": "2.13.0", "commit": "a" * 40}
+    of_all = {"rounds": 7, "decode_ms_per_token": 5.0, "launches_per_token": 300.0}
+    record["variants"] = {
+        name.replace("_", ", "): of_all
+        | {"forward": {"median_ms": time}, "tokens_per_s": 512e3 / time, "times_ours_by_round": time / ms["ours"]}
+        for name, time in ms.items()
+    }
+    return record
+
+
+@pytest.mark.parametrize(
+    ("device", "case", "other"),
+    [("cpu", "P2048-N8-R64-float32", "generate"), ("cuda", "P2048-N8-R64-bfloat16", "ours_eager")],
+)
+def test_goals(device, case, other):
+    def statuses(*records: dict) -> list[str]:
+        return [verdict.status for verdict in verdicts(list(records), device, ["rollout"])]
+
+    assert statuses(record_of(case, device, ours=100.0, **{other: 301.0})) == ["met"]
+    assert statuses(record_of(case, device, ours=100.0, **{other: 299.0})) == ["MISSED"]
+    assert statuses(record_of(case, device, ours=100.0)) == statuses() == ["NOT MEASURED"]
+
+
+def test_the_page_shows_rates_ratios_and_goals():
+    text = rollout_page([record_of("P2048-N8-R64-float32", ours=500.0, generate=2000.0)])
+    assert "| 2048 | 8 | 64 | 1,024 | 256 | 4.00 (4.00) | 5.00 | 5.00 | 300 | 300 | 7 |" in text
+    assert "| met | P2048-N8-R64-float32 | 4.00 times faster than generate" in text and "commit aaaaaaaaaa." in text
+
+
+def test_cuda_measures_eager_steps_too():
+    (case, *_) = bench_rollout.cases(False, "cuda")
+    assert case.name == "P2048-N8-R64-bfloat16" and case.sizes.name == "Qwen3-VL-4B"
