@@ -361,10 +361,13 @@ class RewardConfig:
 
 @dataclass
 class RolloutConfig:
-    """Online responses of the student, generated with transformers in the training process."""
+    """Online responses of the student."""
 
     n: int = number(8, least=1)
     """N, rollouts per question (2603.11423: 8)."""
+    engine: str = choice("hf", of=("hf", "replay"))
+    """`hf` = rollouts are generated with transformers in the training process, or `replay` = they are read from
+    `rollout.replay`, and nothing is generated."""
     temperature: float = number(0.8, above=0)
     """Sampling temperature; every log-prob of the loss uses the same temperature (GAD 2511.10643)."""
     max_new_tokens: int = number(1024, least=1)
@@ -376,6 +379,12 @@ class RolloutConfig:
     and the last step of warm-up and of stage 2 are always written; 0 = never write."""
     log_questions: int = number(4, least=1)
     """Questions written per logged step, taken from the start of the main process's batch."""
+    dump: str = ""
+    """New folder to which all rollouts of warm-up and stage 2 are written exactly, with about 8 bytes per token, so
+    that a later run can train from them; empty = no dump."""
+    replay: str = ""
+    """With `rollout.engine=replay`: folder that a run has written with `rollout.dump`. The run must begin warm-up and
+    stage 2 with the same student, questions and rollout settings."""
 
 
 @dataclass

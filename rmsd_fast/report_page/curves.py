@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from html import escape
 
 from rmsd_fast.report_page.svg import Series, curve_chart, stacked_chart
-from rmsd_fast.runtime.alarms import LENGTH_BIAS, SEPARATED
+from rmsd_fast.runtime.alarms import LENGTH_BIAS, LENGTH_RATIO, REPETITION, SEPARATED
 
 STAGE_TITLES = {
     "sft": "Stage 1: imitation of teacher responses",
@@ -206,6 +206,20 @@ GROUPS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
                 include=(0.0,),
             ),
             Chart("Rollout length", "tokens, mean", (("rollout/tokens_mean", "tokens"),), include=(0.0,)),
+            Chart(
+                "Length against the teacher's",
+                "tokens of the rollouts / tokens of kept teacher answers to the same questions",
+                (("rollout/length_ratio", "ratio"),),
+                include=(0.0, 1.0),
+                warn=((LENGTH_RATIO[1], f"{LENGTH_RATIO[1]:g}"),),
+            ),
+            Chart(
+                "Repetition",
+                "share of 4-grams of tokens that occurred before in the same rollout; near 1: loops",
+                (("rollout/repeated_4grams", "repeated"),),
+                include=(0.0,),
+                warn=((REPETITION, f"{REPETITION}"),),
+            ),
             Chart(
                 "Rollouts",
                 "shares: cut at the token limit, with a valid answer, with an empty answer",

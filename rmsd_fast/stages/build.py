@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +22,9 @@ from rmsd_fast.models.policy import Policy
 from rmsd_fast.models.quantize import QuantizedBase, import_bitsandbytes, quantize
 from rmsd_fast.models.shared_prefix import enable_shared_prefix, unsupported
 from rmsd_fast.models.students import Student, freeze, load_student
+from rmsd_fast.rollout.base import RolloutEngine
 from rmsd_fast.rollout.hf import HfRollout
+from rmsd_fast.rollout.replay import ReplayRollout
 from rmsd_fast.runtime.engine import Engine
 from rmsd_fast.runtime.metrics import PhaseTimer
 from rmsd_fast.runtime.process_group import World
@@ -182,7 +185,7 @@ def build_distillation(
     See `build_imitation` for the arguments.
     """
     state = build_imitation(path, settings, world, material, media, stage="distill")
-    state.rollouts = HfRollout(state.builder, prompts_per_batch=settings.rollout.prompts_per_batch, device=world.device)
+    state.rollouts = make_rollouts(state, settings, world)
     if uses_reference(settings):
         lora = settings.model.adapter == "lora"
         state.reference = Policy(state.student.model, None) if lora else make_reference(load(path, settings, world))
@@ -190,6 +193,14 @@ def build_distillation(
         discriminator = _discriminator(state, path)
         state.discriminator = make_engine(discriminator, settings, world, settings.discriminator.lr)
     return state
+
+
+def make_rollouts(state: StageState, settings: RunConfig, world: World) -> RolloutEngine:
+    """Return the rollout engine that `rollout.engine` names."""
+    rollout = settings.rollout
+    if rollout.engine == "replay":
+        return ReplayRollout(Path(rollout.replay), state.builder, rank=world.rank)
+    return HfRollout(state.builder, prompts_per_batch=rollout.prompts_per_batch, device=world.device)
 
 
 def make_policy(student: Student, settings: RunConfig, train_vision: bool) -> Policy:

@@ -230,7 +230,9 @@ class _Planner:
             weights["whole" if referenced else "split"] += self.size.total
         held = self._states(engines, weights, copies=2 if judged and mode == "separate" else 1)
         lasting = sum(engine.lasting for engine in engines)
-        phases = {"rollout": self._add(held, self._rollout(), self._gathered(), gradients=lasting)}
+        phases = {}
+        if settings.rollout.engine != "replay":
+            phases["rollout"] = self._add(held, self._rollout(), self._gathered(), gradients=lasting)
         phases["vision"] = self._add(held, self._tower(), self._gathered(), gradients=lasting)
         drawn = [settings.rollout.max_new_tokens + 1] * settings.rollout.n
         answers = [settings.rollout.max_new_tokens] * settings.teacher.responses
