@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from html import escape
 
 from rmsd_fast.report_page.svg import Series, curve_chart, stacked_chart
-from rmsd_fast.runtime.alarms import LENGTH_BIAS, LENGTH_RATIO, REPETITION, SEPARATED
+from rmsd_fast.runtime.alarms import ENGINE_KL, LENGTH_BIAS, LENGTH_RATIO, REPETITION, SEPARATED
 
 STAGE_TITLES = {
     "sft": "Stage 1: imitation of teacher responses",
@@ -175,6 +175,13 @@ GROUPS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
                 "probability in the trainer / in the rollout engine; 1 = both agree",
                 (("policy/importance_ratio", "ratio"),),
                 include=(0.99, 1.01),
+            ),
+            Chart(
+                "KL of the rollout engine to the policy",
+                "nats per token; 0 = the rollouts are those of the policy",
+                (("policy/engine_kl", "KL"),),
+                include=(-0.001, 0.001),
+                warn=((ENGINE_KL, f"{ENGINE_KL}"), (-ENGINE_KL, f"{-ENGINE_KL}")),
             ),
             Chart(
                 "Mismatch correction",

@@ -151,8 +151,13 @@ def write_step(folder: Path, step: int, packed: PackedRollouts, key: str) -> Non
     # One entry, because safetensors writes several in random order.
     text = json.dumps({**description, "checksum": _checksum(description, packed.columns)})
     content = save(packed.columns, {"step": text})
-    with replacing(step_file(folder, step)) as file:
-        write_all(file, content)
+    path = step_file(folder, step)
+    try:
+        with replacing(path) as file:
+            write_all(file, content)
+    except OSError as error:
+        # Errors of writing and syncing do not name a file.
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def read_step(folder: Path, step: int, key: str) -> PackedRollouts:

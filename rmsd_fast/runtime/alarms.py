@@ -20,6 +20,8 @@ LENGTH_BIAS = 0.3
 # Single steps of the demonstration's runs have up to 0.14 repeated 4-grams, and lengths of 0.93 to 1.08 times the
 # teacher's. In ablations with open questions, stage 2 shortened rollouts to 0.62 of their first length.
 REPETITION = 0.3
+# Nats per token. With weights of stage 1 instead of its own, the demonstration's policy reaches 0.02 to 0.06.
+ENGINE_KL = 0.01
 LENGTH_RATIO = (0.5, 2.0)
 
 
@@ -225,6 +227,16 @@ CONDITIONS = (
         "set distill.tis_cap=2 and distill.sequence_mask_cap=3, or model.dtype=float32 to look for the cause.",
         low=0.9,
         high=1.1,
+    ),
+    Condition(
+        "the rollouts are not those of the policy",
+        "policy/engine_kl",
+        "On the sampled tokens, the rollout engine has another distribution than the trainer's policy, for example "
+        "that of earlier weights.",
+        "set model.dtype=float32 to look for the cause. With rollout.engine=replay, use the settings of the run that "
+        "wrote the dump.",
+        low=-ENGINE_KL,
+        high=ENGINE_KL,
     ),
 )
 

@@ -287,9 +287,13 @@ def _policy_pass(
             continue
         tokens += len(rows.targets)
         totals["loss"] = totals.get("loss", 0) + result.loss.detach()
+        totals["engine_logp"] = totals.get("engine_logp", 0) + policy_pass.rollout_logp.sum()
         for name in _MEANS & result.metrics.keys():
             totals[name] = totals.get(name, 0) + result.metrics[name] * len(rows.targets)
-    record: dict[str, Metric] = {"policy/loss": totals.pop("loss")}
+    # The expected importance ratio is 1 for any engine that reports its own probabilities. The KL is 0 only if engine
+    # and trainer agree.
+    drift = totals.pop("engine_logp") - totals["logp"]
+    record: dict[str, Metric] = {"policy/loss": totals.pop("loss"), "policy/engine_kl": (mean, drift, tokens)}
     record |= {f"policy/{name}": (mean, total, tokens) for name, total in sorted(totals.items())}
     return record, sum(policy_pass.read.rows.input_ids.numel() for policy_pass in policy_passes)
 

@@ -24,8 +24,9 @@ from rmsd_fast.runtime.process_group import start, stop
 from rmsd_fast.settings import load_settings
 from rmsd_fast.stages import distill
 from rmsd_fast.stages.build import build_distillation
+from rmsd_fast.stages.material import prepare_material
 from rmsd_fast.stages.plan import describe_plan
-from rmsd_fast.stages.rollout_dump import begin_dump, check_replay, check_replay_start, dump_folder
+from rmsd_fast.stages.rollout_dump import RolloutDump, begin_dump, check_replay, check_replay_start, dump_folder
 from rmsd_fast.stages.state import StageState
 
 SMALL = ("rollout.n=3", "rollout.max_new_tokens=8", "data.max_prompt_tokens=500", "micro_tokens=600")
@@ -194,7 +195,7 @@ def test_two_copies_of_a_question_keep_their_own_rollouts(tmp_path):
         assert engine.generate(None, asked, sampling)[0][0].token_ids.tolist() == expected
 
 
-def test_a_step_that_cannot_be_written_raises_and_leaves_the_others(tmp_path):
+def test_a_step_that_cannot_be_written_raises_and_leaves_the_others(world, tmp_path):
     groups = [[rollout("a", 0, [1] * 3000, [-0.1] * 3000)]]
     write_step(tmp_path, 0, pack(groups), "key")
     before = step_file(tmp_path, 0).read_bytes()
@@ -202,8 +203,10 @@ def test_a_step_that_cannot_be_written_raises_and_leaves_the_others(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     try:
         for step in (0, 1):
-            with pytest.raises(OSError, match="File too large"):
-                write_step(tmp_path, step, pack(groups), "key")
+            with pytest.raises(OSError, match="File too large") as caught:
+                RolloutDump(tmp_path, "key", world).write(groups, step)
+            # The program prints this name, with advice, and how to continue the run.
+            assert caught.value.filename == str(step_file(tmp_path, step))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert os.listdir(tmp_path) == [step_file(tmp_path, 0).name]
@@ -309,6 +312,16 @@ def test_another_student_and_other_questions_are_refused(dumped, folder, materia
         with pytest.raises(SettingsError, match=f"differs in .*{name}; set model.path={material.model_path}"):
             check_replay(settings, student, "the questions")
         shutil.copy(Path(material.model_path) / name, student / name)
+
+
+def test_a_changed_dump_is_another_input_of_a_resumed_run(dumped, folder, world, tmp_path):
+    path = Path(shutil.copytree(dumped[0], tmp_path / "dump"))
+    settings = replaying(folder, path)
+    before = prepare_material(settings, world).fingerprints()
+    assert prepare_material(settings, world).fingerprints() == before
+    (path / "dump.json").write_text((path / "dump.json").read_text() + "\n")
+    after = prepare_material(settings, world).fingerprints()
+    assert {name for name in before if before[name] != after[name]} == {"replay"}
 
 
 def test_stage_1_before_a_replay_is_refused(dumped, folder, material, tmp_path):
