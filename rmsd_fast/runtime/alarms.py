@@ -17,10 +17,11 @@ from typing import Any
 # The report also draws these as lines in its charts.
 SEPARATED = 0.95
 LENGTH_BIAS = 0.3
-# Single steps of the demonstration's runs have up to 0.14 repeated 4-grams, and lengths of 0.93 to 1.08 times the
-# teacher's. In ablations with open questions, stage 2 shortened rollouts to 0.62 of their first length.
+# In each of 100 steps of the demonstration, 0.03 to 0.08 of the 4-grams are repeated, as in the teacher's answers, and
+# rollouts are 0.97 to 1.02 times as long as these. In ablations with open questions, they shrank to 0.62 of their first
+# length.
 REPETITION = 0.3
-# Nats per token. With weights of stage 1 instead of its own, the demonstration's policy reaches 0.02 to 0.06.
+# Nats per token. The demonstration has 1e-4. Rollouts of the stage-1 student would have about 0.04 after its 60 steps.
 ENGINE_KL = 0.01
 LENGTH_RATIO = (0.5, 2.0)
 

@@ -15,7 +15,7 @@ from material import tiny_material, tiny_settings
 
 from rmsd_fast.config import SettingsError, UserError
 from rmsd_fast.data.errors import DataError
-from rmsd_fast.files import Locked
+from rmsd_fast.files import Locked, file_digest
 from rmsd_fast.models.folders import model_digests
 from rmsd_fast.rollout.base import Rollout
 from rmsd_fast.rollout.dump import dumped_steps, join, pack, read_info, read_step, step_file, unpack, write_step
@@ -25,6 +25,7 @@ from rmsd_fast.settings import load_settings
 from rmsd_fast.stages import distill
 from rmsd_fast.stages.build import build_distillation
 from rmsd_fast.stages.material import prepare_material
+from rmsd_fast.stages.memory import plan_memory
 from rmsd_fast.stages.plan import describe_plan
 from rmsd_fast.stages.rollout_dump import RolloutDump, begin_dump, check_replay, check_replay_start, dump_folder
 from rmsd_fast.stages.state import StageState
@@ -60,7 +61,7 @@ def train(settings, material, world, *, dump: str = "") -> tuple[StageState, lis
     """Take a step of the warm-up and two of stage 2. Return the state, the metrics, and the rollouts of each step."""
     state = build_distillation(material.model_path, settings, world, material)
     if dump:
-        files = {"model": model_digests(Path(material.model_path)), "train": "the questions"}
+        files = {"model": model_digests(Path(material.model_path)), "train": file_digest(material.files["train"])}
         state.dump = begin_dump(settings, world, Path("runs/first"), {"files": files}, material.model_path, 0)
     prompts = [state.builder.build(q) for q in material.train[:12]]
     # The second step has a question twice.
@@ -256,7 +257,7 @@ def test_damaged_dumps_are_refused_before_the_start(dumped, folder, material, tm
     spoil(path, kind)
     settings = replaying(folder, path)
     with pytest.raises(UserError) as caught:
-        check_replay(settings, Path(material.model_path), "the questions")
+        check_replay(settings, Path(material.model_path), file_digest(material.files["train"]))
     assert words in str(caught.value)
     # The dry run finds it too.
     settings.model.path = material.model_path
@@ -270,7 +271,7 @@ def test_a_file_of_another_dump_is_refused(dumped, folder, material, world, tmp_
     packed = read_step(path, 1, read_info(path, "rollout.replay").key)
     write_step(path, 1, packed, "another")
     with pytest.raises(DataError, match="got step 1 of another dump"):
-        check_replay(replaying(folder, path), Path(material.model_path), "the questions")
+        check_replay(replaying(folder, path), Path(material.model_path), file_digest(material.files["train"]))
 
 
 @pytest.mark.parametrize(
@@ -293,24 +294,24 @@ def test_other_settings_are_refused_before_the_start(dumped, folder, material, o
     else:
         settings = replaying(folder, dumped[0], *overrides)
     with pytest.raises(SettingsError) as caught:
-        check_replay(settings, Path(material.model_path), "the questions")
+        check_replay(settings, Path(material.model_path), file_digest(material.files["train"]))
     assert words in str(caught.value) and str(dumped[0]) in str(caught.value)
 
 
 def test_another_student_and_other_questions_are_refused(dumped, folder, material, tmp_path):
     settings = replaying(folder, dumped[0])
-    (line,) = check_replay(settings, Path(material.model_path), "the questions")
+    (line,) = check_replay(settings, Path(material.model_path), file_digest(material.files["train"]))
     assert line.startswith("rollout.replay: 3 steps of first, 0.0 MiB")
     with pytest.raises(SettingsError, match="expected the training questions of first"):
         check_replay(settings, Path(material.model_path), "others")
     student = Path(shutil.copytree(material.model_path, tmp_path / "student"))
-    check_replay(settings, student, "the questions")
+    check_replay(settings, student, file_digest(material.files["train"]))
     for name in ("tokenizer.json", "model.safetensors"):
         content = bytearray((student / name).read_bytes())
         content[-3] ^= 1
         (student / name).write_bytes(bytes(content))
         with pytest.raises(SettingsError, match=f"differs in .*{name}; set model.path={material.model_path}"):
-            check_replay(settings, student, "the questions")
+            check_replay(settings, student, file_digest(material.files["train"]))
         shutil.copy(Path(material.model_path) / name, student / name)
 
 
@@ -336,6 +337,13 @@ def test_stage_1_before_a_replay_is_refused(dumped, folder, material, tmp_path):
         assert str(caught.value).endswith(expected)
     with pytest.raises(SettingsError, match="expected no sft with rollout.engine=replay"):
         describe_plan(settings)
+    # A run that has completed stage 1 can continue as a replay, if its student is that of the dump.
+    shutil.copytree(material.model_path, tmp_path / "stage1")
+    (line,) = check_replay_start(settings, material, tmp_path)
+    assert line.startswith("rollout.replay: 3 steps of first")
+    (tmp_path / "stage1" / "config.json").write_text("{}")
+    with pytest.raises(SettingsError, match="stage1, which differs in config.json"):
+        check_replay_start(settings, material, tmp_path)
 
 
 def test_a_question_that_the_step_lacks_is_named(dumped, folder, material, world):
@@ -364,6 +372,15 @@ def test_damaged_descriptions_are_refused(folder, material, tmp_path, content, w
     with pytest.raises(UserError) as caught:
         check_replay(replaying(folder, tmp_path), None, "")
     assert words in str(caught.value)
+
+
+def test_a_replay_plans_no_memory_for_rollouts(folder, material):
+    config = json.loads((Path(material.model_path) / "config.json").read_text())
+    generating, reading = (
+        plan_memory(settings, config, processes=1, device="cuda").stages["distill"].phases
+        for settings in (settings_of(folder), replaying(folder, "a"))
+    )
+    assert generating.pop("rollout") and generating == reading
 
 
 def test_the_dry_run_names_a_missing_dump(folder, material, tmp_path):
