@@ -361,13 +361,14 @@ class RewardConfig:
 
 @dataclass
 class RolloutConfig:
-    """Online responses of the student, generated in the training process."""
+    """Online responses of the student, sampled in the training process."""
 
     n: int = number(8, least=1)
     """N, rollouts per question (2603.11423: 8)."""
-    engine: str = choice("hf", of=("hf", "vllm"))
-    """`hf` = transformers, with the model that is trained, or `vllm` = vLLM, with a copy of it that is updated in each
-    step (extra `vllm`; not with Qwen2.5-VL or `model.quantize`). Evaluations always use `hf`."""
+    engine: str = choice("hf", of=("hf", "vllm", "replay"))
+    """`hf` = transformers, with the model that is trained; `vllm` = vLLM, with a copy of it that is updated in each
+    step (extra `vllm`; not with Qwen2.5-VL or `model.quantize`); or `replay` = they are read from `rollout.replay`,
+    and nothing is generated. Evaluations always use `hf`."""
     vllm_kv_cache_gib: float = number(8.0, above=0)
     """Size of vLLM's KV cache in GiB, on the device of each process. vLLM also holds a copy of the weights there; on a
     GPU, both are there only during rollouts."""
@@ -390,6 +391,12 @@ class RolloutConfig:
     and the last step of warm-up and of stage 2 are always written; 0 = never write."""
     log_questions: int = number(4, least=1)
     """Questions written per logged step, taken from the start of the main process's batch."""
+    dump: str = ""
+    """New folder to which all rollouts of warm-up and stage 2 are written exactly, with about 8 bytes per token, so
+    that a later run can train from them; empty = no dump."""
+    replay: str = ""
+    """With `rollout.engine=replay`: folder that a run has written with `rollout.dump`. The run must begin warm-up and
+    stage 2 with the same student, questions and rollout settings."""
 
 
 @dataclass

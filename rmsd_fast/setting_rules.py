@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-from rmsd_fast.config import ACCURACY_STEPS, STAGES, TASK_TYPES, TRACKERS, MadeConfig, RunConfig, SettingsError
+from rmsd_fast.config import (
+    ACCURACY_STEPS,
+    STAGES,
+    TASK_TYPES,
+    TRACKERS,
+    MadeConfig,
+    RolloutConfig,
+    RunConfig,
+    SettingsError,
+)
 
 
 def uses_reference(settings: RunConfig) -> bool:
@@ -25,6 +34,16 @@ def makes_rollouts(settings: RunConfig) -> bool:
 def uses_vllm(settings: RunConfig) -> bool:
     """Return whether any stage samples its rollouts with vLLM."""
     return makes_rollouts(settings) and settings.rollout.engine == "vllm"
+
+
+def warm_up_steps(settings: RunConfig) -> int:
+    """Return the number of steps of the warm-up, 0 without one. Stage 2 continues to count rollout steps from there."""
+    return settings.discriminator.warm_up_steps if "warm_up" in settings.stages else 0
+
+
+def rollout_steps(settings: RunConfig) -> range:
+    """Return the rollout steps of a run, counted from 0 over warm-up and stage 2."""
+    return range(warm_up_steps(settings) + (settings.distill.steps if "distill" in settings.stages else 0))
 
 
 def uses_frozen_tower(settings: RunConfig) -> bool:
@@ -84,6 +103,7 @@ def check_together(settings: RunConfig) -> None:
         check_room(
             settings, settings.rollout.max_new_tokens + 1, "a rollout of rollout.max_new_tokens and its end token"
         )
+        _check_replay(settings.rollout)
     if uses_vllm(settings) and settings.model.quantize != "none":
         raise SettingsError(
             "rollout.engine: expected hf with model.quantize, since vLLM would sample with weights that are not "
@@ -115,6 +135,25 @@ def check_together(settings: RunConfig) -> None:
         )
     if not settings.name or "/" in settings.name:
         raise SettingsError(f"name: expected a folder name without '/', got {settings.name!r}")
+
+
+def _check_replay(rollout: RolloutConfig) -> None:
+    replays = rollout.engine == "replay"
+    if replays and not rollout.replay:
+        raise SettingsError(
+            "rollout.replay: expected the folder of a dump with rollout.engine=replay, got nothing; set rollout.replay "
+            "to the folder that a run has written with rollout.dump"
+        )
+    if rollout.replay and not replays:
+        raise SettingsError(
+            f"rollout.engine: expected replay with rollout.replay={rollout.replay}, got {rollout.engine}; set "
+            "rollout.engine=replay, or leave rollout.replay empty"
+        )
+    if replays and rollout.dump:
+        raise SettingsError(
+            f"rollout.dump: expected nothing with rollout.engine=replay, since rollout.replay={rollout.replay} already "
+            f"has these rollouts, got {rollout.dump}; leave rollout.dump empty"
+        )
 
 
 def _check_adapter(settings: RunConfig) -> None:
@@ -302,6 +341,11 @@ def refuse_useless(settings: RunConfig, written_keys: list[str], where: str) -> 
             ["rollout.log_questions"],
             settings.rollout.log_every_steps == 0,
             "rollout.log_every_steps is 0, so no rollouts are written; set rollout.log_every_steps=10",
+        ),
+        (
+            ["rollout.prompts_per_batch"],
+            settings.rollout.engine == "replay",
+            "rollout.engine=replay generates nothing; set rollout.engine=hf",
         ),
         (["distill.kl"], distill.kl_coef == 0, "distill.kl_coef is 0; give it a weight"),
         (

@@ -47,6 +47,8 @@ PATHS = [
     "teacher.pool",
     "model.path",
     "made.folder",
+    "rollout.dump",
+    "rollout.replay",
 ]
 # Settings that say how to read questions and teacher answers.
 POOL_SETTINGS = (

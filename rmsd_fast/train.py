@@ -43,20 +43,20 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.gpu_gib is not None and not arguments.dry_run:
             raise SettingsError("--gpu-gib: expected --dry-run with it, got none; a run reads the memory of its GPU")
         if arguments.dry_run:
-            return _dry_run(settings, arguments.gpu_gib)
+            return _dry_run(settings, arguments.gpu_gib, arguments.resume)
     except UserError as error:
         tell(f"rmsd_fast.train: {error}")
         return 2
     return _run(settings, arguments)
 
 
-def _dry_run(settings, gpu_gib: float | None) -> int:
+def _dry_run(settings, gpu_gib: float | None, resume: Path | None) -> int:
     # torchrun starts one process per GPU, and the plan is the same for all of them.
     if os.environ.get("RANK", "0") != "0":
         return 0
     from rmsd_fast.stages.plan import describe_plan
 
-    plan, ready = describe_plan(settings, gpu_gib)
+    plan, ready = describe_plan(settings, gpu_gib, resume)
     print(plan)
     return 0 if ready else 2
 

@@ -35,6 +35,7 @@ from rmsd_fast.stages.build import build_distillation, build_imitation
 from rmsd_fast.stages.held_out import evaluate
 from rmsd_fast.stages.material import prepare_material
 from rmsd_fast.stages.memory_advice import check_memory
+from rmsd_fast.stages.rollout_dump import begin_dump, check_replay_start, dump_folder
 from rmsd_fast.stages.run import (
     Step,
     TrainingRun,
@@ -72,13 +73,14 @@ def train(
         allow_changes: whether settings and inputs may differ from those of the run to continue.
     """
     material = prepare_material(settings, world)
-    memory = on_main(world, lambda: _plan_memory(settings, material.model_path, world))
-    with run_folder(settings, world, resume) as folder:
+    notes = on_main(world, lambda: check_replay_start(settings, material, resume))
+    notes += on_main(world, lambda: _plan_memory(settings, material.model_path, world))
+    with dump_folder(settings, world, resume), run_folder(settings, world, resume) as folder:
         stop.run_folder = folder
         with MediaReader(settings.data, world.device) as media:
             resumed = resume is not None
             run = open_run(settings, world, folder, material, media, stop, resumed=resumed, allow_changes=allow_changes)
-            for line in memory:
+            for line in notes:
                 run.metrics.message(line)
             run_stages(run)
         on_main(world, lambda: finish(run))
@@ -210,6 +212,9 @@ def distillation(run: TrainingRun) -> None:
     if state.discriminator is not None:
         engines["discriminator"] = state.discriminator
     restore(run, ("warm_up", "distill"), state, engines)
+    first = first_step(run, "warm_up") if "warm_up" in settings.stages else 0
+    first += first_step(run, "distill") if "distill" in settings.stages else 0
+    state.dump = begin_dump(settings, run.world, run.folder, run.fingerprints, run.stage1, first)
     _forecast(run, state)
     if "warm_up" in settings.stages:
         _adversarial_steps(run, state, engines, "warm_up", distill.warm_up_step)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from html import escape
 
 from rmsd_fast.report_page.svg import Series, curve_chart, stacked_chart
-from rmsd_fast.runtime.alarms import LENGTH_BIAS, SEPARATED
+from rmsd_fast.runtime.alarms import ENGINE_KL, LENGTH_BIAS, LENGTH_RATIO, REPETITION, SEPARATED
 
 STAGE_TITLES = {
     "sft": "Stage 1: imitation of teacher responses",
@@ -187,6 +187,13 @@ GROUPS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
                 include=(0.0,),
             ),
             Chart(
+                "KL of the rollout engine to the policy",
+                "nats per token; 0 = the rollouts are those of the policy",
+                (("policy/engine_kl", "KL"),),
+                include=(-0.001, 0.001),
+                warn=((ENGINE_KL, f"{ENGINE_KL}"), (-ENGINE_KL, f"{-ENGINE_KL}")),
+            ),
+            Chart(
                 "Mismatch correction",
                 "share of tokens whose weight is capped, and of tokens in excluded responses",
                 (("policy/tis_capped_fraction", "capped"), ("policy/sequence_masked_fraction", "excluded")),
@@ -216,6 +223,20 @@ GROUPS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
                 include=(0.0,),
             ),
             Chart("Rollout length", "tokens, mean", (("rollout/tokens_mean", "tokens"),), include=(0.0,)),
+            Chart(
+                "Length against the teacher's",
+                "tokens of the rollouts / tokens of kept teacher answers to the same questions",
+                (("rollout/length_ratio", "ratio"),),
+                include=(0.0, 1.0),
+                warn=((LENGTH_RATIO[1], f"{LENGTH_RATIO[1]:g}"),),
+            ),
+            Chart(
+                "Repetition",
+                "share of 4-grams of tokens that occurred before in the same rollout; near 1: loops",
+                (("rollout/repeated_4grams", "repeated"),),
+                include=(0.0,),
+                warn=((REPETITION, f"{REPETITION}"),),
+            ),
             Chart(
                 "Rollouts",
                 "shares: cut at the token limit, with a valid answer, with an empty answer",

@@ -1,7 +1,7 @@
 """Define alarms: conditions on the metrics of a stage under which a run needs attention, in one table.
 
-Alarms depend only on the metrics. Training prints each alarm once per run, and the report derives the same alarms from
-metrics.jsonl.
+Alarms depend only on the metrics. Training prints each alarm once per stage, and the report derives the same alarms
+from metrics.jsonl.
 """
 
 from __future__ import annotations
@@ -17,6 +17,13 @@ from typing import Any
 # The report also draws these as lines in its charts.
 SEPARATED = 0.95
 LENGTH_BIAS = 0.3
+# In each of 100 steps of the demonstration, 0.03 to 0.08 of the 4-grams are repeated, as in the teacher's answers, and
+# rollouts are 0.97 to 1.02 times as long as these. In ablations with open questions, they shrank to 0.62 of their first
+# length.
+REPETITION = 0.3
+# Nats per token. The demonstration has 1e-4. Rollouts of the stage-1 student would have about 0.04 after its 60 steps.
+ENGINE_KL = 0.01
+LENGTH_RATIO = (0.5, 2.0)
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,7 @@ class Condition:
 
 @dataclass(frozen=True)
 class Alarm:
-    """A violated condition, with the first stage and step where it was violated.
+    """A violated condition, with the stage and the first step of it where it was violated.
 
     Attributes:
         condition: the condition.
@@ -173,6 +180,23 @@ CONDITIONS = (
         high=0.05,
     ),
     Condition(
+        "rollouts repeat themselves",
+        "rollout/repeated_4grams",
+        "Many of their sequences of four tokens occurred before in the same rollout, as in a loop.",
+        "read some in the report. Go back to an earlier checkpoint, then lower distill.lr or reward.alpha, or raise "
+        "distill.kl_coef. If teacher answers repeat themselves too, clean the pool.",
+        high=REPETITION,
+    ),
+    Condition(
+        "rollouts are much shorter or longer than teacher answers",
+        "rollout/length_ratio",
+        "Lengths are compared on the same questions. The student drifts to a length that no teacher answer has taught.",
+        "read some in the report. Compare discriminator/length_correlation and reward/content/raw. If the content does "
+        "not improve, lower distill.lr or reward.alpha, raise distill.kl_coef, or train stage 1 for longer.",
+        low=LENGTH_RATIO[0],
+        high=LENGTH_RATIO[1],
+    ),
+    Condition(
         "many questions have no usable teacher answer",
         "teacher/empty_share",
         "None of their answers reaches teacher.min_quality, so they yield no pair and no discriminator reward.",
@@ -205,11 +229,21 @@ CONDITIONS = (
         low=0.9,
         high=1.1,
     ),
+    Condition(
+        "the rollouts are not those of the policy",
+        "policy/engine_kl",
+        "On the sampled tokens, the rollout engine has another distribution than the trainer's policy, for example "
+        "that of earlier weights.",
+        "set model.dtype=float32 to look for the cause. With rollout.engine=replay, use the settings of the run that "
+        "wrote the dump.",
+        low=-ENGINE_KL,
+        high=ENGINE_KL,
+    ),
 )
 
 
 class AlarmWatch:
-    """Check the steps of a run in order, and raise the alarm of each condition once.
+    """Check the steps of a run in order, and raise the alarm of each condition once per stage.
 
     Args:
         totals: number of steps of each stage; unknown stages may be left out.
@@ -218,7 +252,7 @@ class AlarmWatch:
     def __init__(self, totals: Mapping[str, int]) -> None:
         self._totals = totals
         self._values: dict[tuple[str, Condition], deque[float]] = {}
-        self._raised: set[Condition] = set()
+        self._raised: set[tuple[str, Condition]] = set()
 
     def see(self, stage: str, step: int, values: Mapping[str, Any]) -> list[Alarm]:
         """Add the metrics of a step and return the alarms that they raise. Non-finite values are skipped."""
@@ -234,10 +268,10 @@ class AlarmWatch:
             recent = self._values.setdefault((stage, condition), deque(maxlen=2 * condition.window))
             recent.append(value)
             early = len(recent) < 2 * condition.window or step < condition.first_share * self._totals.get(stage, 0)
-            if early or condition in self._raised:
+            if early or (stage, condition) in self._raised:
                 continue
             if condition.is_broken(list(recent)):
-                self._raised.add(condition)
+                self._raised.add((stage, condition))
                 alarms.append(Alarm(condition, stage, step, fmean(recent)))
         return alarms
 

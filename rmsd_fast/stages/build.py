@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from rmsd_fast.models.shared_prefix import enable_shared_prefix, unsupported
 from rmsd_fast.models.students import Student, freeze, load_student
 from rmsd_fast.rollout.base import RolloutEngine
 from rmsd_fast.rollout.hf import HfRollout
+from rmsd_fast.rollout.replay import ReplayRollout
 from rmsd_fast.runtime.engine import Engine
 from rmsd_fast.runtime.metrics import PhaseTimer
 from rmsd_fast.runtime.process_group import World
@@ -220,6 +222,8 @@ def make_rollouts(state: StageState, path: str, settings: RunConfig, world: Worl
             device=world.device,
             processes=world.size,
         )
+    if rollout.engine == "replay":
+        return ReplayRollout(Path(rollout.replay), state.builder, rank=world.rank)
     return HfRollout(
         state.builder,
         prompts_per_batch=rollout.prompts_per_batch,

@@ -19,7 +19,8 @@ from rmsd_fast.losses import linear_logprob, linear_policy_loss
 from rmsd_fast.models.students import MediaFeatures, encode_media
 from rmsd_fast.rollout.base import Rollout, Sampling
 from rmsd_fast.runtime.process_group import any_rank, global_sum
-from rmsd_fast.setting_rules import uses_discriminator
+from rmsd_fast.setting_rules import uses_discriminator, warm_up_steps
+from rmsd_fast.stages.degeneration import degeneration_record
 from rmsd_fast.stages.discriminator_pass import discriminator_pass
 from rmsd_fast.stages.groups import RolloutGroup, group_record, make_group, quality_record, set_advantages
 from rmsd_fast.stages.parity import check_parity
@@ -51,7 +52,8 @@ def warm_up_step(state: StageState, prompts: list[Prompt], number: int) -> StepR
     with state.timer("optimizer"):
         (norm,), skipped = apply_or_discard([state.discriminator])
     work = {"tokens": _rollout_tokens(groups) + teacher_tokens, "tokens_computed": computed}
-    metrics = global_metrics({**scored, **group_record(groups, settings), **work}, state.world)
+    described = {**group_record(groups, settings), **degeneration_record(groups, state.builder)}
+    metrics = global_metrics({**scored, **described, **work}, state.world)
     finished = _has_learned(state, metrics["discriminator/pair_accuracy"])
     return StepResult({**metrics, **parity, "discriminator/grad_norm": norm}, skipped, groups, finished)
 
@@ -97,8 +99,7 @@ def step(state: StageState, prompts: list[Prompt], number: int) -> StepResult:
     """
     settings = state.settings
     # The step number that seeds rollouts and matches continues from the warm-up, so that no draws are repeated.
-    warm_up_steps = settings.discriminator.warm_up_steps if "warm_up" in settings.stages else 0
-    rollout_step = warm_up_steps + number
+    rollout_step = warm_up_steps(settings) + number
     rollouts, features = roll_out(state, prompts, rollout_step)
     if rollouts is None:
         return StepResult({"tokens": 0}, skipped=True)
@@ -133,7 +134,8 @@ def step(state: StageState, prompts: list[Prompt], number: int) -> StepResult:
     with state.timer("optimizer"):
         norms, skipped = apply_or_discard(engines)
     work = {"tokens": tokens, "tokens_computed": computed + trained_tokens}
-    metrics = global_metrics({**group_record(groups, settings), **trained, **work, **scored}, state.world)
+    described = {**group_record(groups, settings), **degeneration_record(groups, state.builder)}
+    metrics = global_metrics({**described, **trained, **work, **scored}, state.world)
     metrics["policy/grad_norm"] = norms[0]
     if scored:
         metrics["discriminator/grad_norm"] = norms[1]
@@ -167,6 +169,10 @@ def roll_out(
             rollouts = state.rollouts.generate(
                 state.student.model, prompts, sampling, features=features, policy_version=rollout_step
             )
+    if state.dump is not None:
+        with state.timer("rollout"):
+            # The rollouts of the forecast are those of the first step, which writes them again.
+            state.dump.write(rollouts, rollout_step)
     if any_rank(not all(rollout.finite for drawn in rollouts for rollout in drawn), state.world):
         return None, None
     return rollouts, None if state.train_vision else features
@@ -289,9 +295,13 @@ def _policy_pass(
             continue
         tokens += len(rows.targets)
         totals["loss"] = totals.get("loss", 0) + result.loss.detach()
+        totals["engine_logp"] = totals.get("engine_logp", 0) + policy_pass.rollout_logp.sum()
         for name in _MEANS & result.metrics.keys():
             totals[name] = totals.get(name, 0) + result.metrics[name] * len(rows.targets)
-    record: dict[str, Metric] = {"policy/loss": totals.pop("loss")}
+    # The expected importance ratio is 1 for any engine that reports its own probabilities. The KL is 0 only if engine
+    # and trainer agree.
+    drift = totals.pop("engine_logp") - totals["logp"]
+    record: dict[str, Metric] = {"policy/loss": totals.pop("loss"), "policy/engine_kl": (mean, drift, tokens)}
     record |= {f"policy/{name}": (mean, total, tokens) for name, total in sorted(totals.items())}
     return record, sum(policy_pass.read.rows.input_ids.numel() for policy_pass in policy_passes)
 

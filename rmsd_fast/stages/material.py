@@ -23,11 +23,12 @@ from rmsd_fast.models.folders import model_digests, open_folder, resolve_folder
 from rmsd_fast.models.liger import check_liger
 from rmsd_fast.models.quantize import import_bitsandbytes
 from rmsd_fast.models.students import DTYPES
+from rmsd_fast.rollout.dump import INFO
 from rmsd_fast.rollout.vllm import check_family, check_vllm
 from rmsd_fast.runtime.engine import import_adamw_8bit
 from rmsd_fast.runtime.process_group import World, on_main
 from rmsd_fast.runtime.trackers import check_trackers
-from rmsd_fast.setting_rules import uses_vllm
+from rmsd_fast.setting_rules import makes_rollouts, uses_vllm
 from rmsd_fast.stages.inputs import Inputs, read_inputs
 from rmsd_fast.teacher.pool import load_pool
 from rmsd_kernels.implementations import resolve_impl
@@ -90,6 +91,8 @@ def prepare_material(settings: RunConfig, world: World, *, training: bool = True
     # This is checked before a run folder is created. The main process downloads a Hub model, and the other processes
     # find it in the cache.
     on_main(world, lambda: _check_model(model_path, settings, training))
+    if training and makes_rollouts(settings) and settings.rollout.engine == "replay":
+        files["replay"] = str(Path(settings.rollout.replay) / INFO)
     return Material(**vars(inputs), model_path=model_path, files=files)
 
 

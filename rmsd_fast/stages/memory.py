@@ -234,7 +234,9 @@ class _Planner:
         if uses_vllm(settings) and self.device == "cpu":
             # On a CPU, vLLM does not sleep between rollouts.
             held[ROLLOUT] = self._vllm_state()
-        phases = {"rollout": self._add(held, self._rollout(), self._gathered(), gradients=lasting)}
+        phases = {}
+        if settings.rollout.engine != "replay":
+            phases["rollout"] = self._add(held, self._rollout(), self._gathered(), gradients=lasting)
         phases["vision"] = self._add(held, self._tower(), self._gathered(), gradients=lasting)
         drawn = [settings.rollout.max_new_tokens + 1] * settings.rollout.n
         answers = [settings.rollout.max_new_tokens] * settings.teacher.responses

@@ -87,8 +87,9 @@ def check_parity(
     Raises:
         ParityError: on all processes, if the mean difference exceeds its bound.
     """
-    every = state.settings.rollout.parity_every
-    if not every or step % every:
+    rollout = state.settings.rollout
+    # Replayed rollouts were sampled by another run, whose weights may differ on purpose.
+    if not rollout.parity_every or step % rollout.parity_every or rollout.engine == "replay":
         return {}
     with state.timer("parity"):
         parity = measure_parity(state, prompts, rollouts, features)

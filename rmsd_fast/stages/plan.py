@@ -10,6 +10,7 @@ import torch
 
 from rmsd_fast.config import ModelError, NotInstalled, RunConfig, UserError, first_line
 from rmsd_fast.data.errors import counted
+from rmsd_fast.files import file_digest
 from rmsd_fast.models.folders import find_folder, open_folder
 from rmsd_fast.runtime.trackers import missing_trackers
 from rmsd_fast.setting_rules import uses_discriminator
@@ -17,9 +18,10 @@ from rmsd_fast.stages.inputs import read_inputs
 from rmsd_fast.stages.material import check_batches, check_packages
 from rmsd_fast.stages.memory import GIB, plan_memory
 from rmsd_fast.stages.memory_advice import device_room, fit_lines
+from rmsd_fast.stages.rollout_dump import plan_rollout_files
 
 
-def describe_plan(settings: RunConfig, gpu_gib: float | None = None) -> tuple[str, bool]:
+def describe_plan(settings: RunConfig, gpu_gib: float | None = None, resume: Path | None = None) -> tuple[str, bool]:
     """Return a text about steps, inputs and memory, and whether a run could start.
 
     Inputs that exist are read and checked; missing inputs are listed.
@@ -27,6 +29,7 @@ def describe_plan(settings: RunConfig, gpu_gib: float | None = None) -> tuple[st
     Args:
         settings: settings of the run.
         gpu_gib: memory of the GPU to plan for, in GiB; None = the GPU of this machine, or its CPU.
+        resume: folder of the run to continue; None for a new run.
     Raises:
         UserError: an existing input is damaged, the pool belongs to other questions, or the batches cannot be divided
             among the processes that torchrun has started.
@@ -55,6 +58,11 @@ def describe_plan(settings: RunConfig, gpu_gib: float | None = None) -> tuple[st
     folder, about_model, fault = _model(settings)
     present += [about_model] if about_model else []
     missing += [fault] if fault else []
+    train = settings.data.train
+    about_dump, no_dump = plan_rollout_files(
+        settings, folder, file_digest(train) if os.path.isfile(train) else "", resume
+    )
+    present, missing = [*present, *about_dump], [*missing, *no_dump]
     if gpu_gib is not None and folder is None:
         missing.append("--gpu-gib: a model.path whose config.json is here; without one, the memory is not planned")
     lines += [f"  {line}" for line in present]
@@ -91,7 +99,8 @@ def _stage_lines(settings: RunConfig) -> list[str]:
         if stage in ("control", "distill") and settings.evaluate.every_steps:
             what += f", evaluated every {settings.evaluate.every_steps} steps"
         if stage in ("warm_up", "distill"):
-            what += f", {settings.rollout.n} rollouts each of at most {settings.rollout.max_new_tokens} tokens"
+            read = " read from a dump" if settings.rollout.engine == "replay" else ""
+            what += f", {settings.rollout.n} rollouts{read} each of at most {settings.rollout.max_new_tokens} tokens"
         lines.append(f"  {stage}: {what}")
     if "distill" in settings.stages:
         rewarded_by = "with a discriminator" if uses_discriminator(settings) else "without a discriminator"

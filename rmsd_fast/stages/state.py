@@ -16,6 +16,7 @@ from rmsd_fast.runtime.engine import Engine, gradients_finite
 from rmsd_fast.runtime.metrics import PhaseTimer
 from rmsd_fast.runtime.process_group import World
 from rmsd_fast.stages.groups import RolloutGroup
+from rmsd_fast.stages.rollout_dump import RolloutDump
 from rmsd_fast.teacher.targets import Targets
 
 
@@ -26,6 +27,7 @@ class StageState:
     Attributes:
         train_vision: whether the policy's vision tower is trained. If so, each model encodes the media in its own
             passes.
+        dump: where the rollouts are also written; None without `rollout.dump`.
         features: cached vision features of a frozen tower, by medium; None if `data.embedding_cache_mib` is 0.
         accuracies: pair accuracies of the latest steps of the warm-up, for `discriminator.warm_up_accuracy`.
     """
@@ -41,6 +43,7 @@ class StageState:
     discriminator: Engine | None = None
     reference: torch.nn.Module | None = None
     rollouts: RolloutEngine | None = None
+    dump: RolloutDump | None = None
     skipped_in_a_row: int = 0
     features: ByteLru[list[torch.Tensor]] | None = None
     accuracies: list[float] = field(default_factory=list)

@@ -133,6 +133,7 @@ def made_policy_metrics(rng: random.Random, share: float) -> dict:
         "policy/kl": 0.012 * share + abs(rng.gauss(0, 0.002)),
         "policy/entropy": 0.9 - 0.2 * share + rng.gauss(0, 0.02),
         "policy/importance_ratio": rng.gauss(1.0, 0.001),
+        "policy/engine_kl": rng.gauss(0.0, 0.001),
         # The page must mention this spike, and it must not flatten the curve.
         "policy/grad_norm": 60.0 if 0.5 < share <= 0.5085 else abs(rng.gauss(0.8, 0.2)),
         "policy/logp": rng.gauss(-0.8, 0.05),
@@ -142,6 +143,8 @@ def made_policy_metrics(rng: random.Random, share: float) -> dict:
         "teacher/kept_share": rng.gauss(0.72, 0.03),
         "teacher/empty_share": rng.choice([0.0, 0.0, 0.03]),
         "rollout/tokens_mean": 38 + 6 * share + rng.gauss(0, 1),
+        "rollout/repeated_4grams": abs(rng.gauss(0.06, 0.02)),
+        "rollout/length_ratio": rng.gauss(1.0, 0.03),
         "rollout/truncated_share": abs(rng.gauss(0.02, 0.01)),
         "rollout/valid_share": rng.gauss(0.95, 0.01),
         "seconds/reference": 0.3,

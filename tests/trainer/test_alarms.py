@@ -40,6 +40,11 @@ def raised(*args, totals=None, **options) -> list[tuple[str, int, float]]:
         ("policy/kl", 1.5, 0.5, 20),
         ("policy/importance_ratio", 1.2, 1.05, 20),
         ("policy/importance_ratio", 0.8, 0.95, 20),
+        ("policy/engine_kl", 0.02, 0.005, 20),
+        ("policy/engine_kl", -0.02, -0.005, 20),
+        ("rollout/repeated_4grams", 0.4, 0.2, 20),
+        ("rollout/length_ratio", 0.4, 0.6, 20),
+        ("rollout/length_ratio", 2.2, 1.8, 20),
     ],
 )
 def test_each_condition_is_raised_once_at_its_first_judged_step(key, bad, fine, step):
