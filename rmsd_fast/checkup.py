@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from rmsd_fast.config import RunConfig, UserError
+from rmsd_fast.config import RunConfig, SettingsError, UserError
 from rmsd_fast.data.errors import counted
 from rmsd_fast.data.media import MediaReader
 from rmsd_fast.data.media_file import MediaError
@@ -75,7 +75,14 @@ def examine(settings: RunConfig, world: World, questions: int | None, show: Show
         world: this process in the run.
         questions: number of questions per process; None = those of a batch of rollouts, or of a step if they are fewer.
         show: called with each finding.
+    Raises:
+        SettingsError: the recipe replays rollouts.
     """
+    if settings.rollout.engine == "replay":
+        raise SettingsError(
+            "rollout.engine: expected an engine that samples rollouts, which the doctor compares with the trainer, got "
+            "replay; set rollout.engine=hf and leave out rollout.replay"
+        )
     show(_packages())
     show(_device(settings, world))
     show(_disk(settings))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,10 +28,14 @@ INFO = "dump.json"
 _STEP_FILE = re.compile(r"step_(\d{6,})\.safetensors")
 # Columns of a step's file, with their dtypes. A column has one value per question, per rollout, or per token.
 _OF_QUESTIONS = {"rollouts": torch.int32}
-_OF_ROLLOUTS = {"index": torch.int32, "tokens": torch.int32, "truncated": torch.bool, "policy_version": torch.int32}
+_OF_ROLLOUTS = {
+    **{"index": torch.int32, "tokens": torch.int32, "truncated": torch.bool, "policy_version": torch.int32},
+    # NaN = the engine did not know it.
+    "banned_mass": torch.float32,
+}
 _OF_TOKENS = {"token_ids": torch.int32, "logp": torch.float32}
 # Without the header of a file, and the questions.
-BYTES_PER_ROLLOUT, BYTES_PER_TOKEN = 13, 8
+BYTES_PER_ROLLOUT, BYTES_PER_TOKEN = 17, 8
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,7 @@ class PackedRollouts:
 
     Attributes:
         questions: question ids, [G]. An id occurs twice if the step has the question twice.
-        columns: tensors by name, on the CPU: `rollouts` [G]; `index`, `tokens`, `truncated` and `policy_version` [R];
+        columns: tensors by name, on the CPU: `rollouts` [G]; the columns of `_OF_ROLLOUTS` [R];
             `token_ids` and `logp` [T].
     """
 
@@ -81,6 +86,7 @@ def pack(groups: Sequence[Sequence[Rollout]]) -> PackedRollouts:
         "tokens": [len(rollout.token_ids) for rollout in rollouts],
         "truncated": [rollout.truncated for rollout in rollouts],
         "policy_version": [rollout.policy_version for rollout in rollouts],
+        "banned_mass": [math.nan if rollout.banned_mass is None else rollout.banned_mass for rollout in rollouts],
     }
     columns = {
         name: torch.tensor(values[name], dtype=dtype) for name, dtype in {**_OF_QUESTIONS, **_OF_ROLLOUTS}.items()
@@ -111,6 +117,7 @@ def unpack(packed: PackedRollouts, place: int, decode) -> list[Rollout]:
         start = int(columns["tokens"][:row].sum())
         tokens = slice(start, start + int(columns["tokens"][row]))
         ids = columns["token_ids"][tokens].long()
+        banned = float(columns["banned_mass"][row])
         rollouts.append(
             Rollout(
                 question_id=packed.questions[place],
@@ -120,6 +127,7 @@ def unpack(packed: PackedRollouts, place: int, decode) -> list[Rollout]:
                 logp=columns["logp"][tokens].clone(),
                 truncated=bool(columns["truncated"][row]),
                 policy_version=int(columns["policy_version"][row]),
+                banned_mass=None if math.isnan(banned) else banned,
             )
         )
     return rollouts
