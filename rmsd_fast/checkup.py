@@ -181,7 +181,7 @@ def _examine_training(
 
     if {"sft", "control"} & set(settings.stages):
         state = build_imitation(material.model_path, settings, world, material, media, stage="sft")
-        sample, finding = _sample(state, material, count, imitated=True)
+        sample, finding = _sample(state, material, count)
         show(finding)
         if sample:
             show_time(_time_imitation(state, sample))
@@ -192,7 +192,7 @@ def _examine_training(
         release_memory()
     if makes_rollouts(settings):
         state = build_distillation(material.model_path, settings, world, material, media)
-        sample, finding = _sample(state, material, count, imitated=False)
+        sample, finding = _sample(state, material, count)
         if finding.status != "ok" or not hours:
             show(finding)
         if sample:
@@ -217,10 +217,10 @@ class _Sample:
     seconds: float
 
 
-def _sample(state: StageState, material: Material, count: int, *, imitated: bool) -> tuple[_Sample | None, Finding]:
-    """Build the prompts of some training questions, spread over the file."""
+def _sample(state: StageState, material: Material, count: int) -> tuple[_Sample | None, Finding]:
+    """Build the prompts of some training questions with a usable teacher answer, spread over the file."""
     world, data = state.world, state.settings.data
-    wanted = [q for q in material.train if state.targets[q.id].imitate or not imitated]
+    wanted = [question for question in material.train if state.targets[question.id].imitate]
     share = wanted[:: max(1, len(wanted) // (4 * count * world.size))][world.rank :: world.size]
     prompts, faults = [], []
     began = time.perf_counter()
@@ -442,7 +442,8 @@ def _time_evaluation(state: StageState, material: Material, media: MediaReader) 
 def _after_update(state: StageState, sample: _Sample) -> Finding:
     """Change the policy's weights so much that old ones cannot pass for new ones, and compare the log-probs again."""
     state.policy.set_lr(LARGE_LR)
-    distill.step(state, sample.prompts, 3)
+    # Imitation always has a gradient. That of stage 2 is zero if all rollouts of a question earn the same reward.
+    sft.step(state, sample.prompts, 3)
     rollouts, features = distill.roll_out(state, sample.prompts, 4)
     if rollouts is None:
         return Finding(

@@ -91,13 +91,13 @@ def test_an_engine_with_old_weights(made: Path, world, monkeypatch) -> None:
     generate, first = HfRollout.generate, {}
 
     def with_first_weights(self, model, *arguments, **keywords):
-        weight = model.model.language_model.layers[0].mlp.down_proj.weight
-        now = weight.detach().clone()
-        old = first.setdefault("weight", now)
+        weights = list(model.parameters())
+        now = [weight.detach().clone() for weight in weights]
+        old = first.setdefault("weights", now)
         with torch.no_grad():
-            weight.copy_(old)
+            torch._foreach_copy_(weights, old)
             rollouts = generate(self, model, *arguments, **keywords)
-            weight.copy_(now)
+            torch._foreach_copy_(weights, now)
         return rollouts
 
     monkeypatch.setattr(HfRollout, "generate", with_first_weights)

@@ -54,7 +54,9 @@ def test_differences_by_hand(world) -> None:
 
 @pytest.mark.parametrize("packing", ["shared", "padded"])
 def test_a_correct_engine_agrees_in_several_passes(folder, material, world, packing) -> None:
-    state, prompts = build(folder, material, world, f"packing={packing}", "micro_tokens=520")
+    state, prompts = build(
+        folder, material, world, f"packing={packing}", "data.max_prompt_tokens=150", "micro_tokens=190"
+    )
     rollouts, features = distill.roll_out(state, prompts, 0)
     passes = list(score_rollouts(state, prompts, rollouts, features))
     assert len(passes) > 1
