@@ -347,6 +347,11 @@ def refuse_useless(settings: RunConfig, written_keys: list[str], where: str) -> 
             settings.rollout.engine == "replay",
             "rollout.engine=replay generates nothing; set rollout.engine=hf",
         ),
+        (
+            ["rollout.parity_every", "rollout.parity_bound"],
+            settings.rollout.engine == "replay",
+            "rollout.engine=replay has rollouts of another run, whose weights may differ; set rollout.engine=hf",
+        ),
         (["distill.kl"], distill.kl_coef == 0, "distill.kl_coef is 0; give it a weight"),
         (
             [f"sft.{f.name}" for f in fields(settings.sft) if f.name != "responses"],

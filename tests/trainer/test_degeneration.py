@@ -17,6 +17,8 @@ from rmsd_fast.stages.groups import make_group
 from rmsd_fast.stages.step_metrics import global_metrics
 
 SMALL = ("rollout.n=4", "rollout.max_new_tokens=64", "data.max_prompt_tokens=500", "micro_tokens=2000")
+# The rollouts of these tests are not those of the policy, and the check of parity would end the run.
+SMALL += ("rollout.parity_every=0",)
 REPEATED, RATIO = "rollout/repeated_4grams", "rollout/length_ratio"
 KL, IMPORTANCE = "policy/engine_kl", "policy/importance_ratio"
 
@@ -174,8 +176,6 @@ def test_wrong_log_probs_raise_alarms(state, prompts):
     metrics, alarms = step_of_another_policy(state, prompts, lower)
     # exp(0.2) = 1.22
     assert metrics[IMPORTANCE] == pytest.approx(1.22, abs=0.05) and {IMPORTANCE, KL} <= alarms
-    _, alarms = step_of_another_policy(state, prompts, lambda rollouts: rollouts)
-    assert IMPORTANCE not in alarms
 
 
 def test_rollouts_of_other_weights_raise_an_alarm(folder, material, world):
@@ -184,12 +184,12 @@ def test_rollouts_of_other_weights_raise_an_alarm(folder, material, world):
     state = build_distillation(material.model_path, settings, world, material)
     prompts = [state.builder.build(q) for q in material.train[:6]]
     sampled, _ = distill.roll_out(state, prompts, 0)
-    # An untrained student gives the ids that the engine never chooses a share of the probability, so this KL is not 0.
-    own, _ = step_of_another_policy(state, prompts, lambda rollouts: rollouts)
+    own, alarms = step_of_another_policy(state, prompts, lambda rollouts: rollouts)
+    assert abs(own[KL]) < 1e-5 and abs(own[IMPORTANCE] - 1) < 1e-4 and not alarms & {KL, IMPORTANCE}
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in state.policy.module.parameters():
             parameter.add_(0.01 * torch.randn(parameter.shape, generator=generator))
     other, alarms = step_of_another_policy(state, prompts, lambda rollouts: sampled)
-    assert other[KL] > own[KL] + 0.02 and KL in alarms
+    assert other[KL] > 0.02 and KL in alarms
     assert 0.9 < other[IMPORTANCE] < 1.1 and IMPORTANCE not in alarms
