@@ -16,6 +16,7 @@ from rmsd_fast.process import lenient_output
 from rmsd_fast.runtime.ends import Ends, is_lost_peer
 from rmsd_fast.runtime.process_group import World, start, stop
 from rmsd_fast.runtime.stop_signal import Stopped, StopSignal
+from rmsd_fast.setting_rules import uses_vllm
 
 
 def run_program(name: str, settings: RunConfig, work: Callable[[World, StopSignal], None], *, trains: bool) -> int:
@@ -109,6 +110,8 @@ def _out_of_memory(settings: RunConfig, error: Exception, run_folder: Path | Non
         f"evaluate.prompts_per_batch={evaluate.prompts_per_batch}, if in evaluation",
         f"{pixels}, data.max_prompt_tokens={settings.data.max_prompt_tokens}",
     ]
+    if uses_vllm(settings):
+        lines.append(f"  rollout.vllm_kv_cache_gib={settings.rollout.vllm_kv_cache_gib:g} (vLLM's cache)")
     if not settings.model.gradient_checkpointing:
         lines.append("  and set model.gradient_checkpointing=true")
     if runtime.zero_stage < 3:

@@ -48,8 +48,13 @@ def _copying_passes(*arguments: Any) -> Iterator[Pass]:
 class _CopyingRollouts:
     """Generate each rollout from a copy of its prompt."""
 
+    runs_policy = True
+
     def __init__(self, engine: Any) -> None:
         self.engine = engine
+
+    def update(self, policy: Any, version: int) -> None:
+        self.engine.update(policy, version)
 
     def generate(self, model: Any, prompts: list[Prompt], sampling: Sampling, **options: Any) -> list[list[Rollout]]:
         # Sampling noise is drawn by the name of the question.

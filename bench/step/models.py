@@ -171,7 +171,7 @@ class Passes:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
 
-    def full_weights(self) -> nullcontext:
+    def full_weights(self, part: torch.nn.Module | None = None) -> nullcontext:
         return nullcontext()
 
     def backward(self, loss: Tensor, *, last: bool) -> None:

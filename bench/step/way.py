@@ -87,8 +87,13 @@ class StepCase(Case):
 class Given:
     """A rollout engine that returns the same random responses whatever the model, by the question's name."""
 
+    runs_policy = True
+
     def __init__(self, builder: PromptBuilder, response: int):
         self.builder, self.response = builder, response
+
+    def update(self, policy, version) -> None:
+        """Do nothing: the responses do not depend on the model."""
 
     def generate(self, model, prompts, sampling, *, features=None, policy_version=0) -> list[list[Rollout]]:
         groups = []

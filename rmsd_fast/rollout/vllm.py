@@ -315,9 +315,13 @@ class VllmRollout:
             # With several processes, this waits for all of them in each step.
             while self._engine.has_unfinished_requests():
                 finished |= {output.request_id: output for output in self._engine.step() if output.finished}
-        except BaseException:
+        except BaseException as error:
             self._engine.abort_request(running, internal=True)
-            raise
+            if isinstance(error, torch.OutOfMemoryError) or not isinstance(error, Exception):
+                raise
+            raise RolloutError(
+                f"vLLM failed while it sampled rollouts ({type(error).__name__}: {first_line(error)}); {_ADVICE}"
+            ) from error
         return finished
 
     def _inputs(self, prompt: Prompt, features: MediaFeatures, index: int) -> Any:
@@ -618,12 +622,6 @@ def _check_plain(model: torch.nn.Module) -> None:
 
 
 def _shut_down(core: Any) -> None:
-    """Release the memory of an engine. The process group of the training stays."""
-    from vllm.distributed import parallel_state
-
+    """Release the memory of an engine. vLLM's process groups stay, and the next engine uses them."""
     core.model_executor.shutdown()
     core.scheduler.shutdown()
-    parallel_state.destroy_model_parallel()
-    if parallel_state._WORLD is not None:
-        parallel_state._WORLD.destroy()
-        parallel_state._WORLD = None

@@ -159,9 +159,8 @@ def roll_out(
         step=rollout_step,
     )
     state.policy.module.activate()
-    if not state.rollouts.runs_policy:
-        with state.timer("sync"):
-            state.rollouts.update(state.policy, rollout_step)
+    with state.timer("sync"):
+        state.rollouts.update(state.policy, rollout_step)
     # An engine with its own weights needs only the vision features of the training model.
     with state.policy.full_weights(None if state.rollouts.runs_policy else state.student.model.model.visual):
         features = encode_step(state, prompts)

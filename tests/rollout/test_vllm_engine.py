@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import time
+import weakref
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from material import tiny_material, tiny_settings
 from media_files import write_images
 from train_runs import forget_steps, metrics, mini_arguments, only_run, run_train
 
-from rmsd_fast.config import NotInstalled
+from rmsd_fast.config import NotInstalled, SettingsError
 from rmsd_fast.data.packing import media_places
 from rmsd_fast.models.adapters import POLICY, adapted_layers
 from rmsd_fast.models.export import export_student
@@ -368,7 +369,8 @@ def test_an_engine_that_fails_can_be_used_again(state, prompts, monkeypatch):
         return step()
 
     monkeypatch.setattr(state.rollouts._engine, "step", failing)
-    with pytest.raises(RuntimeError, match="the device has failed"):
+    expected = r"vLLM failed while it sampled rollouts \(RuntimeError: the device has failed\); set rollout.engine=hf"
+    with pytest.raises(RolloutError, match=expected):
         sample(state, prompts)
     monkeypatch.undo()
     assert difference(state, prompts, sample(state, prompts)) < ROUNDING
@@ -425,6 +427,14 @@ def test_steps_of_stage_2(full, material):
     assert lines[0]["policy/kl"] < 1e-6 and lines[2]["policy/kl"] > 1e-4
 
 
+def test_a_cache_without_room_for_one_response(material, world):
+    expected = (
+        r"rollout.vllm_kv_cache_gib: expected room for one prompt and response, got 0.0002 GiB \(.*; raise it, or"
+    )
+    with pytest.raises(SettingsError, match=expected):
+        build(material, world, "rollout.vllm_kv_cache_gib=0.0002")
+
+
 def test_adapters(material, world):
     """The second engine of this process. Its policy shares the backbone with discriminator and reference."""
     state = build(material, world, *LORA, "discriminator.mode=shared")
@@ -465,6 +475,18 @@ def test_untied_head_with_a_padded_vocabulary_in_bfloat16(material, world, tmp_p
     sources = vllm.source_weights(state.policy)
     with pytest.raises(RolloutError, match=r"got others in head \(1 of 5"):
         state.rollouts._compare(state.policy, sources, vllm.group_sums(vllm.stream(state.policy, sources)), 3)
+
+
+def test_an_engine_that_is_no_longer_used_is_released(state, material, world, prompts):
+    unused = build(material, world)
+    model = weakref.ref(unused.rollouts._model)
+    assert model() is not state.rollouts._model
+    del unused
+    gc.collect()
+    assert model() is None
+    assert torch.distributed.is_initialized()
+    # The other engine of this process still works.
+    assert difference(state, prompts, sample(state, prompts)) < ROUNDING
 
 
 @pytest.mark.parametrize(

@@ -250,9 +250,21 @@ def check_full_weights(engine) -> dict:
     ids, mask = batch(0)
     with engine.full_weights(), torch.no_grad():
         values = [engine.module(ids, mask).item() for _ in range(1 + 2 * engine.world.rank)]
+    layer = engine.module.layer
+    rows = torch.ones(1, WIDTH, dtype=layer.weight.dtype)
+    released = layer.weight.numel() == 0
+    with engine.full_weights(layer), torch.no_grad():
+        of_part = [layer(rows) for _ in range(1 + 2 * engine.world.rank)]
+    with engine.gathered(layer.parameters()), torch.no_grad():
+        expected = nn.functional.linear(rows, layer.weight, layer.bias)
+    gathered = all(torch.equal(value, expected) for value in of_part)
     with torch.no_grad():
         plain = engine(ids, mask).item()
-    return {"full_weights": all(v == plain for v in values), "after_full": train(engine, range(1))[0] > 0}
+    return {
+        "full_weights": all(v == plain for v in values),
+        "part": released and gathered and layer.weight.numel() == 0,
+        "after_full": train(engine, range(1))[0] > 0,
+    }
 
 
 def check_helpers(world) -> dict:

@@ -246,6 +246,14 @@ def test_characters_that_a_terminal_cannot_show_are_escaped():
     assert stream.buffer.getvalue() == b"l\\xfccke\n"
 
 
+def test_vllms_cache_can_be_lowered(group, capsys):
+    settings = RunConfig()
+    for engine in ("hf", "vllm"):
+        settings.rollout.engine = engine
+        assert end(torch.OutOfMemoryError("full"), settings=settings) == 2
+        assert ("rollout.vllm_kv_cache_gib=8 (vLLM's cache)" in capsys.readouterr().err) == (engine == "vllm")
+
+
 def test_an_evaluation_has_nothing_to_continue(capsys):
     assert end(KeyboardInterrupt(), trains=False) == 130
     assert capsys.readouterr().err == "interrupted: nothing was written\n"
