@@ -48,10 +48,9 @@ def choose(
         eos_id: the end token.
     """
     logits = logits.float()
-    finite = torch.isfinite(logits).all(-1)
-    scale = temperature or 1.0
-    banned = logits[:, banned_ids] / scale
-    logits[:, banned_ids] = -torch.inf
+    broken = ~torch.isfinite(logits).all(-1)
+    banned = logits.index_select(1, banned_ids) / (temperature or 1.0)
+    logits.index_fill_(1, banned_ids, -torch.inf)
     scaled = logits if temperature == 0 else logits / temperature
     logp = scaled.log_softmax(-1)
     if temperature == 0:
@@ -61,12 +60,12 @@ def choose(
         # With right=True, an id with probability 0 has an empty interval and is never chosen.
         ids = torch.searchsorted(cdf, (noise * cdf[:, -1])[:, None], right=True)[:, 0]
         ids = ids.clamp_max(logits.shape[-1] - 1)
-    ids = torch.where(finite, ids, eos_id)
+    ids = ids.masked_fill(broken, eos_id)
     without_banned, score = (t.gather(-1, ids[:, None])[:, 0] for t in (logp, scaled))
     # The log of the ratio of banned to other mass: score - without_banned is the log-sum-exp of the others.
     ratio = banned.logsumexp(-1) - (score - without_banned)
     results = (without_banned - F.softplus(ratio), torch.sigmoid(ratio))
-    return Chosen(ids, *(torch.where(finite, result, torch.nan) for result in results))
+    return Chosen(ids, *(result.masked_fill(broken, torch.nan) for result in results))
 
 
 class Decoder:
@@ -156,9 +155,10 @@ class Decoder:
         """Choose the next token of each row and store it, unless the row has ended."""
         place = (self.rows, self._column)
         chosen = choose(logits, self._noise[place], self._temperature, self._banned_ids, self._eos_id)
-        self.tokens[place] = torch.where(self.active, chosen.ids, -1)
-        self.logp[place] = torch.where(self.active, chosen.logp, 0.0)
-        self.banned_mass[place] = torch.where(self.active, chosen.banned_mass, 0.0)
+        ended = ~self.active
+        self.tokens[place] = chosen.ids.masked_fill(ended, -1)
+        self.logp[place] = chosen.logp.masked_fill(ended, 0.0)
+        self.banned_mass[place] = chosen.banned_mass.masked_fill(ended, 0.0)
         self.active &= chosen.ids != self._eos_id
         self._last_ids[:, 0] = chosen.ids
         self._column += 1

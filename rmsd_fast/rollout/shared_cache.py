@@ -83,7 +83,7 @@ class DecodeCache:
     def __init__(self, prefix: PrefixCache, rows: list[int]):
         self.prefix = prefix
         first = prefix.keys[0]
-        self._owner = torch.arange(len(rows)).repeat_interleave(torch.tensor(rows))
+        self._owner = torch.tensor([group for group, count in enumerate(rows) for _ in range(count)])
         self._plan = self._make_plan()
         # Unused places must be finite: kernels multiply their values by a probability of 0.
         shape = (len(self._owner), BLOCK, *first.shape[1:])

@@ -9,6 +9,7 @@ import math
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from material import tiny_material
 from media_files import write_images
 from rollout_oracle import decode_plainly
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from rmsd_fast.config import SettingsError, VideoConfig
 from rmsd_fast.data.packing import media_places, pack
@@ -30,6 +32,7 @@ from rmsd_fast.rollout.base import Sampling, sampling_noise
 from rmsd_fast.rollout.decode import LEAST_REPLAYS, Graphs, choose
 from rmsd_fast.rollout.hf import HfRollout
 from rmsd_fast.rollout.shared_cache import BLOCK, DecodeCache
+from rmsd_kernels.shared_prefix import decode as op
 
 
 @pytest.fixture(scope="module")
@@ -511,6 +514,49 @@ def test_a_layer_without_the_op_is_refused(setup):
     attention.forward = lambda hidden_states, **_: (hidden_states, None)
     with pytest.raises(RuntimeError, match=r"layer"):
         engine(builder).generate(model, prompts, Sampling(2, 0.0, 3))
+
+
+class HostTensors(TorchDispatchMode):
+    """List the operations that read or write a tensor in host memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        tensors = [t for t in tree_leaves((args, kwargs, result)) if isinstance(t, torch.Tensor)]
+        self.names += [str(func)] * any(t.device.type == "cpu" for t in tensors)
+        return result
+
+
+def test_a_step_needs_no_values_and_no_host_memory(setup, monkeypatch):
+    """On tensors without values, any read by the host fails. Only the op of our own reads the plan's lengths."""
+    student, _, _ = setup
+    config = student.model.config
+    with torch.device("meta"):
+        model = type(student.model)._from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
+    monkeypatch.setattr(op, "autocast", lambda *tensors: tensors)
+    text, edges = config.text_config, torch.empty(3, dtype=torch.int32, device="meta")
+    plan = op.DecodePlan((5, 7), (2, 3), torch.tensor([2, 5, 7, 2, 3]), edges, edges)
+    monkeypatch.setattr(DecodeCache, "_make_plan", lambda self: plan)
+    kv = torch.empty(12, text.num_key_value_heads, text.head_dim, dtype=torch.bfloat16, device="meta")
+    prefix = SimpleNamespace(prefix_lengths=(5, 7), keys=[kv] * text.num_hidden_layers)
+    prefix.values = prefix.keys
+    decoder = decode.Decoder(
+        model,
+        DecodeCache(prefix, [2, 3]),
+        torch.empty(5, dtype=torch.int64, device="meta"),
+        torch.empty(5, 8, dtype=torch.float64, device="meta"),
+        temperature=0.8,
+        banned_ids=torch.empty(2, dtype=torch.int64, device="meta"),
+        eos_id=2,
+    )
+    with torch.no_grad(), shared_prefix_enabled(model), HostTensors() as host:
+        decoder._step()
+    assert host.names == ["rmsd_kernels.shared_prefix_decode.default"] * text.num_hidden_layers
+    with pytest.raises(RuntimeError):
+        int(decoder.active.sum())
 
 
 class StandInGraph:
