@@ -179,6 +179,7 @@ def _examine_training(
         hours[finding.name] = float(finding.numbers["hours"] or 0)
         show(finding)
 
+    sample = None
     if {"sft", "control"} & set(settings.stages):
         state = build_imitation(material.model_path, settings, world, material, media, stage="sft")
         sample, finding = _sample(state, material, count)
@@ -188,12 +189,14 @@ def _examine_training(
             if not makes_rollouts(settings):
                 show_time(_time_evaluation(state, material, media))
         state.policy.close()
-        del state, sample
+        del state
         release_memory()
+        if sample is None:
+            return
     if makes_rollouts(settings):
         state = build_distillation(material.model_path, settings, world, material, media)
-        sample, finding = _sample(state, material, count)
-        if finding.status != "ok" or not hours:
+        if sample is None:
+            sample, finding = _sample(state, material, count)
             show(finding)
         if sample:
             _examine_rollouts(state, sample, show)
