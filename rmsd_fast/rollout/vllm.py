@@ -140,7 +140,7 @@ class VllmRollout:
                 max_num_seqs=sequences,
                 max_num_batched_tokens=batch_tokens(max_tokens),
                 kv_cache_memory_bytes=int(kv_cache_gib * GIB),
-                # The size of the KV cache is given, and the memory that training holds is none of vLLM's business.
+                # vLLM only checks that this share of the GPU is free, since the size of the KV cache is given.
                 gpu_memory_utilization=0.01,
                 # Compilation is for GPUs: on a CPU, it takes longer than a test.
                 enforce_eager=device.type == "cpu",
@@ -156,6 +156,7 @@ class VllmRollout:
         _check_plain(self._model)
         self._vocabulary = student.model.config.text_config.vocab_size
         self._frozen_sums: dict[str, torch.Tensor] | None = None
+        self._sleep()
 
     def update(self, policy: PolicyEngine, version: int) -> None:
         """Copy the weights that training has changed, and check that all weights are those of the policy.
@@ -256,6 +257,12 @@ class VllmRollout:
         self._engine.reset_mm_cache()
         self._engine.reset_encoder_cache()
 
+    def _sleep(self) -> None:
+        """Free the GPU's memory for training. Level 2 would drop the weights that are not copied in each step."""
+        if self._sleeps:
+            self._engine.sleep(level=1)
+            self._asleep = True
+
     def _wake(self) -> None:
         if self._asleep:
             self._engine.wake_up()
@@ -300,10 +307,7 @@ class VllmRollout:
             self._rollouts(prompt, finished[str(index)], sampling, corrections, policy_version)
             for index, prompt in enumerate(prompts)
         ]
-        if self._sleeps:
-            # Level 2 would drop the weights that are not copied in each step.
-            self._engine.sleep(level=1)
-            self._asleep = True
+        self._sleep()
         return groups
 
     def _run(self, requests: dict[str, tuple[Any, Any]]) -> dict[str, Any]:

@@ -376,6 +376,24 @@ def test_an_engine_that_fails_can_be_used_again(state, prompts, monkeypatch):
     assert difference(state, prompts, sample(state, prompts)) < ROUNDING
 
 
+def test_vllm_is_awake_only_for_a_step(state, prompts, monkeypatch):
+    """vLLM cannot sleep on a CPU, so this only tests when it would."""
+    calls, engine, rollouts = [], state.rollouts._engine, state.rollouts
+    for name in ("sleep", "wake_up", "reset_prefix_cache"):
+        function = getattr(engine, name) if name == "reset_prefix_cache" else lambda **options: None
+        monkeypatch.setattr(
+            engine, name, lambda name=name, function=function, **options: calls.append((name, options)) or function()
+        )
+    monkeypatch.setattr(rollouts, "_sleeps", True)
+    rollouts._sleep()
+    rollouts.update(state.policy, 1)
+    sample(state, prompts[:1])
+    sample(state, prompts[:1])
+    asleep, awake, reset = ("sleep", {"level": 1}), ("wake_up", {}), ("reset_prefix_cache", {})
+    assert calls == [asleep, awake, reset, asleep, awake, asleep]
+    rollouts._wake()
+
+
 def test_incomplete_outputs_are_caught(state, prompts, monkeypatch):
     run = state.rollouts._run
 
