@@ -285,8 +285,7 @@ def test_the_glossary_lists_the_numbers_of_a_run(tmp_path: Path) -> None:
     def lines(name: str) -> list[dict]:
         return [json.loads(line) for line in (run / name).read_text().splitlines()]
 
-    # Only engines with weights of their own are synced.
-    assert {key for line in lines("metrics.jsonl") for key in line} == glossary_metrics() - {"seconds/sync"}
+    assert {key for line in lines("metrics.jsonl") for key in line} == glossary_metrics()
     evaluation = json.loads((run / "evaluation.json").read_text())
     numbers = {key for student in evaluation["students"].values() for key in student["all"]}
     numbers |= {key for floor in evaluation["floors"].values() for key in floor}
