@@ -238,6 +238,12 @@ GROUPS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
                 warn=((REPETITION, f"{REPETITION}"),),
             ),
             Chart(
+                "Banned tokens",
+                "probability of ids that rollouts must not contain; near 0 once the student is trained",
+                (("rollout/banned_mass", "probability"),),
+                include=(0.0,),
+            ),
+            Chart(
                 "Rollouts",
                 "shares: cut at the token limit, with a valid answer, with an empty answer",
                 (

@@ -143,6 +143,7 @@ def made_policy_metrics(rng: random.Random, share: float) -> dict:
         "teacher/kept_share": rng.gauss(0.72, 0.03),
         "teacher/empty_share": rng.choice([0.0, 0.0, 0.03]),
         "rollout/tokens_mean": 38 + 6 * share + rng.gauss(0, 1),
+        "rollout/banned_mass": 1e-5,
         "rollout/repeated_4grams": abs(rng.gauss(0.06, 0.02)),
         "rollout/length_ratio": rng.gauss(1.0, 0.03),
         "rollout/truncated_share": abs(rng.gauss(0.02, 0.01)),

@@ -82,13 +82,14 @@ def same(a, b, tolerance=0.0):
 MODES = [
     (),
     ("distill.kl=full", "reward.kl_in_reward=0.1"),
-    # The caps take effect: the engine excludes banned ids, so the ratio is a little below 1.
+    # The caps take effect, because these steps have log-probs that differ from the trainer's.
     (
         "distill.kl=k2",
         "distill.aggregation=sequence_mean",
         "distill.tis_cap=0.98",
         "distill.sequence_mask_cap=0.985",
         "rollout.temperature=0.8",
+        "rollout.parity_every=0",
     ),
     ("discriminator.pairing=sampled", "discriminator.normalizer=quality"),
     ("reward.kl_in_reward=0.1", "reward.normalization=sum_then_gn", "distill.kl_coef=0"),
@@ -115,8 +116,22 @@ def step_gradients(folder, material, world, monkeypatch, *overrides, room=None):
         return [0.0] * len(engines), False
 
     monkeypatch.setattr(distill, "apply_or_discard", keep)
+    if "distill.tis_cap=0.98" in overrides:
+        monkeypatch.setattr(state.rollouts, "generate", misreported(state.rollouts.generate))
     metrics = distill.step(state, prompts, 0).metrics
     return metrics, found
+
+
+def misreported(generate):
+    """Return `generate` with log-probs that are wrong by -0.01 to 0.05, depending on the rollout and on the token."""
+
+    def wrong(*args, **options):
+        return [
+            [replace(r, logp=r.logp + 0.01 * (r.index - 1) + 0.02 * (r.token_ids % 3)) for r in drawn]
+            for drawn in generate(*args, **options)
+        ]
+
+    return wrong
 
 
 @pytest.mark.parametrize("overrides", MODES, ids=" ".join)
