@@ -27,6 +27,8 @@ from rmsd_fast.data.video import Frames
 from rmsd_fast.models.folders import resolve_folder
 from rmsd_fast.models.students import MediaFeatures
 from rmsd_fast.rollout.base import Rollout
+from rmsd_fast.rollout.vllm import PACKAGES as VLLM_PACKAGES
+from rmsd_fast.runtime.engine import release_memory
 from rmsd_fast.runtime.process_group import World, any_rank, global_max, global_sum, on_main
 from rmsd_fast.setting_rules import makes_rollouts
 from rmsd_fast.stages import distill, sft
@@ -34,14 +36,14 @@ from rmsd_fast.stages.build import build_distillation, build_imitation
 from rmsd_fast.stages.evaluation import answer_questions
 from rmsd_fast.stages.material import Material, losses_of, prepare_material
 from rmsd_fast.stages.memory import plan_memory
-from rmsd_fast.stages.parity import LogProbs, Parity, bound_of, compare, score_rollouts
+from rmsd_fast.stages.memory_advice import check_memory
+from rmsd_fast.stages.parity import LogProbs, Parity, bound_of, compare, recorded, score_rollouts
 from rmsd_fast.stages.plan import describe_plan
 from rmsd_fast.stages.run import PACKAGES, Step, version_of
-from rmsd_fast.stages.state import StageState, StepResult
-from rmsd_fast.train_run import release_memory
+from rmsd_fast.stages.state import StageState, StepResult, encode_step
 
-# A change of the weights that no engine can miss: AdamW's first step changes each trained weight by its learning rate.
-LARGE_LR = 1e-3
+# Learning rates of the steps after which an engine with old weights must be seen, until the change is large enough.
+UPDATE_LRS = (1e-3, 1e-2, 1e-1)
 Show = Callable[["Finding"], None]
 
 
@@ -91,25 +93,24 @@ def examine(settings: RunConfig, world: World, questions: int | None, show: Show
     if ready.status == "fault":
         show(Finding("the rest", "skipped", "it needs the inputs and the model"))
         return
-    try:
-        # The plan depends on the model, which the recipe may generate.
-        material = prepare_material(settings, world)
-        show(_memory(settings, world, material))
-        with MediaReader(settings.data, world.device) as media:
-            reason = f": {media.decoder_reason}" if media.decoder_reason else ""
-            status = "warning" if reason else "ok"
-            show(Finding("decoder", status, f"videos are decoded on {media.decoder}{reason}"))
-            count = questions or min(settings.rollout.prompts_per_batch, settings.distill.batch_size // world.size)
-            _examine_training(settings, world, material, media, count, show)
-    except UserError as error:
-        # The other processes may be waiting for this one, so it has to end.
-        if world.size > 1:
-            raise
-        show(Finding("training", "fault", str(error)))
+    material = prepare_material(settings, world)
+    memory = _memory(settings, world, material)
+    show(memory)
+    if memory.status == "fault":
+        show(Finding("the rest", "skipped", "it would run out of memory"))
+        return
+    with MediaReader(settings.data, world.device) as media:
+        reason = f": {media.decoder_reason}" if media.decoder_reason else ""
+        show(Finding("decoder", "warning" if reason else "ok", f"videos are decoded on {media.decoder}{reason}"))
+        count = questions or min(settings.rollout.prompts_per_batch, settings.distill.batch_size // world.size)
+        _examine_training(settings, world, material, media, count, show)
 
 
 def _packages() -> Finding:
-    versions = {name: version_of(name) for name in (*PACKAGES, "flash-attn", "vllm")}
+    versions = {name: version_of(name) for name in (*PACKAGES, "flash-attn")}
+    # vLLM's builds for GPUs and CPUs are different packages.
+    vllm = [version_of(name) for name in VLLM_PACKAGES if version_of(name) != "not installed"]
+    versions["vllm"] = vllm[0] if vllm else "not installed"
     there = ", ".join(f"{name} {version}" for name, version in versions.items() if version != "not installed")
     missing = [name for name, version in versions.items() if version == "not installed"]
     text = f"Python {platform.python_version()}, {there}"
@@ -162,12 +163,21 @@ def _plan(settings: RunConfig, world: World) -> Finding:
 
 
 def _memory(settings: RunConfig, world: World, material: Material) -> Finding:
+    """Return the memory plan of the model, which the dry run may not have had yet."""
     config = json.loads((resolve_folder(material.model_path) / "config.json").read_text())
+    sizes = {"processes": world.size}
 
-    def plan() -> list[str]:
-        return plan_memory(settings, config, processes=world.size, device=world.device.type).table()
+    def plan() -> Finding:
+        table = plan_memory(settings, config, **sizes, device=world.device.type).table()
+        text = "\n".join(["planned for the longest prompts and responses", *table])
+        try:
+            lines = check_memory(settings, config, **sizes, device=world.device)
+        except SettingsError as error:
+            # `runtime.check_memory=false` starts a run whose plan does not fit.
+            return Finding("memory", "fault" if settings.runtime.check_memory else "warning", f"{error}\n{text}")
+        return Finding("memory", "ok", "\n".join([text, *lines]))
 
-    return Finding("memory", "ok", "\n".join(["planned for the longest prompts and responses", *on_main(world, plan)]))
+    return on_main(world, plan)
 
 
 def _examine_training(
@@ -206,7 +216,9 @@ def _examine_training(
         state.policy.close()
         if state.discriminator is not None:
             state.discriminator.close()
-    if hours:
+    if stages_timed := [name for name in ("imitation", "stage 2") if name in hours and hours[name] == 0]:
+        show(Finding("whole run", "skipped", f"{', '.join(stages_timed)} could not be timed"))
+    elif hours:
         parts = ", ".join(f"{name} {_duration(of_part)}" for name, of_part in hours.items())
         total = sum(hours.values())
         show(Finding("whole run", "ok", f"about {_duration(total)}: {parts}", {"hours": total}))
@@ -259,22 +271,17 @@ Drawn = tuple[list[list[Rollout]], MediaFeatures | None]
 
 def _examine_rollouts(state: StageState, sample: _Sample, show: Show) -> None:
     """Compare the log-probs of rollout engine and trainer, and check that both see the media."""
-    rollouts, features = distill.roll_out(state, sample.prompts, 0)
+    prompts = sample.prompts
+    rollouts, features = distill.roll_out(state, prompts, 0)
     if rollouts is None:
-        show(Finding("rollouts", "fault", "the student's logits are not finite; use another model or model.dtype"))
+        show(Finding("log-probs", "fault", "the student's logits are not finite; use another model or model.dtype"))
         return
-    packed = _score(state, sample.prompts, rollouts, features)
-    noise = _noise(state, sample.prompts, rollouts, features, packed)
+    together = score_rollouts(state, prompts, rollouts, features)
+    noise = _noise(state, prompts, rollouts, features, together)
     text = f"the trainer with one question per pass against several: {noise.text()}"
     show(Finding("noise", "ok", text, dataclasses.asdict(noise)))
-    show(_parity(state, "log-probs", rollouts, packed))
-    show(_media_seen(state, sample.prompts, rollouts, packed, noise))
-
-
-def _score(
-    state: StageState, prompts: list[Prompt], rollouts: list[list[Rollout]], features: MediaFeatures | None
-) -> LogProbs:
-    return {place: logp for part in score_rollouts(state, prompts, rollouts, features) for place, logp in part.items()}
+    show(_parity(state, "log-probs", rollouts, together))
+    show(_media_seen(state, prompts, rollouts, together, noise))
 
 
 def _noise(
@@ -282,55 +289,71 @@ def _noise(
     prompts: list[Prompt],
     rollouts: list[list[Rollout]],
     features: MediaFeatures | None,
-    packed: LogProbs,
+    together: LogProbs,
 ) -> Parity:
     """Compare the trainer with itself: the same tokens, one question per pass. No engine can agree better than this."""
     alone: LogProbs = {}
     for i, (prompt, drawn) in enumerate(zip(prompts, rollouts, strict=True)):
-        of_prompt = _score(state, [prompt], [drawn], None if features is None else features.select([i]))
+        of_prompt = score_rollouts(state, [prompt], [drawn], None if features is None else features.select([i]))
         alone |= {(i, r): logp for (_, r), logp in of_prompt.items()}
-    return compare(torch.cat([packed[place] for place in alone]), torch.cat([*alone.values()]), state.world)
+    return compare(alone, together, state.world)
 
 
 def _parity(state: StageState, name: str, rollouts: list[list[Rollout]], trainer: LogProbs) -> Finding:
-    engine = torch.cat([rollouts[i][r].logp for i, r in trainer])
-    parity, bound = compare(torch.cat([*trainer.values()]), engine, state.world), bound_of(state.settings)
+    parity, bound = compare(trainer, recorded(rollouts), state.world), bound_of(state.settings)
     text = f"engine {state.settings.rollout.engine} against trainer: {parity.text()}"
     numbers = {**dataclasses.asdict(parity), "bound": bound}
-    if parity.mean <= bound:
+    if parity.within(bound):
         return Finding(name, "ok", text, numbers)
-    text += f"\nexpected a mean of at most {bound:g}: the engine has other weights, prompts or media than the trainer"
+    text += (
+        f"\nexpected at most {bound:g} for each question: the engine has other weights, prompts or media than the "
+        "trainer, or computes with less precision"
+    )
     return Finding(name, "fault", text, numbers)
 
 
 def _media_seen(
     state: StageState, prompts: list[Prompt], rollouts: list[list[Rollout]], trainer: LogProbs, noise: Parity
 ) -> Finding:
-    """Give each prompt the pixels of other media, and check that the log-probs of trainer and engine change."""
+    """Give each prompt the pixels of other media. The trainer's log-probs must change, and the engine must follow.
+
+    The engine follows if the log-probs of its new rollouts are those of the trainer with these media, and not those of
+    the trainer with the former ones.
+    """
     with_media = [i for i, prompt in enumerate(prompts) if prompt.media]
     if any_rank(not with_media, state.world):
         return Finding("media", "skipped", "some process has no question with media")
-    others = [_with_other_media(prompt, prompts) for prompt in prompts]
-    again, features = distill.roll_out(state, others, 0)
-    if again is None:
+    before = [prompts[i] for i in with_media]
+    others = [_with_other_media(prompt, prompts) for prompt in before]
+    drawn, features = distill.roll_out(state, others, 0)
+    if drawn is None:
         return Finding("media", "fault", "with other media, the student's logits are not finite")
-    score = _score(state, others, rollouts, features)
-    places = [place for place in trainer if place[0] in with_media]
-    change = compare(
-        torch.cat([trainer[place] for place in places]), torch.cat([score[place] for place in places]), state.world
+    same_tokens = score_rollouts(state, others, [rollouts[i] for i in with_media], features)
+    former = {(place, r): trainer[i, r] for place, i in enumerate(with_media) for r in range(len(rollouts[i]))}
+    change = compare(former, same_tokens, state.world)
+    engine = recorded(drawn)
+    with_others = score_rollouts(state, others, drawn, features)
+    with state.policy.full_weights(), torch.no_grad():
+        features = encode_step(state, before)
+    with_former = score_rollouts(state, before, drawn, None if state.train_vision else features)
+    blind = sum(
+        2 * _distance(with_former, engine, i) < _distance(with_others, engine, i) for i in range(len(with_media))
     )
-    # The engine has drawn new rollouts with the same noise. A token can differ only if the distribution does.
-    firsts = [(rollouts[i][0], again[i][0]) for i in with_media]
-    blind = sum(_same_rollout(before, after, 2 * noise.largest) for before, after in firsts)
     sums = global_sum({"blind": blind, "questions": len(with_media)}, state.world)
-    numbers = {"trainer_difference": change.mean, "engine_blind": sums["blind"], "questions": sums["questions"]}
+    numbers = {"trainer_change": change.mean, "engine_blind": sums["blind"], "questions": sums["questions"]}
     text = f"with other media, the trainer's log-probs of the same tokens change by {change.mean:.2g} in the mean"
     if not change.mean > 2 * noise.mean:
         return Finding("media", "fault", f"{text}, no more than the noise: the trainer does not see them", numbers)
     if sums["blind"]:
-        text += f"; the engine's rollouts of {sums['blind']:.0f} of {sums['questions']:.0f} questions do not change"
+        text += f"; the engine's rollouts of {sums['blind']:.0f} of {sums['questions']:.0f} questions do not follow"
         return Finding("media", "fault", f"{text}: the engine does not see the media", numbers)
-    return Finding("media", "ok", f"{text}, and the engine's rollouts of all questions change", numbers)
+    return Finding("media", "ok", f"{text}, and the engine's rollouts follow", numbers)
+
+
+def _distance(first: LogProbs, second: LogProbs, question: int) -> float:
+    """Return the mean absolute difference over the rollouts of a question."""
+    pairs = [(logp, second[place]) for place, logp in first.items() if place[0] == question]
+    return float((torch.cat([a for a, _ in pairs]).double() - torch.cat([b for _, b in pairs]).double()).abs().mean())
 
 
 def _with_other_media(prompt: Prompt, prompts: list[Prompt]) -> Prompt:
@@ -344,12 +367,6 @@ def _with_other_media(prompt: Prompt, prompts: list[Prompt]) -> Prompt:
         return dataclasses.replace(frames, pixels=255 - frames.pixels.flip(0), key="")
 
     return dataclasses.replace(prompt, media=tuple(map(other, prompt.media)))
-
-
-def _same_rollout(before: Rollout, after: Rollout, tolerance: float) -> bool:
-    if not torch.equal(before.token_ids, after.token_ids):
-        return False
-    return bool((before.logp - after.logp).abs().max() <= tolerance)
 
 
 def _time_imitation(state: StageState, sample: _Sample) -> Finding:
@@ -444,17 +461,31 @@ def _time_evaluation(state: StageState, material: Material, media: MediaReader) 
 
 def _after_update(state: StageState, sample: _Sample) -> Finding:
     """Change the policy's weights so much that old ones cannot pass for new ones, and compare the log-probs again."""
-    state.policy.set_lr(LARGE_LR)
-    # Imitation always has a gradient. That of stage 2 is zero if all rollouts of a question earn the same reward.
-    sft.step(state, sample.prompts, 3)
-    rollouts, features = distill.roll_out(state, sample.prompts, 4)
+    name, bound = "new weights", bound_of(state.settings)
+    rollouts, features = distill.roll_out(state, sample.prompts, 3)
     if rollouts is None:
-        return Finding(
-            "new weights",
-            "warning",
-            f"after a step at a learning rate of {LARGE_LR:g}, the logits are not finite",
+        return Finding(name, "fault", "the student's logits are not finite")
+    before = score_rollouts(state, sample.prompts, rollouts, features)
+    for lr in UPDATE_LRS:
+        state.policy.set_lr(lr)
+        # Imitation always has a gradient. That of stage 2 is zero if all rollouts of a question earn the same reward.
+        skipped = sft.step(state, sample.prompts, 3).skipped
+        change = compare(before, score_rollouts(state, sample.prompts, rollouts, features), state.world)
+        if skipped or change.mean > 3 * bound:
+            break
+    if skipped or not change.mean > 3 * bound:
+        text = (
+            f"the training steps changed the log-probs by {change.mean:.2g}, too little for an engine with old weights"
         )
-    return _parity(state, "new weights", rollouts, _score(state, sample.prompts, rollouts, features))
+        return Finding(name, "warning", f"not decided: {text} to be seen", {"change": change.mean})
+    drawn, features = distill.roll_out(state, sample.prompts, 4)
+    if drawn is None:
+        return Finding(
+            name, "warning", f"not decided: after a step at a learning rate of {lr:g}, logits are not finite"
+        )
+    found = _parity(state, name, drawn, score_rollouts(state, sample.prompts, drawn, features))
+    text = f"{found.text}\nthe update has changed the log-probs of the former rollouts by {change.mean:.2g}"
+    return dataclasses.replace(found, text=text, numbers={**found.numbers, "change": change.mean})
 
 
 def _duration(hours: float) -> str:

@@ -382,10 +382,10 @@ class RolloutConfig:
     """Capture decoding steps in CUDA graphs, so that they do not wait for Python. On CPU, steps run eagerly."""
     parity_every: int = number(50, least=0)
     """Interval in steps for comparing the rollouts' log-probs with the trainer's, in one more forward pass of the
-    policy. The first step of warm-up and of stage 2 is always compared; 0 = never."""
+    policy. The first steps of warm-up, stage 2 and a resumed run compare all rollouts; 0 = never."""
     parity_bound: float | None = number(None, above=0)
-    """Stop if these log-probs differ by more than this in the mean, in nats; null = 0.001 in float32, and 0.05 in
-    bfloat16 (open)."""
+    """Stop if these log-probs differ by more than this in the mean over a question's tokens, in nats; null = 0.001 in
+    float32, and 0.1 in bfloat16 (open)."""
     log_every_steps: int = number(10, least=0)
     """Interval in steps for writing questions with their rollouts and teacher answers to `rollouts.jsonl`. The first
     and the last step of warm-up and of stage 2 are always written; 0 = never write."""

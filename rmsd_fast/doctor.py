@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -47,12 +48,15 @@ def main(argv: list[str] | None = None) -> int:
 
         examine(settings, world, arguments.questions, show)
 
-    code = run_program("rmsd_fast.doctor", settings, work, trains=False)
-    if code == 0:
-        code = int(any(finding.status == "fault" for finding in findings))
-        if os.environ.get("RANK", "0") == "0":
-            print(_json(findings) if arguments.json else _verdict(findings))
-    return code
+    code = run_program("rmsd_fast.doctor", settings, work, trains=True)
+    main_process = os.environ.get("RANK", "0") == "0"
+    if main_process and arguments.json:
+        print(_json(findings))
+    if code:
+        return code
+    if main_process and not arguments.json:
+        print(_verdict(findings))
+    return int(any(finding.status == "fault" for finding in findings))
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -81,7 +85,12 @@ def _count(text: str) -> int:
 
 
 def _json(findings: list[Finding]) -> str:
-    return json.dumps([vars(finding) for finding in findings], indent=2)
+    def plain(value: float | int | str | None) -> float | int | str | None:
+        """Replace NaN and infinity, which JSON does not have."""
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    records = [vars(f) | {"numbers": {name: plain(value) for name, value in f.numbers.items()}} for f in findings]
+    return json.dumps(records, indent=2)
 
 
 def _verdict(findings: list[Finding]) -> str:

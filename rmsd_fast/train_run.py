@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import sys
 from contextlib import suppress
 from pathlib import Path
-
-import torch
 
 from rmsd_fast.config import (
     STAGES,
@@ -26,7 +23,7 @@ from rmsd_fast.data.records import Question
 from rmsd_fast.files import write_text_atomic
 from rmsd_fast.models.folders import resolve_folder
 from rmsd_fast.report import ReportError, write_report
-from rmsd_fast.runtime.engine import Engine
+from rmsd_fast.runtime.engine import Engine, release_memory
 from rmsd_fast.runtime.process_group import World, on_main
 from rmsd_fast.runtime.stop_signal import Stopped, StopSignal
 from rmsd_fast.setting_rules import uses_discriminator
@@ -288,13 +285,6 @@ def _late_questions(run: TrainingRun, state: StageState) -> list[Question]:
     if run.settings.teacher.empty_pools == "keep":
         return run.material.train
     return [question for question in run.material.train if state.targets[question.id].has_teacher]
-
-
-def release_memory() -> None:
-    """Free the stage's engines. DeepSpeed engines hold reference cycles, and the next stage needs the memory."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def describe_run(run: TrainingRun) -> None:

@@ -181,6 +181,7 @@ GROUPS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
                 "difference on the same tokens in nats, and share of ratios outside [0.9, 1.1]",
                 (
                     ("parity/mean_difference", "mean"),
+                    ("parity/worst_difference", "worst question"),
                     ("parity/largest_difference", "largest"),
                     ("parity/outside_share", "outside"),
                 ),

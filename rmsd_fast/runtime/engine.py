@@ -10,6 +10,7 @@ Every caller must follow three rules. Otherwise, DeepSpeed's collectives hang or
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -364,6 +365,13 @@ class Engine:
         if self.zero_stage == 3:
             return list(self.engine.optimizer.fp32_partitioned_groups_flat)
         return [p for group in self.engine.basic_optimizer.param_groups for p in group["params"]]
+
+
+def release_memory() -> None:
+    """Free the engines of a stage that has ended. They hold reference cycles, and the next stage needs the memory."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def gradients_finite(engines: Sequence[Engine]) -> bool:

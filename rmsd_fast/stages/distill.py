@@ -209,6 +209,7 @@ def _reference_pass(state: StageState, groups: list[RolloutGroup], features: Med
         (rollout_logp,) = to_device([logp], state.world.device)
         ref_features = read.features
         if state.reference is not None and ref_features is None:
+            # The tower is trained, so there are no adapters, and the reference is a model of its own.
             ref_features = encode_media(state.reference.model, read.prompts)
         keep_features = distill.kl_coef and distill.kl == "full"
         policy_pass = _PolicyPass(read, ref_features if keep_features else None, rollout_logp)
@@ -271,9 +272,10 @@ def _policy_pass(
         reference = {} if policy_pass.ref_logp is None else {"ref_logp": policy_pass.ref_logp}
         if exact_kl:
             with torch.no_grad():
-                hidden, weight = state.reference(read.prompts, rows, policy_pass.ref_features, _hidden_and_head)
-            # With adapters, the reference has the policy's head, whose weight ZeRO-3 gathers only inside a forward.
-            reference = {"ref_hidden": hidden} | ({} if lora else {"ref_weight": weight})
+                read_by = partial(state.reference, read.prompts, rows, policy_pass.ref_features)
+                # With adapters, the reference has the policy's head, whose weight ZeRO-3 gathers only inside a forward.
+                names, output = (("ref_hidden",), _hidden) if lora else (("ref_hidden", "ref_weight"), _hidden_and_head)
+                reference = dict(zip(names, read_by(output), strict=True))
         head = partial(
             linear_policy_loss,
             advantages=each_token(advantages),
@@ -312,6 +314,10 @@ _MEANS = {"kl", "kl_k1", "entropy", "logp", "importance_ratio", "tis_capped_frac
 
 def _hidden_and_head(hidden, weight, targets):
     return hidden, weight
+
+
+def _hidden(hidden, weight, targets):
+    return (hidden,)
 
 
 def _own_head(loss):

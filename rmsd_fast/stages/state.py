@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -29,6 +31,9 @@ class StageState:
             passes.
         dump: where the rollouts are also written; None without `rollout.dump`.
         features: cached vision features of a frozen tower, by medium; None if `data.embedding_cache_mib` is 0.
+        reference: takes the arguments of `Policy.forward`: a frozen `Policy`, or with adapters the policy's engine with
+            adapters off; None if nothing needs it.
+        parity_checked: whether this process has compared log-probs of rollout engine and trainer.
         accuracies: pair accuracies of the latest steps of the warm-up, for `discriminator.warm_up_accuracy`.
     """
 
@@ -41,12 +46,13 @@ class StageState:
     policy: Engine
     train_vision: bool = False
     discriminator: Engine | None = None
-    reference: torch.nn.Module | None = None
+    reference: Callable[..., Any] | None = None
     rollouts: RolloutEngine | None = None
     dump: RolloutDump | None = None
     skipped_in_a_row: int = 0
     features: ByteLru[list[torch.Tensor]] | None = None
     accuracies: list[float] = field(default_factory=list)
+    parity_checked: bool = False
 
 
 @dataclass(frozen=True)

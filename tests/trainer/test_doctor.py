@@ -14,6 +14,7 @@ from material import tiny_settings
 from train_runs import MINI, environment
 
 from rmsd_fast.checkup import Finding, examine
+from rmsd_fast.config import SettingsError
 from rmsd_fast.rollout.hf import HfRollout
 from rmsd_fast.runtime.process_group import start, stop
 
@@ -59,7 +60,7 @@ def test_a_healthy_recipe(made: Path, tmp_path: Path, processes: int) -> None:
     assert {finding["status"] for finding in findings.values()} == {"ok"}
     assert findings["log-probs"]["numbers"]["mean"] < 1e-5
     assert findings["new weights"]["numbers"]["mean"] < 1e-5
-    assert findings["media"]["numbers"]["trainer_difference"] > 1e-4
+    assert findings["media"]["numbers"]["trainer_change"] > 1e-4
     parts = [findings[name]["numbers"]["hours"] for name in ("imitation", "stage 2", "evaluation")]
     assert all(part > 0 for part in parts)
     assert findings["whole run"]["numbers"]["hours"] == pytest.approx(sum(parts))
@@ -86,7 +87,8 @@ def findings_of(made: Path, world, *overrides: str) -> dict[str, Finding]:
     return {finding.name: finding for finding in found}
 
 
-def test_an_engine_with_old_weights(made: Path, world, monkeypatch) -> None:
+@pytest.mark.parametrize("overrides", [(), ("model.adapter=lora", "distill.train_vision=false")], ids=["full", "lora"])
+def test_an_engine_with_old_weights(made: Path, world, monkeypatch, overrides) -> None:
     """The log-probs agree at first and after the steps at a learning rate of 0, and not after the change."""
     generate, first = HfRollout.generate, {}
 
@@ -101,9 +103,26 @@ def test_an_engine_with_old_weights(made: Path, world, monkeypatch) -> None:
         return rollouts
 
     monkeypatch.setattr(HfRollout, "generate", with_first_weights)
-    found = findings_of(made, world)
+    found = findings_of(made, world, *overrides)
     assert [found[name].status for name in ("log-probs", "media", "new weights")] == ["ok", "ok", "fault"]
     assert "other weights" in found["new weights"].text
+    assert found["new weights"].numbers["change"] > 3e-3
+
+
+def test_an_update_that_changes_nothing_decides_nothing(made: Path, world, monkeypatch) -> None:
+    monkeypatch.setattr("rmsd_fast.checkup.UPDATE_LRS", (0.0, 0.0))
+    found = findings_of(made, world)
+    assert found["new weights"].status == "warning" and "not decided" in found["new weights"].text
+
+
+def test_a_plan_that_does_not_fit_ends_the_examination(made: Path, world, monkeypatch) -> None:
+    def too_large(*arguments, **keywords):
+        raise SettingsError("memory: expected at most 1.0 GiB per process, got a plan of 2.0 GiB")
+
+    monkeypatch.setattr("rmsd_fast.checkup.check_memory", too_large)
+    found = findings_of(made, world)
+    assert found["memory"].status == "fault" and "got a plan of 2.0 GiB" in found["memory"].text
+    assert list(found)[-1] == "the rest"
 
 
 def test_an_engine_that_does_not_see_the_media(made: Path, world, monkeypatch) -> None:

@@ -42,14 +42,20 @@ def build(folder, material, world, *overrides):
 
 
 def test_differences_by_hand(world) -> None:
-    trainer = torch.tensor([-1.0, -2.0, -3.0, -4.0])
-    engine = torch.tensor([-1.0, -2.2, -3.0, -3.9])
-    parity = compare(trainer, engine, world)
+    trainer = {(0, 0): torch.tensor([-1.0, -2.0]), (0, 1): torch.tensor([-3.0]), (1, 0): torch.tensor([-4.0])}
+    engine = {(0, 0): torch.tensor([-1.0, -2.2]), (0, 1): torch.tensor([-3.0]), (1, 0): torch.tensor([-3.9])}
+    parity = compare(trainer, engine | {(7, 7): torch.zeros(1)}, world)
     # Only exp(0.2) = 1.22 and exp(-0.1) = 0.905: the second is inside [0.9, 1.1].
-    assert parity.mean == pytest.approx(0.075, rel=1e-6)
+    assert parity.mean == pytest.approx(0.3 / 4, rel=1e-6)
+    # Question 0 has a mean of 0.2 / 3, question 1 of 0.1.
+    assert parity.worst == pytest.approx(0.1, rel=1e-5)
     assert parity.largest == pytest.approx(0.2, rel=1e-6)
     assert (parity.outside, parity.tokens) == (0.25, 4)
     assert "25.00% of 4" in parity.text()
+    assert parity.within(0.11) and not parity.within(0.09)
+    # A process whose pass is a filler has no rollouts.
+    assert compare({}, engine, world) == Parity(0.0, 0.0, 0.0, 0.0, 0)
+    assert not compare({(0, 0): torch.tensor([math.nan, -1.0])}, engine, world).within(1e9)
 
 
 @pytest.mark.parametrize("packing", ["shared", "padded"])
@@ -58,10 +64,13 @@ def test_a_correct_engine_agrees_in_several_passes(folder, material, world, pack
         folder, material, world, f"packing={packing}", "data.max_prompt_tokens=150", "micro_tokens=190"
     )
     rollouts, features = distill.roll_out(state, prompts, 0)
-    passes = list(score_rollouts(state, prompts, rollouts, features))
-    assert len(passes) > 1
-    scored = {place: logp for part in passes for place, logp in part.items()}
+    scored = score_rollouts(state, prompts, rollouts, features)
     assert sorted(scored) == [(i, r) for i in range(len(prompts)) for r in range(3)]
+    # The turns score all rollouts, each once, and then begin again.
+    turns = [score_rollouts(state, prompts, rollouts, features, turn=turn) for turn in range(12)]
+    count = next(n for n in range(1, 12) if turns[n].keys() == turns[0].keys())
+    assert count > 1
+    assert sorted(place for turn in turns[:count] for place in turn) == sorted(scored)
     for (i, r), logp in scored.items():
         torch.testing.assert_close(logp, rollouts[i][r].logp, atol=1e-5, rtol=0)
 
@@ -77,9 +86,36 @@ def test_it_is_checked_at_the_first_step_and_at_intervals(folder, material, worl
     assert not check_parity(state, prompts, rollouts, features, 0)
 
 
+def test_a_resumed_run_is_checked_at_its_first_step_without_further_metrics(
+    folder, material, world, monkeypatch
+) -> None:
+    state, prompts = build(folder, material, world)
+    rollouts, features = distill.roll_out(state, prompts, 0)
+    wrong = [[replace(rollout, logp=rollout.logp - 0.01) for rollout in drawn] for drawn in rollouts]
+    with pytest.raises(ParityError):
+        check_parity(state, prompts, wrong, features, 7)
+    state.parity_checked = False
+    assert check_parity(state, prompts, rollouts, features, 7) == {} and state.parity_checked
+    # Between the intervals, a checked run is not checked again.
+    assert check_parity(state, prompts, wrong, features, 8) == {}
+
+
+def test_a_fault_in_one_question_is_not_hidden_by_the_others(folder, material, world) -> None:
+    state, prompts = build(folder, material, world, "rollout.parity_bound=0.05")
+    rollouts, features = distill.roll_out(state, prompts, 0)
+    for wrong in range(len(prompts)):
+        drawn = [
+            [replace(rollout, logp=rollout.logp - 0.06 * (i == wrong)) for rollout in group]
+            for i, group in enumerate(rollouts)
+        ]
+        state.parity_checked = False
+        with pytest.raises(ParityError, match=r"0\.06 for the worst question"):
+            check_parity(state, prompts, drawn, features, 0)
+
+
 def test_the_bound_depends_on_the_dtype_unless_it_is_set(folder) -> None:
     bounds = [bound_of(tiny_settings(folder, f"model.dtype={dtype}")) for dtype in ("float32", "bfloat16")]
-    assert bounds == [1e-3, 0.05]
+    assert bounds == [1e-3, 0.1]
     assert bound_of(tiny_settings(folder, "rollout.parity_bound=0.2")) == 0.2
 
 
@@ -121,8 +157,10 @@ def test_planted_faults_stop_the_step(folder, material, world, monkeypatch, faul
             weight.mul_(0.5)
         if fault == "swapped layers":
             swap(layers[0].mlp, layers[1].mlp)
-        if fault.startswith("other "):
-            prompts = {"video": other_video, "prompt": other_text}.get(fault.split()[1], list)(prompts)
+        if fault in ("other video", "other prompt"):
+            # The fault is in one question only.
+            change = other_video if fault == "other video" else other_text
+            prompts = [*prompts[:-1], *change(prompts[-1:])]
         if fault == "other video":
             keywords["features"] = None
         rollouts = generate(self, model, prompts, sampling, **keywords)
@@ -146,8 +184,3 @@ def test_planted_faults_stop_the_step(folder, material, world, monkeypatch, faul
     assert all(torch.equal(before[name], p) for name, p in state.policy.module.named_parameters())
     # Between the checks, nothing stops the step.
     assert not step(state, prompts, 1).skipped
-
-
-def test_parity_without_tokens_on_a_process(world) -> None:
-    """A filler pass has no tokens; with one process there is always another pass."""
-    assert compare(torch.zeros(1), torch.zeros(1), world) == Parity(0.0, 0.0, 0.0, 1)
