@@ -23,7 +23,7 @@ from rmsd_fast.models.folders import model_digests, open_folder, resolve_folder
 from rmsd_fast.models.liger import check_liger
 from rmsd_fast.models.quantize import import_bitsandbytes
 from rmsd_fast.models.students import DTYPES
-from rmsd_fast.rollout.vllm import check_family, check_vllm
+from rmsd_fast.rollout.vllm import check_family, check_length, check_vllm
 from rmsd_fast.runtime.engine import import_adamw_8bit
 from rmsd_fast.runtime.process_group import World, on_main
 from rmsd_fast.runtime.trackers import check_trackers
@@ -97,6 +97,12 @@ def _check_model(path: str, settings: RunConfig, training: bool) -> None:
     model = open_folder(resolve_folder(path))
     if training and uses_vllm(settings):
         check_family(family_of(model.config).title, path)
+        check_length(
+            model.config.text_config,
+            dtype=settings.model.dtype,
+            max_tokens=settings.data.max_prompt_tokens + settings.rollout.max_new_tokens,
+            kv_cache_gib=settings.rollout.vllm_kv_cache_gib,
+        )
 
 
 def check_packages(settings: RunConfig, *, training: bool) -> None:
