@@ -22,6 +22,7 @@ from rmsd_fast.runtime.process_group import start, stop
 from rmsd_fast.setting_rules import check_together
 from rmsd_fast.settings import load_settings
 from rmsd_fast.stages.material import prepare_material
+from rmsd_fast.stages.plan import describe_plan
 
 
 def hashed(bits: int) -> int:
@@ -285,3 +286,10 @@ def test_refused_settings():
         check_together(settings)
     with pytest.raises(ModelError, match="expected a Qwen3-VL model with rollout.engine=vllm, got a Qwen2.5-VL model"):
         vllm.check_family("Qwen2.5-VL", "folder")
+
+
+def test_a_dry_run_says_that_a_run_would_be_refused(folder, monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.32.0")
+    settings = ["rollout.engine=vllm", "rollout.vllm_kv_cache_gib=1e-4", f"model.path={folder}"]
+    text, ready = describe_plan(load_settings("quickstart", settings))
+    assert not ready and "MISSING: rollout.vllm_kv_cache_gib: expected at least" in text
