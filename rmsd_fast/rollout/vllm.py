@@ -82,6 +82,30 @@ def check_family(student_family: str, path: str) -> None:
         )
 
 
+def check_length(text_config: Any, *, dtype: str, max_tokens: int, kv_cache_gib: float) -> None:
+    """Raise SettingsError if a prompt and its response are too long for the model or for vLLM's KV cache.
+
+    Args:
+        text_config: configuration of the language model.
+        dtype: `model.dtype`.
+        max_tokens: most tokens of a prompt and its response.
+        kv_cache_gib: size of the KV cache in GiB.
+    """
+    both = f"data.max_prompt_tokens and rollout.max_new_tokens together, {max_tokens}"
+    if max_tokens > text_config.max_position_embeddings:
+        raise SettingsError(
+            f"data.max_prompt_tokens: expected at most {text_config.max_position_embeddings}, max_position_embeddings "
+            f"in config.json, for {both}; lower one of them, or set rollout.engine=hf"
+        )
+    head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
+    of_token = 2 * text_config.num_hidden_layers * text_config.num_key_value_heads * head_dim * DTYPES[dtype].itemsize
+    if of_token * max_tokens > kv_cache_gib * GIB:
+        raise SettingsError(
+            f"rollout.vllm_kv_cache_gib: expected at least {of_token * max_tokens / GIB:.3g}, the keys and values for "
+            f"{both}, got {kv_cache_gib:g}; raise it, or lower one of the two"
+        )
+
+
 def batch_tokens(max_tokens: int) -> int:
     """Return the most tokens of one pass of vLLM, for prompts and responses of at most `max_tokens`."""
     return max(BATCH_TOKENS, max_tokens)

@@ -19,12 +19,12 @@ from rmsd_fast.made.student import build_tiny_student
 from rmsd_fast.made.teacher import SimulatedTeacher, write_simulated_pool
 from rmsd_fast.models.adapters import import_peft
 from rmsd_fast.models.families import family_of
-from rmsd_fast.models.folders import model_digests, open_folder, resolve_folder
+from rmsd_fast.models.folders import ModelFolder, model_digests, open_folder, resolve_folder
 from rmsd_fast.models.liger import check_liger
 from rmsd_fast.models.quantize import import_bitsandbytes
 from rmsd_fast.models.students import DTYPES
 from rmsd_fast.rollout.dump import INFO
-from rmsd_fast.rollout.vllm import check_family, check_vllm
+from rmsd_fast.rollout.vllm import check_family, check_length, check_vllm
 from rmsd_fast.runtime.engine import import_adamw_8bit
 from rmsd_fast.runtime.process_group import World, on_main
 from rmsd_fast.runtime.trackers import check_trackers
@@ -90,16 +90,29 @@ def prepare_material(settings: RunConfig, world: World, *, training: bool = True
     inputs = read_inputs(settings, files, roots)
     # This is checked before a run folder is created. The main process downloads a Hub model, and the other processes
     # find it in the cache.
-    on_main(world, lambda: _check_model(model_path, settings, training))
+    on_main(world, lambda: bool(check_model(resolve_folder(model_path), settings, training=training)))
     if training and makes_rollouts(settings) and settings.rollout.engine == "replay":
         files["replay"] = str(Path(settings.rollout.replay) / INFO)
     return Material(**vars(inputs), model_path=model_path, files=files)
 
 
-def _check_model(path: str, settings: RunConfig, training: bool) -> None:
-    model = open_folder(resolve_folder(path))
+def check_model(folder: Path, settings: RunConfig, *, training: bool) -> ModelFolder:
+    """Return the contents of a model folder.
+
+    Raises:
+        ModelError: the folder cannot be used, or not with `rollout.engine`.
+        SettingsError: with `rollout.engine=vllm`, prompts and responses are too long for the model or the KV cache.
+    """
+    model = open_folder(folder)
     if training and uses_vllm(settings):
-        check_family(family_of(model.config).title, path)
+        check_family(family_of(model.config).title, str(folder))
+        check_length(
+            model.config.text_config,
+            dtype=settings.model.dtype,
+            max_tokens=settings.data.max_prompt_tokens + settings.rollout.max_new_tokens,
+            kv_cache_gib=settings.rollout.vllm_kv_cache_gib,
+        )
+    return model
 
 
 def check_packages(settings: RunConfig, *, training: bool) -> None:

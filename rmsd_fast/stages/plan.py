@@ -8,14 +8,14 @@ from pathlib import Path
 
 import torch
 
-from rmsd_fast.config import ModelError, NotInstalled, RunConfig, UserError, first_line
+from rmsd_fast.config import ModelError, NotInstalled, RunConfig, SettingsError, UserError, first_line
 from rmsd_fast.data.errors import counted
 from rmsd_fast.files import file_digest
-from rmsd_fast.models.folders import find_folder, open_folder
+from rmsd_fast.models.folders import find_folder
 from rmsd_fast.runtime.trackers import missing_trackers
 from rmsd_fast.setting_rules import uses_discriminator
 from rmsd_fast.stages.inputs import read_inputs
-from rmsd_fast.stages.material import check_batches, check_packages
+from rmsd_fast.stages.material import check_batches, check_model, check_packages
 from rmsd_fast.stages.memory import GIB, plan_memory
 from rmsd_fast.stages.memory_advice import device_room, fit_lines
 from rmsd_fast.stages.rollout_dump import plan_rollout_files
@@ -164,8 +164,8 @@ def _model(settings: RunConfig) -> tuple[Path | None, str, str]:
         if folder is None:
             where = "not a local folder; if it is a Hub name, the run downloads it from the Hub"
             return None, f"model.path: {path}, {where}", ""
-        opening = open_folder(folder).response_opening
-    except ModelError as error:
+        opening = check_model(folder, settings, training=True).response_opening
+    except (ModelError, SettingsError) as error:
         # The plan of the memory needs no weights.
         return folder if folder and (folder / "config.json").is_file() else None, "", str(error)
     opened = ", its prompts end with <think>" if opening else ""

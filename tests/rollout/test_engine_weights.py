@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from material import tiny_material
+from material import WORLD, tiny_material, tiny_settings
 
 from rmsd_fast.config import ModelConfig, ModelError, NotInstalled, SettingsError
 from rmsd_fast.models.adapters import POLICY, adapted_layers, add_adapter, merged_weights
@@ -21,6 +21,8 @@ from rmsd_fast.runtime.engine import Engine
 from rmsd_fast.runtime.process_group import start, stop
 from rmsd_fast.setting_rules import check_together
 from rmsd_fast.settings import load_settings
+from rmsd_fast.stages.material import prepare_material
+from rmsd_fast.stages.plan import describe_plan
 
 
 def hashed(bits: int) -> int:
@@ -244,6 +246,29 @@ def test_versions(monkeypatch, package, installed, accepted):
         vllm.check_vllm()
 
 
+def test_lengths_are_checked_before_training():
+    """Qwen3-VL-4B in bfloat16 needs 2 x 36 layers x 8 heads x 128 x 2 bytes = 144 KiB per token: 2.25 GiB for 16384."""
+    sizes = {"num_hidden_layers": 36, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 32768}
+    config = SimpleNamespace(**sizes)
+    vllm.check_length(config, dtype="bfloat16", max_tokens=16384, kv_cache_gib=2.25)
+    expected = (
+        "rollout.vllm_kv_cache_gib: expected at least 2.25, the keys .* together, 16384, got 2.2; raise it, or low"
+    )
+    with pytest.raises(SettingsError, match=expected):
+        vllm.check_length(config, dtype="bfloat16", max_tokens=16384, kv_cache_gib=2.2)
+    with pytest.raises(SettingsError, match="expected at least 4.5"):
+        vllm.check_length(config, dtype="float32", max_tokens=16384, kv_cache_gib=2.25)
+    with pytest.raises(SettingsError, match="data.max_prompt_tokens: expected at most 32768, max_position_embeddings"):
+        vllm.check_length(config, dtype="bfloat16", max_tokens=32769, kv_cache_gib=64)
+
+
+def test_runs_are_refused_before_they_start(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.32.0")
+    small = ["rollout.engine=vllm", "rollout.vllm_kv_cache_gib=1e-4"]
+    with pytest.raises(SettingsError, match="rollout.vllm_kv_cache_gib: expected at least"):
+        prepare_material(tiny_settings(tmp_path, *small), WORLD)
+
+
 def test_missing_package(monkeypatch):
     def version(name):
         raise importlib.metadata.PackageNotFoundError
@@ -261,3 +286,10 @@ def test_refused_settings():
         check_together(settings)
     with pytest.raises(ModelError, match="expected a Qwen3-VL model with rollout.engine=vllm, got a Qwen2.5-VL model"):
         vllm.check_family("Qwen2.5-VL", "folder")
+
+
+def test_a_dry_run_says_that_a_run_would_be_refused(folder, monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.32.0")
+    settings = ["rollout.engine=vllm", "rollout.vllm_kv_cache_gib=1e-4", f"model.path={folder}"]
+    text, ready = describe_plan(load_settings("quickstart", settings))
+    assert not ready and "MISSING: rollout.vllm_kv_cache_gib: expected at least" in text
