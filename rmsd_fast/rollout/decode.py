@@ -48,7 +48,8 @@ def choose(
         eos_id: the end token.
     """
     logits = logits.float()
-    broken = ~torch.isfinite(logits).all(-1)
+    # One pass less over the logits than isfinite().all().
+    broken = ~torch.isfinite(logits.abs().amax(-1))
     banned = logits.index_select(1, banned_ids) / (temperature or 1.0)
     logits.index_fill_(1, banned_ids, -torch.inf)
     scaled = logits if temperature == 0 else logits / temperature

@@ -144,6 +144,7 @@ def made_policy_metrics(rng: random.Random, share: float) -> dict:
         "rollout/tokens_mean": 38 + 6 * share + rng.gauss(0, 1),
         "rollout/truncated_share": abs(rng.gauss(0.02, 0.01)),
         "rollout/valid_share": rng.gauss(0.95, 0.01),
+        "rollout/banned_mass": abs(rng.gauss(0.001, 0.0005)),
         "seconds/reference": 0.3,
         "seconds/policy": 0.7,
         "seconds/optimizer": 0.05,
