@@ -39,7 +39,7 @@ NAME = "rollout"
 
 EAGER_STEPS, GENERATE, FIRST = "ours, eager", "generate", "first token"
 NEW_TOKENS = 64
-_COUNTED_TOKENS = (3, 11)
+_COUNTED_TOKENS = (2, 6)
 # Operations of torch that only describe memory, or allocate it.
 _NO_KERNEL = frozenset(
     f"aten::{name}"
@@ -79,7 +79,7 @@ def cases(quick: bool, device: str) -> list[Case]:
 
 
 def toy_cases(device: str) -> list[Case]:
-    return [Case(96, 2, 16, "bfloat16", device, CONFIG_TOY)]
+    return [Case(64, 2, 6, "bfloat16", device, CONFIG_TOY)]
 
 
 def make_prompt(builder: PromptBuilder, tokens: int) -> Prompt:

@@ -7,6 +7,7 @@ step has thousands of small kernels, which the host would enqueue more slowly th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from rmsd_fast.config import SettingsError
+from rmsd_fast.config import SettingsError, first_line
 from rmsd_fast.models.shared_prefix import run_shared_prefix
 from rmsd_fast.rollout.shared_cache import DecodeCache
 
@@ -23,6 +24,10 @@ from rmsd_fast.rollout.shared_cache import DecodeCache
 LOOK_EVERY = {"cuda": 8, "cpu": 1}
 # Capturing a step takes about as long as enqueueing two steps, so a graph for fewer replays would not pay.
 LEAST_REPLAYS = 4
+
+
+# A decoding step: all that it reads and writes is in tensors.
+Step = Callable[[], None]
 
 
 class Chosen(NamedTuple):
@@ -48,7 +53,8 @@ def choose(
         eos_id: the end token.
     """
     logits = logits.float()
-    broken = ~torch.isfinite(logits).all(-1)
+    # One pass less over the logits than isfinite().all().
+    broken = ~torch.isfinite(logits.abs().amax(-1))
     banned = logits.index_select(1, banned_ids) / (temperature or 1.0)
     logits.index_fill_(1, banned_ids, -torch.inf)
     scaled = logits if temperature == 0 else logits / temperature
@@ -183,7 +189,7 @@ class Graphs:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._steps = 0
 
-    def run(self, step, replaced: bool, left: int) -> None:
+    def run(self, step: Step, replaced: bool, left: int) -> None:
         """Run one step.
 
         Args:
@@ -203,14 +209,19 @@ class Graphs:
             self._graph = self._captured(step)
         self._graph.replay()
 
-    def _on_side_stream(self, step) -> None:
+    def close(self) -> None:
+        """Wait for the last replay, and free the graph and its memory."""
+        torch.cuda.current_stream(self._device).synchronize()
+        self._graph = None
+
+    def _on_side_stream(self, step: Step) -> None:
         stream, current = side_stream(self._device), torch.cuda.current_stream(self._device)
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
             step()
         current.wait_stream(stream)
 
-    def _captured(self, step) -> torch.cuda.CUDAGraph:
+    def _captured(self, step: Step) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         try:
             # Threads that decode the next videos may allocate device memory meanwhile, which the default mode forbids.
@@ -223,7 +234,7 @@ class Graphs:
         except RuntimeError as error:
             raise SettingsError(
                 "rollout.cuda_graphs: expected a decode step that CUDA can capture, got "
-                f"{str(error).strip().splitlines()[0]}; set rollout.cuda_graphs=false"
+                f"{first_line(error)}; set rollout.cuda_graphs=false"
             ) from error
         return graph
 

@@ -99,11 +99,10 @@ class HfRollout:
             banned_ids=self.banned_ids,
             eos_id=self.builder.eos_id,
         )
-        decoder.run(
-            logits.repeat_interleave(sampling.n, 0),
-            look_every=self.look_every,
-            graphs=Graphs(self.device) if self.cuda_graphs else None,
-        )
+        graphs = Graphs(self.device) if self.cuda_graphs else None
+        decoder.run(logits.repeat_interleave(sampling.n, 0), look_every=self.look_every, graphs=graphs)
+        if graphs is not None:
+            graphs.close()
         return decoder
 
     def _prefill(self, model, prompts: list[Prompt], features: MediaFeatures) -> tuple[PrefixCache, torch.Tensor]:

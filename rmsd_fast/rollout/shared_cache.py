@@ -72,21 +72,26 @@ class DecodeCache:
     Args:
         prefix: cache of the prefilled prompts, which is neither copied nor changed.
         rows: number of responses of each prompt. B is their sum, and rows are group-major.
+        tokens_first: whether buffers are [B, room, Hkv, d], which CUDA's flash kernels need, or [B, Hkv, room, d], in
+            which a head's tokens are adjacent: a CPU reads these faster. None means the order for the device.
     Attributes:
         prefix: cache of the prefilled prompts.
-        keys: one buffer [B, room, Hkv, d] per layer, in the model's dtype.
-        values: one buffer [B, room, Hkv, d] per layer, in the model's dtype.
+        keys: one buffer per layer, in the model's dtype.
+        values: one buffer per layer, in the model's dtype.
         slot: place of the next token in the buffers, int64 [1] on the device.
         used: number of tokens of each row including the next one, int32 [B] on the device.
     """
 
-    def __init__(self, prefix: PrefixCache, rows: list[int]):
+    def __init__(self, prefix: PrefixCache, rows: list[int], *, tokens_first: bool | None = None):
         self.prefix = prefix
         first = prefix.keys[0]
+        self._tokens_first = first.device.type != "cpu" if tokens_first is None else tokens_first
+        self._token_axis = 1 if self._tokens_first else 2
         self._owner = torch.tensor([group for group, count in enumerate(rows) for _ in range(count)])
         self._plan = self._make_plan()
         # Unused places must be finite: kernels multiply their values by a probability of 0.
-        shape = (len(self._owner), BLOCK, *first.shape[1:])
+        heads, size = first.shape[1:]
+        shape = (len(self._owner), *((BLOCK, heads) if self._tokens_first else (heads, BLOCK)), size)
         self.keys = [first.new_zeros(shape) for _ in prefix.keys]
         self.values = [first.new_zeros(shape) for _ in prefix.values]
         self.slot = torch.zeros(1, dtype=torch.int64, device=first.device)
@@ -95,7 +100,7 @@ class DecodeCache:
     @property
     def room(self) -> int:
         """Number of own tokens per row that the buffers can hold."""
-        return self.keys[0].shape[1]
+        return self.keys[0].shape[self._token_axis]
 
     def attend(
         self, layer_idx: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None
@@ -111,15 +116,15 @@ class DecodeCache:
         Returns:
             The attention output, [B, 1, H, d].
         """
-        own_k, own_v = self.keys[layer_idx], self.values[layer_idx]
-        own_k.index_copy_(1, self.slot, k.transpose(1, 2))
-        own_v.index_copy_(1, self.slot, v.transpose(1, 2))
+        own_k, own_v = self._by_head(self.keys[layer_idx]), self._by_head(self.values[layer_idx])
+        own_k.index_copy_(2, self.slot, k)
+        own_v.index_copy_(2, self.slot, v)
         out = shared_prefix_decode(
             q[:, :, 0],
             self.prefix.keys[layer_idx],
             self.prefix.values[layer_idx],
-            own_k.transpose(1, 2),
-            own_v.transpose(1, 2),
+            own_k,
+            own_v,
             self._plan,
             own_lengths=self.used,
             scale=scale,
@@ -133,12 +138,15 @@ class DecodeCache:
 
     def make_room(self, tokens: int) -> bool:
         """Grow the buffers by BLOCK if they cannot hold so many tokens per row. Return whether they were replaced."""
-        if tokens <= self.room:
+        room = self.room
+        if tokens <= room:
             return False
         for buffers in (self.keys, self.values):
             for layer, buffer in enumerate(buffers):
-                larger = buffer.new_zeros(buffer.shape[0], buffer.shape[1] + BLOCK, *buffer.shape[2:])
-                larger[:, : buffer.shape[1]] = buffer
+                shape = list(buffer.shape)
+                shape[self._token_axis] += BLOCK
+                larger = buffer.new_zeros(shape)
+                self._by_head(larger)[:, :, :room] = self._by_head(buffer)
                 buffers[layer] = larger
         return True
 
@@ -156,6 +164,10 @@ class DecodeCache:
             for layer, buffer in enumerate(buffers):
                 buffers[layer] = buffer.index_select(0, rows)
         self.used = self.used.index_select(0, rows)
+
+    def _by_head(self, buffer: torch.Tensor) -> torch.Tensor:
+        """Return a view of a buffer, [B, Hkv, room, d]."""
+        return buffer.transpose(1, 2) if self._tokens_first else buffer
 
     def _make_plan(self) -> DecodePlan:
         lengths = self.prefix.prefix_lengths

@@ -576,6 +576,9 @@ class StandInGraphs(Graphs):
     def __init__(self):
         self._graph, self._steps, self.eager, self.graphs = None, 0, 0, []
 
+    def close(self):
+        self.closed = True
+
     def _on_side_stream(self, step):
         self.eager += 1
         step()
@@ -605,6 +608,7 @@ def test_each_step_runs_once_with_graphs(setup):
             monkeypatch_graphs.undo()
     assert torch.equal(got.tokens, expected.tokens) and torch.equal(got.logp, expected.logp)
     (graphs,) = used
+    assert graphs.closed
     # BLOCK steps, BLOCK steps, and LEAST_REPLAYS steps, of which one is the warm-up, so the rest is too short.
     assert [graph.replays for graph in graphs.graphs] == [BLOCK - 1, BLOCK - 1]
     assert graphs.eager == 2 + LEAST_REPLAYS

@@ -40,9 +40,10 @@ def prefilled():
     return cache, seen
 
 
-def test_decoding_beyond_a_block_while_rows_end():
+@pytest.mark.parametrize("tokens_first", [True, False])
+def test_decoding_beyond_a_block_while_rows_end(tokens_first):
     prefix, seen = prefilled()
-    cache = DecodeCache(prefix, [2, 3, 1])
+    cache = DecodeCache(prefix, [2, 3, 1], tokens_first=tokens_first)
     owner = [0, 0, 1, 1, 1, 2]
     own = [[[] for _ in owner] for _ in range(LAYERS)]
     for t in range(BLOCK + 6):
@@ -64,7 +65,9 @@ def test_decoding_beyond_a_block_while_rows_end():
                 wanted = dense(q[row], keys, values)
                 assert torch.allclose(out[row].transpose(0, 1), wanted, rtol=0, atol=1e-12)
         cache.advance()
-    assert {tuple(buffer.shape) for buffer in cache.keys + cache.values} == {(1, 2 * BLOCK, KV_HEADS, SIZE)}
+    assert {tuple(buffer.shape) for buffer in cache.keys + cache.values} == {
+        (1, 2 * BLOCK, KV_HEADS, SIZE) if tokens_first else (1, KV_HEADS, 2 * BLOCK, SIZE)
+    }
 
 
 def test_a_token_beyond_the_buffers_is_refused():

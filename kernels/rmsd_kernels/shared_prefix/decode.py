@@ -143,16 +143,16 @@ def _decode(
             f"got {len(q)} and {len(prefix_k)}"
         )
     if own_lengths is not None and own_lengths.device.type == "cpu":
-        outside = [used for used in own_lengths.tolist() if not 1 <= used <= own_k.shape[2]]
-        if outside:
-            raise ValueError(f"own_lengths: expected numbers from 1 to t={own_k.shape[2]}, got {outside[0]}")
+        used = own_lengths.tolist()
+        if min(used) < 1 or max(used) > own_k.shape[2]:
+            raise ValueError(f"own_lengths: expected numbers from 1 to t={own_k.shape[2]}, got {used}")
     with torch.autocast(q.device.type, enabled=False):
         folded = adjacent(q).unflatten(1, (own_k.shape[1], -1))  # [B, Hkv, r, d]
         backend = backend_of(q, impl)
         out, lse = backend.attend_own(folded, own_k, own_v, own_lengths, scale)
         edges = (group_queries, group_keys)
         prefix_out, prefix_lse = backend.attend_prefixes(folded, prefix_k, prefix_v, prefixes, rows, edges, scale)
-        merge_(out, lse, prefix_out, prefix_lse)
+        merge_(out, lse, prefix_out, prefix_lse, needs_lse=False)
         return out.to(q.dtype).contiguous()
 
 

@@ -89,6 +89,12 @@ class Segments(NamedTuple):
         """Return the same for each group's rows over its prefix, with k, v [Tp, Hkv, d]."""
         k, v = map(adjacent, (k, v))
         batch, kv_heads, fold, _ = q.shape
+        if len(prefixes) == 1:
+            # Without other groups, nothing has to be put together.
+            query = q.transpose(0, 1).flatten(1, 2).unsqueeze(0)
+            out, lse = self.attend(query, _as_batch(k), _as_batch(v), False, scale)
+            out, lse = (t[0].unflatten(1, (batch, fold)) for t in (out, lse))
+            return out.transpose(0, 1).flatten(1, 2), lse.transpose(1, 2).flatten(0, 1)
         out = q.new_empty(q.shape, dtype=accumulation_dtype(q))
         lse = q.new_empty(kv_heads, batch, fold, dtype=accumulation_dtype(q))
         row = key = 0
@@ -142,12 +148,15 @@ def cpu_flash_backward(d_out, q, k, v, out, lse, causal: bool, scale: float) -> 
 
 def cpu_flash_first(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     # Reading numbers costs nothing on a CPU, and calls on slices give the same bits as calls on tensors of that length.
+    numbers = lengths.tolist()
+    if min(numbers) == max(numbers):
+        return cpu_flash(q, k[:, :, : numbers[0]], v[:, :, : numbers[0]], False, scale)
     calls, row = [], 0
-    for used, sequences in groupby(lengths.tolist()):
+    for used, sequences in groupby(numbers):
         rows = slice(row, row + len(list(sequences)))
         calls.append(cpu_flash(q[rows], k[rows, :, :used], v[rows, :, :used], False, scale))
         row = rows.stop
-    return calls[0] if len(calls) == 1 else tuple(map(torch.cat, zip(*calls, strict=True)))
+    return tuple(map(torch.cat, zip(*calls, strict=True)))
 
 
 def explicit(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
