@@ -246,12 +246,11 @@ GROUPS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
             ),
             Chart(
                 "Rollouts",
-                "shares: cut at the token limit, with a valid answer, with an empty answer; mass of banned ids",
+                "shares: cut at the token limit, with a valid answer, with an empty answer",
                 (
                     ("rollout/truncated_share", "truncated"),
                     ("rollout/valid_share", "valid"),
                     ("rollout/empty_share", "empty"),
-                    ("rollout/banned_mass", "banned mass"),
                 ),
                 y_range=(0.0, 1.0),
             ),
