@@ -426,6 +426,19 @@ def test_dry_run_of_the_other_family(tmp_path, capsys):
     assert "fits in 80.0 GiB" in told and re.search(r"vision +\d", told) and "not ready: provide" in told
 
 
+def test_graphs_of_decoding_steps_hold_logits_of_their_own(simple_counts):
+    """4 prompts of 8 rows, in the vocabulary of Qwen3-VL: 26 bytes per logit."""
+
+    def rollout_bytes(device: str, *overrides: str) -> int:
+        settings = load_settings("rmsd_qwen3vl_4b_lora_24gb", ["rollout.max_new_tokens=1024", *overrides])
+        stages = plan_memory(settings, config_4b(), processes=1, device=device).stages
+        return stages["distill"].phases["rollout"]["rollout"]
+
+    logits = 32 * 151936 * 26
+    assert rollout_bytes("cuda") - rollout_bytes("cuda", "rollout.cuda_graphs=false") == logits
+    assert rollout_bytes("cpu") == rollout_bytes("cpu", "rollout.cuda_graphs=false")
+
+
 def test_quantizing_is_named_if_it_makes_a_run_fit(simple_counts):
     settings = load_settings("rmsd_qwen3vl_4b_lora")
     plan = plan_memory(settings, config_4b(), processes=1, device="cuda")
