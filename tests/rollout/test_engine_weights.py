@@ -14,7 +14,7 @@ from rmsd_fast.config import ModelConfig, ModelError, NotInstalled, SettingsErro
 from rmsd_fast.models.adapters import POLICY, adapted_layers, add_adapter, merged_weights
 from rmsd_fast.models.policy import Policy
 from rmsd_fast.models.students import freeze, load_student
-from rmsd_fast.rollout import vllm, weights
+from rmsd_fast.rollout import vllm, vllm_process, weights
 from rmsd_fast.rollout.base import Sampling
 from rmsd_fast.rollout.weights import bit_sum, group_sums, source_weights, stream, weight_group
 from rmsd_fast.runtime.engine import Engine
@@ -163,7 +163,7 @@ def batch(removed=(), added=(), moved=()):
 
 def test_the_mask_excludes_banned_ids_and_measures_their_mass():
     """Probabilities 0.1, 0.2, 0.3, 0.4 at temperature 1; at 0.5, their squares divided by 0.3."""
-    mask = vllm._BannedMask(BANNED, eos_id=0)
+    mask = vllm_process.BannedMask(BANNED, eos_id=0)
     logits = torch.tensor([[0.1, 0.2, 0.3, 0.4]]).log()
     for temperature, banned in ((1.0, 0.6), (0.5, (0.04 + 0.16) / 0.3)):
         mask.begin(temperature)
@@ -177,7 +177,7 @@ def test_the_mask_excludes_banned_ids_and_measures_their_mass():
 
 
 def test_the_mask_ends_rows_whose_logits_are_not_finite():
-    mask = vllm._BannedMask(BANNED, eos_id=2)
+    mask = vllm_process.BannedMask(BANNED, eos_id=2)
     mask.begin(1.0)
     mask.update_rows(batch(added=[(0, row(1)), (1, row(2))]))
     masked = mask.apply(torch.tensor([[0.0, 0.0, 0.0, 0.0], [torch.nan, 1.0, 0.0, 0.0]]))
@@ -188,7 +188,7 @@ def test_the_mask_ends_rows_whose_logits_are_not_finite():
 
 def test_the_mask_follows_rows_of_the_batch():
     """The banned mass of each row is 1/4, 2/4 or 3/4, by which the rows are recognized."""
-    mask = vllm._BannedMask(torch.tensor([0]), eos_id=1)
+    mask = vllm_process.BannedMask(torch.tensor([0]), eos_id=1)
     mask.begin(1.0)
     logits = {seed: torch.tensor([seed / 4, 1 - seed / 4]).log() for seed in (1, 2, 3)}
 
@@ -212,7 +212,7 @@ def test_the_mask_follows_rows_of_the_batch():
 
 def test_a_later_value_of_a_position_replaces_the_former():
     """vLLM may sample after a part of the prompt, and drops that token."""
-    mask = vllm._BannedMask(torch.tensor([0]), eos_id=1)
+    mask = vllm_process.BannedMask(torch.tensor([0]), eos_id=1)
     mask.begin(1.0)
     mask.update_rows(batch(added=[(0, row(1))]))
     for banned in (0.25, 0.5):
@@ -240,10 +240,10 @@ def test_versions(monkeypatch, package, installed, accepted):
 
     monkeypatch.setattr(importlib.metadata, "version", version)
     if accepted:
-        assert vllm.check_vllm() == installed
+        assert vllm_process.check_vllm() == installed
         return
     with pytest.raises(NotInstalled, match=r"expected vllm>=0.32,<0.33, the tested versions, got 0.31.2; run pip"):
-        vllm.check_vllm()
+        vllm_process.check_vllm()
 
 
 def test_lengths_are_checked_before_training():
@@ -275,7 +275,7 @@ def test_missing_package(monkeypatch):
 
     monkeypatch.setattr(importlib.metadata, "version", version)
     with pytest.raises(NotInstalled, match=r"expected the package vllm, got none; run pip install 'vllm>=0.32,<0.33'"):
-        vllm.check_vllm()
+        vllm_process.check_vllm()
 
 
 def test_refused_settings():

@@ -25,7 +25,7 @@ from rmsd_fast.models.adapters import POLICY, adapted_layers
 from rmsd_fast.models.export import export_student
 from rmsd_fast.models.shared_prefix import disable_shared_prefix, enable_shared_prefix
 from rmsd_fast.models.students import embed, encode_media, load_student
-from rmsd_fast.rollout import vllm
+from rmsd_fast.rollout import vllm, vllm_process
 from rmsd_fast.rollout.base import RolloutError, Sampling
 from rmsd_fast.rollout.hf import HfRollout
 from rmsd_fast.runtime.metrics import PhaseTimer
@@ -415,10 +415,10 @@ def test_packed_weights_are_refused():
         layer = torch.nn.Linear(64, 32, bias=False, dtype=dtype)
         dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
         with pytest.raises(NotInstalled, match="got a packed copy in 0; set rollout.engine=hf"):
-            vllm._check_plain(torch.nn.Sequential(layer))
-        with vllm._plain_cpu_layers(torch.device("cpu")):
+            vllm_process.check_plain(torch.nn.Sequential(layer))
+        with vllm_process._plain_cpu_layers(torch.device("cpu")):
             dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
-        vllm._check_plain(torch.nn.Sequential(layer))
+        vllm_process.check_plain(torch.nn.Sequential(layer))
         x = torch.randn(3, 64, dtype=dtype)
         with torch.no_grad():
             layer.weight.copy_(torch.randn(32, 64))
