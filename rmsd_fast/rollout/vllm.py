@@ -22,7 +22,7 @@ from rmsd_fast.config import ModelError, SettingsError, first_line
 from rmsd_fast.data.prompts import Prompt, PromptBuilder
 from rmsd_fast.models.students import DTYPES, MediaFeatures, Student, encode_media
 from rmsd_fast.rollout.base import PolicyEngine, Rollout, RolloutError, Sampling
-from rmsd_fast.rollout.vllm_process import GIB, check_plain, check_vllm, shut_down, start_engine
+from rmsd_fast.rollout.vllm_process import GIB, PROMPT_INDEX, check_plain, check_vllm, shut_down, start_engine
 from rmsd_fast.rollout.weights import SourceWeight, bit_sum, group_sums, source_weights, stream, weight_group
 
 FAMILY = "Qwen3-VL"
@@ -278,11 +278,11 @@ class VllmRollout:
         for index, prompt in enumerate(prompts):
             inputs = self._inputs(prompt, features, index)
             self._check_prompt(prompt, inputs, sampling)
-            requests[str(index)] = inputs, self._params(prompt, sampling)
+            requests[str(index)] = inputs, self._params(prompt, sampling, index)
         finished = self._run(requests)
         corrections = self._mask.take()
         groups = [
-            self._rollouts(prompt, finished[str(index)], sampling, corrections, policy_version)
+            self._rollouts(prompt, index, finished[str(index)], sampling, corrections, policy_version)
             for index, prompt in enumerate(prompts)
         ]
         self._sleep()
@@ -345,7 +345,7 @@ class VllmRollout:
         return mm_input(ids, MultiModalKwargsItems(items), hashes, ranges, cache_salt=salt)
 
     def _check_prompt(self, prompt: Prompt, inputs: Any, sampling: Sampling) -> None:
-        """Raise RolloutError if a prompt is too long, or if vLLM gives its tokens other positions than the trainer."""
+        """Raise RolloutError if a prompt is too long, or if it or its response has other positions in vLLM."""
         from vllm.multimodal.inputs import MultiModalFeatureSpec
 
         name = f"question {prompt.question.id!r}"
@@ -360,11 +360,18 @@ class VllmRollout:
             for kind, places in inputs.get("mm_placeholders", {}).items()
             for item, place in zip(inputs["mm_kwargs"][kind], places, strict=True)
         ]
-        positions, _ = self._model.get_mrope_input_positions(inputs["prompt_token_ids"], features)
+        positions, delta = self._model.get_mrope_input_positions(inputs["prompt_token_ids"], features)
         if not torch.equal(positions, prompt.position_ids):
             raise RolloutError(f"{name}: expected the trainer's position ids in vLLM, got others; {_ADVICE}")
+        # vLLM adds this difference to the index of each token of the response.
+        first = len(prompt.input_ids) + delta
+        if first != prompt.next_position:
+            raise RolloutError(
+                f"{name}: expected the response to begin at position {prompt.next_position} in vLLM, got {first}; "
+                f"{_ADVICE}"
+            )
 
-    def _params(self, prompt: Prompt, sampling: Sampling) -> Any:
+    def _params(self, prompt: Prompt, sampling: Sampling, index: int) -> Any:
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
         return SamplingParams(
@@ -372,6 +379,8 @@ class VllmRollout:
             output_kind=RequestOutputKind.FINAL_ONLY,
             # vLLM adds the index of the response.
             seed=_seed(sampling, prompt.question.id),
+            # Two copies of a question have the same seeds, but may diverge by rounding.
+            extra_args={PROMPT_INDEX: index},
             temperature=sampling.temperature,
             max_tokens=sampling.max_new_tokens,
             logprobs=0,
@@ -383,9 +392,10 @@ class VllmRollout:
     def _rollouts(
         self,
         prompt: Prompt,
+        prompt_index: int,
         output: Any,
         sampling: Sampling,
-        corrections: dict[tuple[int, int], float],
+        corrections: dict[tuple[int, int, int], float],
         policy_version: int,
     ) -> list[Rollout]:
         """Return the rollouts of a prompt, after checking vLLM's output."""
@@ -397,7 +407,7 @@ class VllmRollout:
         group = []
         for index, completion in enumerate(sorted(output.outputs, key=lambda completion: completion.index)):
             ids, seed = list(completion.token_ids), _seed(sampling, prompt.question.id) + index
-            steps = [corrections.get((seed, position)) for position in range(len(ids))]
+            steps = [corrections.get((prompt_index, seed, position)) for position in range(len(ids))]
             if not ids or completion.logprobs is None or len(completion.logprobs) != len(ids) or None in steps:
                 raise RolloutError(
                     f"{name}: expected tokens with log-probs in rollout {index}, got {len(ids)} tokens and "

