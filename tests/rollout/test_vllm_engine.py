@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import sys
 import time
 import weakref
 from contextlib import contextmanager
@@ -37,7 +38,6 @@ pytestmark = [
     pytest.mark.vllm,
     pytest.mark.slow,
     pytest.mark.timeout(900),
-    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="this Python has no vLLM (make test-vllm)"),
 ]
 ENGINE = ("rollout.engine=vllm", "rollout.vllm_kv_cache_gib=0.1", "model.dtype=float32", "runtime.zero_stage=2")
 SMALL = ("rollout.n=3", "rollout.max_new_tokens=10", "data.max_prompt_tokens=500", "micro_tokens=600")
@@ -46,6 +46,14 @@ GREEDY = Sampling(n=1, temperature=0.0, max_new_tokens=10)
 SAMPLING = Sampling(n=3, temperature=0.8, max_new_tokens=10, seed=3, step=4)
 # Equal models differ by rounding only; a fault changes log-probs by far more.
 ROUNDING, FAULT = 1e-4, 1e-3
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _has_vllm():
+    """Fail if only another Python has vLLM, which RMSD_VLLM_PYTHON names. A skip would look like a success."""
+    assert importlib.util.find_spec("vllm"), (
+        f"{sys.executable} does not have vLLM, which these tests import; run make test-vllm ARGS=tests/rollout"
+    )
 
 
 @pytest.fixture(scope="module")
