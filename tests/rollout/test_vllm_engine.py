@@ -483,7 +483,7 @@ def stage2_steps(state, material, steps=3):
 
 
 def check_agreement(lines, *, largest_kl=1e-5, largest_difference=1e-5):
-    """Check that engine and trainer agree. The importance ratio alone cannot show that: its mean is 1 for any engine."""
+    """Check that engine and trainer agree. The mean importance ratio is 1 for any engine."""
     for line in lines:
         assert line["policy/importance_ratio"] == pytest.approx(1, abs=10 * largest_kl)
         assert abs(line["policy/engine_kl"]) < largest_kl
