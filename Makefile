@@ -10,7 +10,7 @@
 #   VLLM_PYTHON   test-vllm: interpreter that has vLLM and the trainer's dependencies; by default, the target installs
 #              vLLM's CPU build and the trainer's dependencies into .venv-vllm
 #   SUDO       yes = use sudo for apt-get without asking, no = never; the default asks on a terminal, and otherwise means no
-#   ARGS       demo: recipe and a.b=c settings; test, bench: pytest's arguments
+#   ARGS       demo: recipe and a.b=c settings; test, test-vllm, bench: pytest's arguments
 #   RMSD_FAST_NATIVE   1 = a failed build of the native ops is an error, 0 = leave them out (see setup.py)
 
 SHELL := /bin/bash
@@ -169,12 +169,22 @@ $(VLLM_STAMP): | python
 	@DS_BUILD_OPS=0 $(VLLM_PIP) install $(PIP_SHOWS) $(PIP_ARGS) --no-build-isolation $(VLLM_TRAINER)
 	@mkdir -p $(@D) && rm -f $(@D)/vllm-* && touch $@
 
+# Tests of the collector start a server with VLLM_PYTHON. Tests of the rollout engine import vLLM, so VLLM_PYTHON runs them.
+VLLM_ROLLOUTS := $(if $(ARGS),$(findstring tests/rollout,$(ARGS)),yes)
+VLLM_COLLECTOR := $(if $(ARGS),$(findstring tests/collect,$(ARGS)),yes)
+ifneq ($(filter test-vllm,$(MAKECMDGOALS)),)
+ifneq ($(words $(VLLM_ROLLOUTS) $(VLLM_COLLECTOR)),$(if $(ARGS),1,2))
+$(error ARGS: expected tests in either tests/collect or tests/rollout, got '$(ARGS)'; run make test-vllm once for each)
+endif
+endif
+
 # sitecustomize.py in tests/helpers/server_site lets a CPU torch import torchvision.
 test-vllm: dev $(if $(filter $(VLLM_VENV)/%,$(VLLM_PYTHON)),$(VLLM_STAMP)) ## test collector and rollouts with a real vLLM on the CPU
-	@$(RUN_ENV) RMSD_VLLM_PYTHON=$(abspath $(VLLM_PYTHON)) $(BIN)/python -m pytest -q -rs --durations=15 -m vllm \
-		$(or $(ARGS),tests/collect)
-	@$(if $(ARGS),,$(RUN_ENV) PYTHONPATH=$(CURDIR):$(CURDIR)/kernels:$(CURDIR)/tests/helpers/server_site \
-		$(VLLM_PYTHON) -m pytest -q -rs --durations=15 -m vllm tests/rollout)
+	@$(if $(VLLM_COLLECTOR),$(RUN_ENV) RMSD_VLLM_PYTHON=$(abspath $(VLLM_PYTHON)) \
+		$(BIN)/python -m pytest -q -rs --durations=15 -m vllm $(or $(ARGS),tests/collect))
+	@$(if $(VLLM_ROLLOUTS),$(RUN_ENV) RMSD_VLLM_PYTHON=$(abspath $(VLLM_PYTHON)) \
+		PYTHONPATH=$(CURDIR):$(CURDIR)/kernels:$(CURDIR)/tests/helpers/server_site \
+		$(VLLM_PYTHON) -m pytest -q -rs --durations=15 -m vllm $(or $(ARGS),tests/rollout))
 
 lint: $(TEST_STAMP) ## check style with ruff
 	@$(BIN)/ruff check .

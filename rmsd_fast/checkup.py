@@ -27,7 +27,7 @@ from rmsd_fast.data.video import Frames
 from rmsd_fast.models.folders import resolve_folder
 from rmsd_fast.models.students import MediaFeatures
 from rmsd_fast.rollout.base import Rollout
-from rmsd_fast.rollout.vllm import PACKAGES as VLLM_PACKAGES
+from rmsd_fast.rollout.vllm_process import PACKAGES as VLLM_PACKAGES
 from rmsd_fast.runtime.engine import release_memory
 from rmsd_fast.runtime.process_group import World, any_rank, global_max, global_sum, on_main
 from rmsd_fast.setting_rules import makes_rollouts

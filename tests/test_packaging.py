@@ -1,9 +1,10 @@
-"""Test wheels: they have both packages and the recipes, and the native library if it was built."""
+"""Test wheels, which have both packages, the recipes and the native library if it was built, and `make test-vllm`."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -108,6 +109,40 @@ def test_native_switch(tmp_path: Path, mode: str, message: str) -> None:
     done = build_wheel(tmp_path, RMSD_FAST_NATIVE=mode)
     assert message in done.stdout + done.stderr
     assert (done.returncode == 0) == (mode == "0")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "collector", "rollouts"),
+    [
+        ("", "tests/collect", "tests/rollout"),
+        ("tests/collect -k cost", "tests/collect -k cost", ""),
+        ("tests/rollout -k sync", "", "tests/rollout -k sync"),
+    ],
+)
+def test_the_rollouts_of_vllm_are_tested_with_its_python(arguments: str, collector: str, rollouts: str) -> None:
+    done = _test_vllm(arguments)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.replace("\\\n", "").splitlines()
+    runs = [re.search(r"(\S+)/bin/python -m pytest .* -m vllm +(.*)", line) for line in lines if "-m vllm" in line]
+    assert [(run[1], run[2].strip()) for run in runs] == [
+        (venv, tests) for venv, tests in (("own", collector), ("theirs", rollouts)) if tests
+    ]
+
+
+@pytest.mark.parametrize("arguments", ["-k sync", "tests/collect tests/rollout", "tests/method"])
+def test_the_python_of_vllm_tests_must_be_clear(arguments: str) -> None:
+    done = _test_vllm(arguments)
+    assert done.returncode == 2
+    assert f"ARGS: expected tests in either tests/collect or tests/rollout, got '{arguments}'" in done.stderr
+
+
+def _test_vllm(arguments: str) -> subprocess.CompletedProcess:
+    """Print the commands of `make test-vllm` without running them."""
+    if shutil.which("make") is None:
+        pytest.skip("needs make")
+    environment = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL")}
+    made = ["make", "-n", "test-vllm", "SET=cpu", "VENV=own", "VLLM_PYTHON=theirs/bin/python", f"ARGS={arguments}"]
+    return subprocess.run(made, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False)
 
 
 def test_version_and_extras_of_the_installed_package() -> None:

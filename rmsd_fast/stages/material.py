@@ -24,7 +24,8 @@ from rmsd_fast.models.liger import check_liger
 from rmsd_fast.models.quantize import import_bitsandbytes
 from rmsd_fast.models.students import DTYPES
 from rmsd_fast.rollout.dump import INFO
-from rmsd_fast.rollout.vllm import check_family, check_length, check_vllm
+from rmsd_fast.rollout.vllm import check_family, check_length
+from rmsd_fast.rollout.vllm_process import check_vllm
 from rmsd_fast.runtime.engine import import_adamw_8bit
 from rmsd_fast.runtime.process_group import World, on_main
 from rmsd_fast.runtime.trackers import check_trackers

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from rmsd_fast.config import RunConfig, SettingsError
+from rmsd_fast.config import ACCURACY_STEPS, RunConfig, SettingsError
 from rmsd_fast.data.errors import counted
 from rmsd_fast.files import FolderLock, file_digest, remove_leftovers, sync_folder
 from rmsd_fast.models.folders import model_digests, resolve_folder
@@ -107,15 +107,15 @@ def check_dump_folder(settings: RunConfig, resume: Path | None) -> None:
         run = read_info(folder, "rollout.dump").run
         if not dumped_steps(folder) or (resume is not None and run == resume.resolve().name):
             return
-        found = f"the rollouts of {run}"
+        contents = f"the rollouts of {run}"
     else:
         # A lock and temporary files of a killed run.
         names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
         if not names:
             return
-        found = names[0]
+        contents = names[0]
     raise SettingsError(
-        f"rollout.dump: expected a new or empty folder, got {found} in {folder}; choose another folder, or delete it"
+        f"rollout.dump: expected a new or empty folder, got {contents} in {folder}; choose another folder, or delete it"
     )
 
 
@@ -160,11 +160,14 @@ def begin_dump(
                 f"rollout.dump={folder}: expected the student and the questions of its earlier steps, got others; "
                 "choose another folder"
             )
-        if len(kept) < first:
+        warm_up = warm_up_steps(settings)
+        if missing := _missing_steps(settings, kept, first):
             log.warning(
-                "%s: %s before the next step are missing; a run can only replay a dump with all steps",
+                "%s: the rollouts of %s before the next step are missing (%s); a run can only replay a dump with all "
+                "steps",
                 folder,
-                counted(first - len(kept), "step"),
+                counted(len(missing), "step"),
+                _name_steps(missing, warm_up),
             )
         write_info(folder, info)
 
@@ -261,25 +264,40 @@ def check_replay(settings: RunConfig, student: Path | None, questions: str) -> l
             f"{where}: expected the student with which {info.run} began its rollouts, got {student}, which differs in "
             f"{', '.join(names[:3])}; set model.path={info.student_path}"
         )
-    available = set(dumped_steps(folder))
-    missing = [step for step in rollout_steps(settings) if step not in available]
+    available = dumped_steps(folder)
     warm_up = warm_up_steps(settings)
-    # A warm-up that reaches its goal ends early, and so does its replay.
-    if settings.discriminator.warm_up_accuracy is not None:
-        missing = [step for step in missing if step >= warm_up]
-    if missing:
+    if missing := _missing_steps(settings, available, len(rollout_steps(settings))):
         last = missing[0] - warm_up
         fewer = f"set distill.steps={last}, or " if last > 0 else ""
+        complete = f"continue {info.run}, which wrote it, to its end"
+        if available and available[-1] > missing[0]:
+            complete = "restore the missing files"
+            if missing[0] < warm_up and settings.discriminator.warm_up_accuracy is None:
+                complete += ", or set discriminator.warm_up_accuracy as in that run"
         raise SettingsError(
             f"{where}: expected the rollouts of every step, got none for {_name_steps(missing, warm_up)}; {fewer}"
-            f"continue {info.run}, which wrote it, to its end"
+            f"{complete}"
         )
-    needed = [step for step in rollout_steps(settings) if step in available]
+    needed = [step for step in available if step in rollout_steps(settings)]
     size = 0
     for step in needed:
         read_step(folder, step, info.key)
         size += step_file(folder, step).stat().st_size
     return [f"rollout.replay: {counted(len(needed), 'step')} of {info.run}, {size / 2**20:.1f} MiB"]
+
+
+def _missing_steps(settings: RunConfig, available: Sequence[int], following: int) -> list[int]:
+    """Return the rollout steps before step `following` that a dump lacks although its run must have taken them.
+
+    A warm-up with `discriminator.warm_up_accuracy` may end early, after at least `ACCURACY_STEPS` steps, and so does
+    its replay. The dump then lacks the last steps of the warm-up, and no earlier ones.
+    """
+    missing = sorted(set(range(following)).difference(available))
+    warm_up = warm_up_steps(settings)
+    if settings.discriminator.warm_up_accuracy is None or following < warm_up:
+        return missing
+    end = max((step + 1 for step in available if step < warm_up), default=0)
+    return [step for step in missing if step < end or step >= warm_up or end < ACCURACY_STEPS]
 
 
 def _settings(settings: RunConfig) -> dict:

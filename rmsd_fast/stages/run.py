@@ -26,7 +26,7 @@ from rmsd_fast.models.export import export_student, fill_export
 from rmsd_fast.models.folders import model_digests
 from rmsd_fast.models.liger import describe_liger
 from rmsd_fast.models.students import Student
-from rmsd_fast.rollout.vllm import check_vllm
+from rmsd_fast.rollout.vllm_process import check_vllm
 from rmsd_fast.runtime.checkpoint import (
     Checkpoint,
     find_checkpoint,

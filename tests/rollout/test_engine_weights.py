@@ -14,7 +14,7 @@ from rmsd_fast.config import ModelConfig, ModelError, NotInstalled, SettingsErro
 from rmsd_fast.models.adapters import POLICY, adapted_layers, add_adapter, merged_weights
 from rmsd_fast.models.policy import Policy
 from rmsd_fast.models.students import freeze, load_student
-from rmsd_fast.rollout import vllm, weights
+from rmsd_fast.rollout import vllm, vllm_process, weights
 from rmsd_fast.rollout.base import Sampling
 from rmsd_fast.rollout.weights import bit_sum, group_sums, source_weights, stream, weight_group
 from rmsd_fast.runtime.engine import Engine
@@ -152,8 +152,8 @@ def test_the_policy_of_a_shared_backbone_is_merged_without_the_discriminator(fol
 BANNED = torch.tensor([1, 3])
 
 
-def row(seed, ids=()):
-    return SimpleNamespace(seed=seed), None, list(ids)
+def row(seed, ids=(), prompt=0):
+    return SimpleNamespace(seed=seed, extra_args={vllm_process.PROMPT_INDEX: prompt}), None, list(ids)
 
 
 def batch(removed=(), added=(), moved=()):
@@ -163,7 +163,7 @@ def batch(removed=(), added=(), moved=()):
 
 def test_the_mask_excludes_banned_ids_and_measures_their_mass():
     """Probabilities 0.1, 0.2, 0.3, 0.4 at temperature 1; at 0.5, their squares divided by 0.3."""
-    mask = vllm._BannedMask(BANNED, eos_id=0)
+    mask = vllm_process.BannedMask(BANNED, eos_id=0)
     logits = torch.tensor([[0.1, 0.2, 0.3, 0.4]]).log()
     for temperature, banned in ((1.0, 0.6), (0.5, (0.04 + 0.16) / 0.3)):
         mask.begin(temperature)
@@ -171,31 +171,31 @@ def test_the_mask_excludes_banned_ids_and_measures_their_mass():
         masked = mask.apply(logits.clone())
         assert masked[0, [1, 3]].eq(-torch.inf).all() and torch.equal(masked[0, [0, 2]], logits[0, [0, 2]])
         ((key, value),) = mask.take().items()
-        assert key == (7, 2)
+        assert key == (0, 7, 2)
         assert value == pytest.approx(math.log(1 - banned), abs=1e-6)
         assert mask.take() == {}
 
 
 def test_the_mask_ends_rows_whose_logits_are_not_finite():
-    mask = vllm._BannedMask(BANNED, eos_id=2)
+    mask = vllm_process.BannedMask(BANNED, eos_id=2)
     mask.begin(1.0)
     mask.update_rows(batch(added=[(0, row(1)), (1, row(2))]))
     masked = mask.apply(torch.tensor([[0.0, 0.0, 0.0, 0.0], [torch.nan, 1.0, 0.0, 0.0]]))
     assert torch.equal(masked[1], torch.tensor([-torch.inf, -torch.inf, 0.0, -torch.inf]))
     taken = mask.take()
-    assert taken[1, 0] == pytest.approx(math.log(0.5)) and math.isnan(taken[2, 0])
+    assert taken[0, 1, 0] == pytest.approx(math.log(0.5)) and math.isnan(taken[0, 2, 0])
 
 
 def test_the_mask_follows_rows_of_the_batch():
     """The banned mass of each row is 1/4, 2/4 or 3/4, by which the rows are recognized."""
-    mask = vllm._BannedMask(torch.tensor([0]), eos_id=1)
+    mask = vllm_process.BannedMask(torch.tensor([0]), eos_id=1)
     mask.begin(1.0)
     logits = {seed: torch.tensor([seed / 4, 1 - seed / 4]).log() for seed in (1, 2, 3)}
 
     def apply(*seeds):
         mask.apply(torch.stack([logits[seed] for seed in seeds]))
         taken = mask.take()
-        assert [key for key, _ in taken] == list(seeds)
+        assert [seed for _, seed, _ in taken] == list(seeds)
         assert [1 - math.exp(value) for value in taken.values()] == pytest.approx([seed / 4 for seed in seeds])
 
     mask.update_rows(batch(added=[(0, row(1)), (1, row(2)), (2, row(3))]))
@@ -212,12 +212,22 @@ def test_the_mask_follows_rows_of_the_batch():
 
 def test_a_later_value_of_a_position_replaces_the_former():
     """vLLM may sample after a part of the prompt, and drops that token."""
-    mask = vllm._BannedMask(torch.tensor([0]), eos_id=1)
+    mask = vllm_process.BannedMask(torch.tensor([0]), eos_id=1)
     mask.begin(1.0)
     mask.update_rows(batch(added=[(0, row(1))]))
     for banned in (0.25, 0.5):
         mask.apply(torch.tensor([[banned, 1 - banned]]).log())
-    assert mask.take() == {(1, 0): pytest.approx(math.log(0.5))}
+    assert mask.take() == {(0, 1, 0): pytest.approx(math.log(0.5))}
+
+
+def test_two_copies_of_a_question_keep_their_own_values():
+    """They have the same seed, and their logits differ as rounding may make them."""
+    mask = vllm_process.BannedMask(torch.tensor([0]), eos_id=1)
+    mask.begin(1.0)
+    mask.update_rows(batch(added=[(0, row(9, prompt=2)), (1, row(9, prompt=5))]))
+    mask.apply(torch.tensor([[0.25, 0.75], [0.5, 0.5]]).log())
+    expected = {(2, 9, 0): pytest.approx(math.log(0.75)), (5, 9, 0): pytest.approx(math.log(0.5))}
+    assert mask.take() == expected
 
 
 def test_seeds_depend_on_run_step_and_question():
@@ -240,10 +250,10 @@ def test_versions(monkeypatch, package, installed, accepted):
 
     monkeypatch.setattr(importlib.metadata, "version", version)
     if accepted:
-        assert vllm.check_vllm() == installed
+        assert vllm_process.check_vllm() == installed
         return
     with pytest.raises(NotInstalled, match=r"expected vllm>=0.32,<0.33, the tested versions, got 0.31.2; run pip"):
-        vllm.check_vllm()
+        vllm_process.check_vllm()
 
 
 def test_lengths_are_checked_before_training():
@@ -275,7 +285,7 @@ def test_missing_package(monkeypatch):
 
     monkeypatch.setattr(importlib.metadata, "version", version)
     with pytest.raises(NotInstalled, match=r"expected the package vllm, got none; run pip install 'vllm>=0.32,<0.33'"):
-        vllm.check_vllm()
+        vllm_process.check_vllm()
 
 
 def test_refused_settings():

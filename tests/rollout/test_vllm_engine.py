@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import sys
 import time
 import weakref
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from rmsd_fast.models.adapters import POLICY, adapted_layers
 from rmsd_fast.models.export import export_student
 from rmsd_fast.models.shared_prefix import disable_shared_prefix, enable_shared_prefix
 from rmsd_fast.models.students import embed, encode_media, load_student
-from rmsd_fast.rollout import vllm
+from rmsd_fast.rollout import vllm, vllm_process
 from rmsd_fast.rollout.base import RolloutError, Sampling
 from rmsd_fast.rollout.hf import HfRollout
 from rmsd_fast.runtime.metrics import PhaseTimer
@@ -37,15 +38,23 @@ pytestmark = [
     pytest.mark.vllm,
     pytest.mark.slow,
     pytest.mark.timeout(900),
-    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="this Python has no vLLM (make test-vllm)"),
 ]
 ENGINE = ("rollout.engine=vllm", "rollout.vllm_kv_cache_gib=0.1", "model.dtype=float32", "runtime.zero_stage=2")
+ENGINE += ("rollout.parity_every=1",)
 SMALL = ("rollout.n=3", "rollout.max_new_tokens=10", "data.max_prompt_tokens=500", "micro_tokens=600")
 LORA = ("model.adapter=lora", "model.lora_rank=4", "sft.train_vision=false", "distill.train_vision=false")
 GREEDY = Sampling(n=1, temperature=0.0, max_new_tokens=10)
 SAMPLING = Sampling(n=3, temperature=0.8, max_new_tokens=10, seed=3, step=4)
 # Equal models differ by rounding only; a fault changes log-probs by far more.
 ROUNDING, FAULT = 1e-4, 1e-3
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _has_vllm():
+    """Fail if only another Python has vLLM, which RMSD_VLLM_PYTHON names. A skip would look like a success."""
+    assert importlib.util.find_spec("vllm"), (
+        f"{sys.executable} does not have vLLM, which these tests import; run make test-vllm ARGS=tests/rollout"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -327,6 +336,41 @@ def test_other_positions_are_caught(state, prompts):
         sample(state, [shifted])
 
 
+def test_other_positions_of_the_response_are_caught(state, prompts, monkeypatch):
+    positions = state.rollouts._model.get_mrope_input_positions
+
+    def shifted(ids, features):
+        of_prompt, delta = positions(ids, features)
+        return of_prompt, delta + 1
+
+    monkeypatch.setattr(state.rollouts._model, "get_mrope_input_positions", shifted)
+    following = prompts[0].next_position
+    expected = f"expected the response to begin at position {following} in vLLM, got {following + 1}; set rollout"
+    with pytest.raises(RolloutError, match=expected):
+        sample(state, prompts[:1])
+
+
+def test_two_copies_of_a_question_keep_their_own_log_probs(state, prompts, monkeypatch):
+    """A banned id gets a higher logit in the second copy, which changes log-probs but not the sampled ids."""
+    mask, banned = state.rollouts._mask, int(state.builder.banned_ids[0])
+    apply = mask.apply
+    expected = sample(state, prompts[:1])[0]
+
+    def rigged(logits):
+        copies = [mask._rows[i][0] == 1 for i in range(len(logits))]
+        logits[copies, banned] = logits.amax() + 2
+        return apply(logits)
+
+    monkeypatch.setattr(mask, "apply", rigged)
+    first, second = sample(state, [prompts[0], prompts[0]])
+    for one, alone, two in zip(first, expected, second, strict=True):
+        assert torch.equal(one.token_ids, alone.token_ids) and torch.equal(one.token_ids, two.token_ids)
+        assert torch.allclose(one.logp, alone.logp, atol=ROUNDING)
+        assert one.banned_mass == pytest.approx(alone.banned_mass, abs=ROUNDING)
+        assert two.banned_mass > one.banned_mass + 0.05
+        assert (two.logp < one.logp - FAULT).all()
+
+
 @pytest.mark.parametrize("fault", ["missing", "another", "without deepstack", "swapped"])
 def test_another_video_shows_in_the_log_probs(state, prompts, fault):
     features = encode_media(state.student.model, prompts[:2])
@@ -415,10 +459,10 @@ def test_packed_weights_are_refused():
         layer = torch.nn.Linear(64, 32, bias=False, dtype=dtype)
         dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
         with pytest.raises(NotInstalled, match="got a packed copy in 0; set rollout.engine=hf"):
-            vllm._check_plain(torch.nn.Sequential(layer))
-        with vllm._plain_cpu_layers(torch.device("cpu")):
+            vllm_process.check_plain(torch.nn.Sequential(layer))
+        with vllm_process._plain_cpu_layers(torch.device("cpu")):
             dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
-        vllm._check_plain(torch.nn.Sequential(layer))
+        vllm_process.check_plain(torch.nn.Sequential(layer))
         x = torch.randn(3, 64, dtype=dtype)
         with torch.no_grad():
             layer.weight.copy_(torch.randn(32, 64))
@@ -438,9 +482,17 @@ def stage2_steps(state, material, steps=3):
     return [distill.step(state, prompts, number).metrics for number in range(steps)], prompts
 
 
+def check_agreement(lines, *, largest_kl=1e-5, largest_difference=1e-5):
+    """Check that engine and trainer agree. The mean importance ratio is 1 for any engine."""
+    for line in lines:
+        assert line["policy/importance_ratio"] == pytest.approx(1, abs=10 * largest_kl)
+        assert abs(line["policy/engine_kl"]) < largest_kl
+        assert line["parity/mean_difference"] < largest_difference
+
+
 def test_steps_of_stage_2(full, material):
     lines, _ = stage2_steps(full, material)
-    assert [line["policy/importance_ratio"] for line in lines] == pytest.approx([1] * 3, abs=1e-4)
+    check_agreement(lines)
     # The weights have changed between the steps.
     assert lines[0]["policy/kl"] < 1e-6 and lines[2]["policy/kl"] > 1e-4
 
@@ -459,7 +511,7 @@ def test_adapters(material, world):
     for layer in adapted_layers(state.student.model).values():
         layer.lora_B[POLICY].weight.data.normal_(0, 0.05)
     lines, prompts = stage2_steps(state, material)
-    assert [line["policy/importance_ratio"] for line in lines] == pytest.approx([1] * 3, abs=1e-4)
+    check_agreement(lines)
     assert lines[2]["policy/kl"] > 1e-4
     state.policy.module.activate()
     state.rollouts.update(state.policy, 4)
@@ -482,7 +534,7 @@ def test_untied_head_with_a_padded_vocabulary_in_bfloat16(material, world, tmp_p
     inputs = replace(material.inputs, model_path=str(tmp_path / "untied"))
     state = build(SimpleNamespace(folder=material.folder, inputs=inputs), world, "model.dtype=bfloat16")
     lines, prompts = stage2_steps(state, material, steps=2)
-    assert [line["policy/importance_ratio"] for line in lines] == pytest.approx([1] * 2, abs=0.05)
+    check_agreement(lines, largest_kl=0.005, largest_difference=0.02)
     state.rollouts.update(state.policy, 2)
     assert set(state.rollouts.weight_sums()) == {"embeddings", "layers.0", "layers.1", "norm", "head"}
     assert difference(state, prompts, sample(state, prompts)) < 0.05
@@ -526,7 +578,8 @@ def test_runs(tmp_path, processes, overrides, monkeypatch):
     run = only_run(tmp_path / "runs")
     before = metrics(run)
     steps = [line for line in before if line["stage"] == "distill"]
-    assert [line["policy/importance_ratio"] for line in steps] == pytest.approx([1] * 5, abs=1e-4)
+    assert len(steps) == 5
+    check_agreement(steps)
     assert steps[-1]["policy/kl"] > 1e-6
     if processes > 1:
         return

@@ -457,7 +457,8 @@ def test_a_resumed_run_continues_its_dump(dumped, folder, material, world, tmp_p
     assert begin(2).key == info.key and dumped_steps(path) == [0, 1] and not list(path.glob("*.tmp"))
     assert not caplog.messages
     begin(5)
-    assert "3 steps before the next step are missing" in caplog.text
+    expected = "the rollouts of 3 steps before the next step are missing (distill steps 2 to 4)"
+    assert expected in caplog.text
     with pytest.raises(SettingsError, match="expected the student and the questions of its earlier steps"):
         begin(2, train="others")
     settings.rollout.n = 5
@@ -466,6 +467,52 @@ def test_a_resumed_run_continues_its_dump(dumped, folder, material, world, tmp_p
     # Without earlier steps, the dump begins again.
     begin(0)
     assert dumped_steps(path) == [] and json.loads((path / "dump.json").read_text())["settings"]["rollout.n"] == 5
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "lost", "following", "named"),
+    [
+        # The dump has the first 8 steps of a warm-up of 12, and 2 steps of stage 2.
+        ("0.9", None, 14, None),
+        ("0.9", 1, 14, "warm_up step 2"),
+        ("0.9", 13, 14, "distill step 2"),
+        ("null", None, 14, "warm_up steps 9 to 12"),
+        # A warm-up takes at least 8 steps, over which it averages.
+        ("0.9", 7, 14, "warm_up steps 8 to 12"),
+        # The run continues from a checkpoint within the warm-up, which has not ended there.
+        ("0.9", None, 8, None),
+        ("0.9", None, 10, "warm_up steps 9 to 10"),
+    ],
+)
+def test_a_warm_up_that_ended_early_lacks_its_last_steps_only(
+    folder, material, world, tmp_path, caplog, accuracy, lost, following, named
+):
+    path = tmp_path / "dump"
+    path.mkdir()
+    early = ("discriminator.warm_up_steps=12", f"discriminator.warm_up_accuracy={accuracy}")
+    settings = settings_of(folder, f"rollout.dump={path}", *early)
+    files = {"model": model_digests(Path(material.model_path)), "train": file_digest(material.files["train"])}
+
+    def begin(step):
+        return begin_dump(settings, world, Path("runs/first"), {"files": files}, material.model_path, step)
+
+    key = begin(0).key
+    for step in (*range(8), 12, 13):
+        if step != lost:
+            write_step(path, step, pack([[rollout("a", 0, [1], [-0.1])]]), key)
+    replay = replaying(folder, path, *early)
+    accuracy_advice = ", or set discriminator.warm_up_accuracy as in that run" if accuracy == "null" else ""
+    if following == 14 and named:
+        expected = f"expected the rollouts of every step, got none for {named}; "
+        with pytest.raises(SettingsError, match=expected) as caught:
+            check_replay(replay, Path(material.model_path), files["train"])
+        advice = "continue first, which wrote it, to its end" if lost == 13 else "restore the missing files"
+        assert str(caught.value).endswith(advice + accuracy_advice)
+    elif following == 14:
+        (line,) = check_replay(replay, Path(material.model_path), files["train"])
+        assert line.startswith("rollout.replay: 10 steps of first")
+    begin(following)
+    assert (f"before the next step are missing ({named});" in caplog.text) if named else not caplog.messages
 
 
 def test_non_finite_rollouts_are_dumped_and_skip_the_step_again(folder, material, world, tmp_path):
