@@ -17,7 +17,7 @@ from rmsd_fast.command_line import Parser
 from rmsd_fast.process import run_main, tell
 
 if TYPE_CHECKING:
-    from rmsd_fast.checkup import Finding
+    from rmsd_fast.stages.checkup import Finding
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,8 +34,8 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         tell(f"rmsd_fast.doctor: {error}")
         return 2
-    from rmsd_fast.checkup import examine
     from rmsd_fast.program import run_program
+    from rmsd_fast.stages.checkup import examine
 
     findings: list[Finding] = []
 

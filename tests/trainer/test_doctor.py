@@ -13,10 +13,10 @@ import torch
 from material import tiny_settings
 from train_runs import MINI, environment
 
-from rmsd_fast.checkup import Finding, examine
 from rmsd_fast.config import SettingsError
 from rmsd_fast.rollout.hf import HfRollout
 from rmsd_fast.runtime.process_group import start, stop
+from rmsd_fast.stages.checkup import Finding, examine
 
 CHECKS = ["packages", "device", "disk", "plan", "memory", "decoder", "prompts", "imitation", "noise", "log-probs"]
 CHECKS += ["media", "stage 2", "evaluation", "new weights", "whole run"]
@@ -110,7 +110,7 @@ def test_an_engine_with_old_weights(made: Path, world, monkeypatch, overrides) -
 
 
 def test_an_update_that_changes_nothing_decides_nothing(made: Path, world, monkeypatch) -> None:
-    monkeypatch.setattr("rmsd_fast.checkup.UPDATE_LRS", (0.0, 0.0))
+    monkeypatch.setattr("rmsd_fast.stages.checkup.UPDATE_LRS", (0.0, 0.0))
     found = findings_of(made, world)
     assert found["new weights"].status == "warning" and "not decided" in found["new weights"].text
 
@@ -119,7 +119,7 @@ def test_a_plan_that_does_not_fit_ends_the_examination(made: Path, world, monkey
     def too_large(*arguments, **keywords):
         raise SettingsError("memory: expected at most 1.0 GiB per process, got a plan of 2.0 GiB")
 
-    monkeypatch.setattr("rmsd_fast.checkup.check_memory", too_large)
+    monkeypatch.setattr("rmsd_fast.stages.checkup.check_memory", too_large)
     found = findings_of(made, world)
     assert found["memory"].status == "fault" and "got a plan of 2.0 GiB" in found["memory"].text
     assert list(found)[-1] == "the rest"
