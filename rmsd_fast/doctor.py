@@ -17,7 +17,7 @@ from rmsd_fast.command_line import Parser
 from rmsd_fast.process import run_main, tell
 
 if TYPE_CHECKING:
-    from rmsd_fast.stages.checkup import Finding
+    from rmsd_fast.stages.findings import Finding
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -16,7 +16,8 @@ from train_runs import MINI, environment
 from rmsd_fast.config import SettingsError
 from rmsd_fast.rollout.hf import HfRollout
 from rmsd_fast.runtime.process_group import start, stop
-from rmsd_fast.stages.checkup import Finding, examine
+from rmsd_fast.stages.checkup import examine
+from rmsd_fast.stages.findings import Finding
 
 CHECKS = ["packages", "device", "disk", "plan", "memory", "decoder", "prompts", "imitation", "noise", "log-probs"]
 CHECKS += ["media", "stage 2", "evaluation", "new weights", "whole run"]
@@ -110,7 +111,7 @@ def test_an_engine_with_old_weights(made: Path, world, monkeypatch, overrides) -
 
 
 def test_an_update_that_changes_nothing_decides_nothing(made: Path, world, monkeypatch) -> None:
-    monkeypatch.setattr("rmsd_fast.stages.checkup.UPDATE_LRS", (0.0, 0.0))
+    monkeypatch.setattr("rmsd_fast.stages.rollout_checks.UPDATE_LRS", (0.0, 0.0))
     found = findings_of(made, world)
     assert found["new weights"].status == "warning" and "not decided" in found["new weights"].text
 

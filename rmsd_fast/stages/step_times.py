@@ -1,0 +1,105 @@
+"""Time the steps and evaluations of a recipe on a few questions, and extrapolate to the run."""
+
+from __future__ import annotations
+
+import time
+
+from rmsd_fast.data.errors import counted
+from rmsd_fast.data.media import MediaReader
+from rmsd_fast.runtime.process_group import global_max
+from rmsd_fast.stages import distill, sft
+from rmsd_fast.stages.evaluation import answer_questions
+from rmsd_fast.stages.findings import Finding, Sample
+from rmsd_fast.stages.material import Material
+from rmsd_fast.stages.run import Step
+from rmsd_fast.stages.state import StageState, StepResult
+
+
+def time_imitation(state: StageState, sample: Sample) -> Finding:
+    """Time a step of stage 1 whose learning rate is 0, and extrapolate to stage 1 and the control."""
+    settings = state.settings
+    state.policy.set_lr(0.0)
+    seconds, _ = _time_steps(state, sample, sft.step)
+    hours, lines = 0.0, []
+    for stage, training in (("sft", settings.sft), ("control", settings.distill)):
+        if stage in settings.stages:
+            step = _step_seconds(state, sample, seconds, training.batch_size)
+            hours += step * training.steps / 3600
+            lines.append(f"{stage}: {step:.2g} s per step of {training.batch_size} questions, {training.steps} steps")
+    lines[0] += f"; {_shares(seconds)}"
+    return Finding("imitation", "ok", "\n".join(lines), {"hours": hours, **seconds})
+
+
+def time_distillation(state: StageState, sample: Sample) -> Finding:
+    """Time a step of stage 2 whose learning rates are 0, and extrapolate to warm-up and stage 2."""
+    settings, batch = state.settings, state.settings.distill.batch_size
+    for engine in (state.policy, state.discriminator):
+        if engine is not None:
+            engine.set_lr(0.0)
+    seconds, result = _time_steps(state, sample, distill.step)
+    if result.skipped:
+        return Finding(
+            "stage 2",
+            "fault",
+            "logits, loss or gradient of a step were not finite",
+            {"hours": 0.0},
+        )
+    hours, lines = 0.0, []
+    if "warm_up" in settings.stages:
+        partial = {name: s for name, s in seconds.items() if name not in ("reference", "policy")}
+        step, steps = _step_seconds(state, sample, partial, batch), settings.discriminator.warm_up_steps
+        hours += step * steps / 3600
+        lines.append(f"warm_up: {step:.2g} s per step of {batch} questions, {steps} steps")
+    if "distill" in settings.stages:
+        step, steps = _step_seconds(state, sample, seconds, batch), settings.distill.steps
+        hours += step * steps / 3600
+        lines.append(f"distill: {step:.2g} s per step of {batch} questions, {steps} steps; {_shares(seconds)}")
+        per_process = batch / state.world.size
+        needed = sample.seconds * per_process / settings.data.decode_threads
+        threads = counted(settings.data.decode_threads, "thread")
+        lines.append(f"reading the step's media takes {needed:.2g} s with {threads}, at the same time")
+    tokens = result.metrics["rollout/tokens_mean"]
+    lines.append(f"this student's rollouts have {tokens:.0f} tokens in the mean; a trained one may write shorter ones")
+    return Finding("stage 2", "ok", "\n".join(lines), {"hours": hours, **seconds})
+
+
+def _time_steps(state: StageState, sample: Sample, step: Step) -> tuple[dict[str, float], StepResult]:
+    """Return the seconds of each phase of a second step, since kernels are compiled in the first one."""
+    for number in (1, 2):
+        state.timer.take()
+        result = step(state, sample.prompts, number)
+    seconds = {name.removeprefix("seconds/"): spent for name, spent in state.timer.take().items()}
+    # The slowest process sets the pace.
+    return global_max(seconds, state.world), result
+
+
+def _step_seconds(state: StageState, sample: Sample, seconds: dict[str, float], batch: int) -> float:
+    """Return the seconds of a step with the recipe's batch. All phases but the optimizer grow with the questions."""
+    scale = batch / state.world.size / len(sample.prompts)
+    return sum(s * (1 if name == "optimizer" else scale) for name, s in seconds.items() if name != "step")
+
+
+def _shares(seconds: dict[str, float]) -> str:
+    total = sum(s for name, s in seconds.items() if name != "step")
+    return ", ".join(f"{name} {s / total:.0%}" for name, s in seconds.items() if name != "step" and s >= 0.005 * total)
+
+
+def time_evaluation(state: StageState, material: Material, media: MediaReader) -> Finding:
+    """Time the answers to some held-out questions, and extrapolate to all evaluations of the run."""
+    settings, world = state.settings, state.world
+    late = [stage for stage in ("control", "distill") if stage in settings.stages]
+    evaluations = 1 + len({"sft", "control", "distill"} & set(settings.stages))
+    if settings.evaluate.every_steps:
+        evaluations += len(late) * ((settings.distill.steps - 1) // settings.evaluate.every_steps)
+    questions = material.heldout[: settings.evaluate.prompts_per_batch * world.size]
+    if len(questions) < world.size:
+        return Finding("evaluation", "skipped", "there are fewer held-out questions than processes", {"hours": 0.0})
+    began = time.perf_counter()
+    with state.policy.full_weights():
+        state.policy.module.activate()
+        answer_questions(state.student, questions, settings, world, media, name="sample")
+    spent = global_max({"seconds": time.perf_counter() - began}, world)["seconds"]
+    each = spent / len(questions)
+    text = f"{each:.2g} s per question; {counted(len(material.heldout), 'question')}, {evaluations} times"
+    hours = each * len(material.heldout) * evaluations / 3600
+    return Finding("evaluation", "ok", text, {"hours": hours, "seconds_per_question": each})
