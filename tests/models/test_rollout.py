@@ -5,7 +5,9 @@ grow token by token, and test the caches.
 from __future__ import annotations
 
 import copy
+import gc
 import math
+import weakref
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -31,7 +33,7 @@ from rmsd_fast.rollout import decode, hf
 from rmsd_fast.rollout.base import Sampling, sampling_noise
 from rmsd_fast.rollout.decode import LEAST_REPLAYS, Graphs, choose
 from rmsd_fast.rollout.hf import HfRollout
-from rmsd_fast.rollout.shared_cache import BLOCK, DecodeCache
+from rmsd_fast.rollout.shared_cache import BLOCK, DecodeCache, PrefixCache
 from rmsd_kernels.shared_prefix import decode as op
 
 
@@ -446,6 +448,37 @@ def test_the_prefix_is_stored_once(setup, monkeypatch):
     assert cache.used.tolist() == [4] * 24 and cache.slot.tolist() == [3]
     assert {len(buffer) for buffer in cache.keys + cache.values} == {24}
     assert {tuple(k.shape) for k in cache.prefix.keys} == {(prefix, config.num_key_value_heads, config.head_dim)}
+
+
+@pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
+def test_the_caches_of_a_batch_are_freed_before_the_next_one(setup, monkeypatch, graphs):
+    """Reference counts free them: no cycle waits for the collector, and the K/V of two batches never coexist."""
+    student, builder, prompts = setup
+    caches, alive = [], []
+
+    def recorded(kind):
+        def create(*args, **options):
+            if kind is PrefixCache:
+                alive.append(sum(cache() is not None for cache in caches))
+            cache = kind(*args, **options)
+            caches.append(weakref.ref(cache))
+            return cache
+
+        return create
+
+    monkeypatch.setattr(hf, "PrefixCache", recorded(PrefixCache))
+    monkeypatch.setattr(hf, "DecodeCache", recorded(DecodeCache))
+    monkeypatch.setattr(hf, "Graphs", lambda device: StandInGraphs())
+    ours, sampling = engine(builder, 1), Sampling(4, 1.0, 2 + LEAST_REPLAYS, seed=1)
+    ours.cuda_graphs = graphs
+    gc.collect()
+    gc.disable()
+    try:
+        ours.generate(student.model, prompts, sampling)
+        left = sum(cache() is not None for cache in caches)
+    finally:
+        gc.enable()
+    assert len(caches) == 2 * len(prompts) and alive == [0, 0, 0] and left == 0
 
 
 def _storages(value, found=None):
