@@ -96,7 +96,7 @@ class HfRollout:
 
     def _decode(self, model, prompts: list[Prompt], features: MediaFeatures, sampling: Sampling) -> Decoded:
         """Return all responses. Nothing else of the batch stays alive, so that the next batch can use its memory."""
-        prefix, logits = self._prefill(model, prompts, features)
+        prefix, hidden = self._prefill(model, prompts, features)
         positions = torch.tensor([p.next_position for p in prompts], device=self.device)
         noise = np.stack([sampling_noise(sampling, p.question.id, i) for p in prompts for i in range(sampling.n)])
         decoder = Decoder(
@@ -109,13 +109,14 @@ class HfRollout:
             eos_id=self.builder.eos_id,
         )
         graphs = Graphs(self.device) if self.cuda_graphs else None
-        decoder.run(logits.repeat_interleave(sampling.n, 0), look_every=self.look_every, graphs=graphs)
+        first = (t.repeat_interleave(sampling.n, 0) for t in (hidden, model.lm_head(hidden)))
+        decoder.run(*first, look_every=self.look_every, graphs=graphs)
         if graphs is not None:
             graphs.close()
         return Decoded(decoder.tokens, decoder.logp, decoder.banned_mass)
 
     def _prefill(self, model, prompts: list[Prompt], features: MediaFeatures) -> tuple[PrefixCache, torch.Tensor]:
-        """Run one forward pass over the packed prompts, and return their K/V and the next-token logits [B, V]."""
+        """Run one forward pass over the packed prompts, and return their K/V and the last hidden states [B, D]."""
         lengths = [len(p.input_ids) for p in prompts]
         cache = PrefixCache(lengths, device=self.device)
         ends = list(accumulate(lengths))
@@ -134,7 +135,7 @@ class HfRollout:
             position_ids=position_ids,
             **embed(model, input_ids, features, list(range(len(prompts))), places),
         )
-        return cache, model.lm_head(hidden[0, last])
+        return cache, hidden[0, last]
 
     def _collect(
         self, prompts: list[Prompt], decoded: Decoded, sampling: Sampling, policy_version: int
