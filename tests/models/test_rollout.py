@@ -636,14 +636,38 @@ def test_a_step_needs_no_values_and_no_host_memory(setup, monkeypatch):
 
 
 class StandInGraph:
-    """A graph on CPU: capturing runs nothing, and a replay runs the step on the tensors that it was captured with."""
+    """A graph on CPU: a replay runs the step, and requires that its tensors have the addresses of the capture.
 
-    def __init__(self):
-        self.replays = 0
+    A real graph reads and writes these addresses, whatever the attributes name by then.
+    """
+
+    def __init__(self, step):
+        self.step, self.replays = step, 0
+        self.captured = _addresses(step.__self__)
 
     def replay(self):
+        assert _addresses(self.step.__self__) == self.captured
         self.replays += 1
         self.step()
+        # The next replay would not see a tensor that the step replaces.
+        assert _addresses(self.step.__self__) == self.captured
+
+
+def _addresses(decoder):
+    """Return the addresses of all tensors in the attributes of a decoder, its caches and the plan."""
+    cache = decoder._cache
+    holders = {"decoder": decoder, "cache": cache, "prefix": cache.prefix, "plan": cache._plan}
+    addresses = {
+        (holder, name, number): tensor.data_ptr()
+        for holder, value in holders.items()
+        for name, attribute in vars(value).items()
+        for number, tensor in enumerate(attribute if isinstance(attribute, list) else [attribute])
+        if isinstance(tensor, torch.Tensor)
+    }
+    assert {"tokens", "active", "rows", "_column", "_last_ids", "_positions", "slot", "used", "keys", "lengths"} <= {
+        name for _, name, _ in addresses
+    }
+    return addresses
 
 
 class StandInGraphs(Graphs):
@@ -653,17 +677,45 @@ class StandInGraphs(Graphs):
         self._graph, self._steps, self.eager, self.graphs = None, 0, 0, []
 
     def close(self):
-        self.closed = True
+        self._graph, self.closed = None, True
 
     def _on_side_stream(self, step):
         self.eager += 1
         step()
 
     def _captured(self, step):
-        graph = StandInGraph()
-        graph.step = step
+        graph = StandInGraph(step)
         self.graphs.append(graph)
         return graph
+
+
+@pytest.mark.parametrize("rebinds", ["positions", "active", "used", "keys"])
+def test_a_step_that_replaces_a_tensor_fails_with_graphs(setup, monkeypatch, rebinds):
+    """Check the check: each of these steps gives the right tokens on CPU, and wrong ones as a graph."""
+    student, builder, prompts = setup
+    step = decode.Decoder._step
+
+    def replacing(decoder):
+        step(decoder)
+        cache = decoder._cache
+        if rebinds == "positions":
+            decoder._positions = decoder._positions + 0
+        elif rebinds == "active":
+            decoder.active = decoder.active.clone()
+        elif rebinds == "used":
+            cache.used = cache.used + 0
+        else:
+            cache.keys[-1] = cache.keys[-1].clone()
+
+    monkeypatch.setattr(decode.Decoder, "_step", replacing)
+    sampling = Sampling(2, 1.0, 4 + LEAST_REPLAYS, seed=2)
+    with eager_end(student.model, builder.eos_id, bonus=-100.0):
+        engine(builder).generate(student.model, prompts, sampling)
+        monkeypatch.setattr(hf, "Graphs", lambda device: StandInGraphs())
+        ours = engine(builder)
+        ours.cuda_graphs = True
+        with pytest.raises(AssertionError):
+            ours.generate(student.model, prompts, sampling)
 
 
 def test_each_step_runs_once_with_graphs(setup):
@@ -720,7 +772,7 @@ def test_a_step_that_cannot_be_captured_is_named(monkeypatch):
             pass
 
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", StandInGraph)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
     monkeypatch.setattr(torch.cuda, "graph", Capture)
     monkeypatch.setattr(decode, "side_stream", lambda device: "stream")
     monkeypatch.setattr(Graphs, "_on_side_stream", lambda self, step: step())
