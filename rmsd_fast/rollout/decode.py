@@ -22,7 +22,8 @@ from rmsd_fast.rollout.shared_cache import DecodeCache
 # Number of steps between two looks at which rows have ended. On CUDA a look waits for the device, which then idles; on
 # CPU it is free, and rows that have ended are dropped at once.
 LOOK_EVERY = {"cuda": 8, "cpu": 1}
-# Capturing a step takes about as long as enqueueing two steps, so a graph for fewer replays would not pay.
+# A graph for fewer replays would not pay. This is an estimate that no GPU has measured: a capture enqueues a step once
+# and instantiates the graph, and torch.cuda.graph also waits for the device and empties the memory caches.
 LEAST_REPLAYS = 4
 
 
