@@ -379,7 +379,8 @@ class RolloutConfig:
     prompts_per_batch: int = number(8, least=1)
     """Number of questions per generation batch of a process."""
     cuda_graphs: bool = True
-    """Capture decoding steps in CUDA graphs, so that they do not wait for Python. On CPU, steps run eagerly."""
+    """Capture the decoding steps of rollouts and evaluations in CUDA graphs, so that they do not wait for Python. On
+    CPU, steps run eagerly."""
     parity_every: int = number(50, least=0)
     """Interval in steps for comparing the rollouts' log-probs with the trainer's, in one more forward pass of the
     policy. The first steps of warm-up, stage 2 and a resumed run compare all rollouts; 0 = never."""

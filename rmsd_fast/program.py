@@ -100,9 +100,11 @@ def _out_of_memory(settings: RunConfig, error: Exception, run_folder: Path | Non
     video, runtime, evaluate = settings.video, settings.runtime, settings.evaluate
     head = f"out of GPU memory ({first_line(error)}). Lower, in this order:"
     pixels = f"  video.max_video_pixels={video.max_video_pixels}"
+    no_graphs = "  or decode without CUDA graphs: rollout.cuda_graphs=false, if it happened in rollouts or evaluation"
     if not trains:
         frames = f"evaluate.num_frames={evaluate.num_frames}, " if evaluate.num_frames else ""
-        return f"{head}\n  evaluate.prompts_per_batch={evaluate.prompts_per_batch}\n  {frames}{pixels.strip()}"
+        lines = [head, f"  evaluate.prompts_per_batch={evaluate.prompts_per_batch}", f"  {frames}{pixels.strip()}"]
+        return "\n".join([*lines, no_graphs] if settings.rollout.cuda_graphs else lines)
     lines = [
         head,
         f"  micro_tokens={settings.micro_tokens} (tokens of one forward pass)",
@@ -112,6 +114,8 @@ def _out_of_memory(settings: RunConfig, error: Exception, run_folder: Path | Non
     ]
     if uses_vllm(settings):
         lines.append(f"  rollout.vllm_kv_cache_gib={settings.rollout.vllm_kv_cache_gib:g} (vLLM's cache)")
+    if settings.rollout.cuda_graphs:
+        lines.append(no_graphs)
     if not settings.model.gradient_checkpointing:
         lines.append("  and set model.gradient_checkpointing=true")
     if runtime.zero_stage < 3:

@@ -237,9 +237,9 @@ def refuse_useless(settings: RunConfig, written_keys: list[str], where: str) -> 
     warm_up, judged = "warm_up" in stages, uses_discriminator(settings)
     matched = judged or drops or settings.reward.unlabeled == "teacher"
     own_clips = settings.made.enabled and settings.made.source == "clips"
-    # The evaluation samples at rollout.temperature.
-    sampled = settings.evaluate.rollouts > 0
-    of_rollouts = [f"rollout.{f.name}" for f in fields(settings.rollout) if not (sampled and f.name == "temperature")]
+    # Evaluations decode with rollout.cuda_graphs, and sample at rollout.temperature.
+    evaluated = ("cuda_graphs", "temperature") if settings.evaluate.rollouts else ("cuda_graphs",)
+    of_rollouts = [f"rollout.{f.name}" for f in fields(settings.rollout) if f.name not in evaluated]
     # (settings, whether they have no effect, reason and what to write); a name that ends in "." is a whole section.
     rules = [
         (["sft."], "sft" not in stages and not control, "stage sft is not in stages; add it to stages"),

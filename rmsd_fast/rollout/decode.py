@@ -22,7 +22,8 @@ from rmsd_fast.rollout.shared_cache import DecodeCache
 # Number of steps between two looks at which rows have ended. On CUDA a look waits for the device, which then idles; on
 # CPU it is free, and rows that have ended are dropped at once.
 LOOK_EVERY = {"cuda": 8, "cpu": 1}
-# Capturing a step takes about as long as enqueueing two steps, so a graph for fewer replays would not pay.
+# A graph for fewer replays would not pay. This is an estimate that no GPU has measured: a capture enqueues a step once
+# and instantiates the graph, and torch.cuda.graph also waits for the device and empties the memory caches.
 LEAST_REPLAYS = 4
 
 
@@ -39,14 +40,24 @@ class Chosen(NamedTuple):
 
 
 def choose(
-    logits: torch.Tensor, noise: torch.Tensor, temperature: float, banned_ids: torch.Tensor, eos_id: int
+    logits: torch.Tensor,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    noise: torch.Tensor,
+    temperature: float,
+    banned_ids: torch.Tensor,
+    eos_id: int,
 ) -> Chosen:
     """Choose the next ids by inverting the cumulative distribution in float64, in which banned ids are left out.
 
-    For rows whose logits are not finite, the result is the end token with NaN.
+    As in the trainer's heads, the chosen id's logit is then replaced by a dot product in float32: log-probs of 16-bit
+    logits would otherwise have their rounding, and differ from the trainer's. For rows whose logits are not finite, the
+    result is the end token with NaN.
 
     Args:
-        logits: [rows, V], floating. Float32 logits are overwritten.
+        logits: hidden @ weight.T, [rows, V], floating. Float32 logits are overwritten.
+        hidden: inputs of the head, [rows, D], floating.
+        weight: weight of the head, [V, D], floating.
         noise: uniform numbers in [0, 1), float64 [rows].
         temperature: sampling temperature; 0 means the most probable id, with log-probs at temperature 1.
         banned_ids: ids that must not be chosen, int64.
@@ -67,10 +78,15 @@ def choose(
         ids = torch.searchsorted(cdf, (noise * cdf[:, -1])[:, None], right=True)[:, 0]
         ids = ids.clamp_max(logits.shape[-1] - 1)
     ids = ids.masked_fill(broken, eos_id)
-    without_banned, score = (t.gather(-1, ids[:, None])[:, 0] for t in (logp, scaled))
-    # The log of the ratio of banned to other mass: score - without_banned is the log-sum-exp of the others.
-    ratio = banned.logsumexp(-1) - (score - without_banned)
-    results = (without_banned - F.softplus(ratio), torch.sigmoid(ratio))
+    without_banned, rounded = (t.gather(-1, ids[:, None])[:, 0] for t in (logp, scaled))
+    exact = (hidden.float() * weight[ids].float()).sum(-1) / (temperature or 1.0)
+    change = exact - rounded
+    # Of the log-sum-exp of all ids but the banned ones, which is rounded - without_banned before.
+    growth = torch.log1p(without_banned.exp() * torch.expm1(change))
+    # The log of the ratio of banned to other mass.
+    ratio = banned.logsumexp(-1) - (rounded - without_banned + growth)
+    whole = (without_banned + (change - growth)).clamp_max(0.0) - F.softplus(ratio)
+    results = (whole, torch.sigmoid(ratio))
     return Chosen(ids, *(result.masked_fill(broken, torch.nan) for result in results))
 
 
@@ -118,16 +134,17 @@ class Decoder:
         # The column of the next token, [1].
         self._column = torch.zeros(1, dtype=torch.int64, device=device)
 
-    def run(self, logits: torch.Tensor, *, look_every: int, graphs: Graphs | None = None) -> None:
+    def run(self, hidden: torch.Tensor, logits: torch.Tensor, *, look_every: int, graphs: Graphs | None = None) -> None:
         """Sample until all rows have ended or have R tokens.
 
         Args:
+            hidden: inputs of the head for the first tokens, [S, D].
             logits: logits of the first tokens, [S, V].
             look_every: number of tokens between two looks at which rows have ended. Rows that have ended are decoded
                 until at most half of the batch is active, and then dropped.
             graphs: captures and replays the steps. If None, they run eagerly.
         """
-        self._record(logits)
+        self._record(hidden, logits)
         most = self._noise.shape[1]
         for tokens in range(1, most):
             replaced = False
@@ -155,12 +172,14 @@ class Decoder:
         )
         self._cache.advance()
         self._positions += 1
-        self._record(self._model.lm_head(hidden[:, -1]))
+        hidden = hidden[:, -1]
+        self._record(hidden, self._model.lm_head(hidden))
 
-    def _record(self, logits: torch.Tensor) -> None:
+    def _record(self, hidden: torch.Tensor, logits: torch.Tensor) -> None:
         """Choose the next token of each row and store it, unless the row has ended."""
         place = (self.rows, self._column)
-        chosen = choose(logits, self._noise[place], self._temperature, self._banned_ids, self._eos_id)
+        weight, noise = self._model.lm_head.weight, self._noise[place]
+        chosen = choose(logits, hidden, weight, noise, self._temperature, self._banned_ids, self._eos_id)
         ended = ~self.active
         self.tokens[place] = chosen.ids.masked_fill(ended, -1)
         self.logp[place] = chosen.logp.masked_fill(ended, 0.0)

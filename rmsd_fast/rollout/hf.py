@@ -7,6 +7,7 @@ them. decode.py samples the tokens.
 from __future__ import annotations
 
 from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +20,14 @@ from rmsd_fast.models.students import MediaFeatures, embed, encode_media
 from rmsd_fast.rollout.base import PolicyEngine, Rollout, Sampling, sampling_noise
 from rmsd_fast.rollout.decode import LOOK_EVERY, Decoder, Graphs
 from rmsd_fast.rollout.shared_cache import DecodeCache, PrefixCache
+
+
+class Decoded(NamedTuple):
+    """The responses of a batch, S = B*N rows of up to R tokens; see `Decoder`."""
+
+    tokens: torch.Tensor
+    logp: torch.Tensor
+    banned_mass: torch.Tensor
 
 
 class HfRollout:
@@ -85,9 +94,9 @@ class HfRollout:
         finally:
             model.train(was_training)
 
-    def _decode(self, model, prompts: list[Prompt], features: MediaFeatures, sampling: Sampling) -> Decoder:
-        """Return the decoder with all responses, S = B*N rows."""
-        prefix, logits = self._prefill(model, prompts, features)
+    def _decode(self, model, prompts: list[Prompt], features: MediaFeatures, sampling: Sampling) -> Decoded:
+        """Return all responses. Nothing else of the batch stays alive, so that the next batch can use its memory."""
+        prefix, hidden = self._prefill(model, prompts, features)
         positions = torch.tensor([p.next_position for p in prompts], device=self.device)
         noise = np.stack([sampling_noise(sampling, p.question.id, i) for p in prompts for i in range(sampling.n)])
         decoder = Decoder(
@@ -100,13 +109,14 @@ class HfRollout:
             eos_id=self.builder.eos_id,
         )
         graphs = Graphs(self.device) if self.cuda_graphs else None
-        decoder.run(logits.repeat_interleave(sampling.n, 0), look_every=self.look_every, graphs=graphs)
+        first = (t.repeat_interleave(sampling.n, 0) for t in (hidden, model.lm_head(hidden)))
+        decoder.run(*first, look_every=self.look_every, graphs=graphs)
         if graphs is not None:
             graphs.close()
-        return decoder
+        return Decoded(decoder.tokens, decoder.logp, decoder.banned_mass)
 
     def _prefill(self, model, prompts: list[Prompt], features: MediaFeatures) -> tuple[PrefixCache, torch.Tensor]:
-        """Run one forward pass over the packed prompts, and return their K/V and the next-token logits [B, V]."""
+        """Run one forward pass over the packed prompts, and return their K/V and the last hidden states [B, D]."""
         lengths = [len(p.input_ids) for p in prompts]
         cache = PrefixCache(lengths, device=self.device)
         ends = list(accumulate(lengths))
@@ -125,12 +135,12 @@ class HfRollout:
             position_ids=position_ids,
             **embed(model, input_ids, features, list(range(len(prompts))), places),
         )
-        return cache, model.lm_head(hidden[0, last])
+        return cache, hidden[0, last]
 
     def _collect(
-        self, prompts: list[Prompt], decoded: Decoder, sampling: Sampling, policy_version: int
+        self, prompts: list[Prompt], decoded: Decoded, sampling: Sampling, policy_version: int
     ) -> list[list[Rollout]]:
-        tokens, logp, banned_mass = (t.cpu() for t in (decoded.tokens, decoded.logp, decoded.banned_mass))
+        tokens, logp, banned_mass = (tensor.cpu() for tensor in decoded)
         groups = []
         for row, prompt in enumerate(prompts):
             group = []

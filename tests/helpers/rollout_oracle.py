@@ -60,7 +60,8 @@ def decode_plainly(engine, model, prompts, sampling: Sampling, *, look_every: in
 
 
 def _decode(engine, model, prompts, sampling, look_every):
-    prefix, logits = engine._prefill(model, prompts, encode_media(model, prompts))
+    prefix, hidden = engine._prefill(model, prompts, encode_media(model, prompts))
+    logits = model.lm_head(hidden)
     cache = GrowingCache(prefix, [sampling.n] * len(prompts))
     logits = logits.repeat_interleave(sampling.n, 0)
     positions = torch.tensor([p.next_position for p in prompts]).repeat_interleave(sampling.n)

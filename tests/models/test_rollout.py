@@ -5,7 +5,9 @@ grow token by token, and test the caches.
 from __future__ import annotations
 
 import copy
+import gc
 import math
+import weakref
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -31,7 +33,7 @@ from rmsd_fast.rollout import decode, hf
 from rmsd_fast.rollout.base import Sampling, sampling_noise
 from rmsd_fast.rollout.decode import LEAST_REPLAYS, Graphs, choose
 from rmsd_fast.rollout.hf import HfRollout
-from rmsd_fast.rollout.shared_cache import BLOCK, DecodeCache
+from rmsd_fast.rollout.shared_cache import BLOCK, DecodeCache, PrefixCache
 from rmsd_kernels.shared_prefix import decode as op
 
 
@@ -207,19 +209,55 @@ def test_choosing_by_hand():
     logits = torch.tensor([1.0, 2.0, 3.0, 4.0]).log()
     banned = torch.tensor([3])
     noise = torch.tensor([0.0, 0.16, 0.17, 0.49, 0.51, 0.999], dtype=torch.float64)
-    chosen = choose(logits.repeat(6, 1), noise, 1.0, banned, 0)
+    # A hidden state [1] and a head [4, 1] with these logits.
+    hidden, weight = torch.ones(6, 1), logits[:, None].clone()
+    chosen = choose(logits.repeat(6, 1), hidden, weight, noise, 1.0, banned, 0)
     assert chosen.ids.tolist() == [0, 0, 1, 1, 2, 2]
     assert chosen.logp.exp().tolist() == pytest.approx([0.1, 0.1, 0.2, 0.2, 0.3, 0.3])
     assert chosen.banned_mass.tolist() == pytest.approx([0.4] * 6)
     # At temperature 1/2, the probabilities are 1, 4, 9 and 16 of 30.
-    chosen = choose(logits.repeat(2, 1), noise[[0, 5]], 0.5, banned, 0)
+    chosen = choose(logits.repeat(2, 1), hidden[:2], weight, noise[[0, 5]], 0.5, banned, 0)
     assert chosen.logp.exp().tolist() == pytest.approx([1 / 30, 9 / 30])
     assert chosen.banned_mass.tolist() == pytest.approx([16 / 30] * 2)
-    greedy = choose(logits[None].clone(), noise[:1], 0.0, banned, 0)
+    greedy = choose(logits[None].clone(), hidden[:1], weight, noise[:1], 0.0, banned, 0)
     assert greedy.ids.tolist() == [2] and greedy.logp.exp().tolist() == pytest.approx([0.3])
-    broken = choose(torch.stack([logits, logits * math.nan]), noise[:2], 1.0, banned, 1)
+    broken = choose(torch.stack([logits, logits * math.nan]), hidden[:2], weight, noise[:2], 1.0, banned, 1)
     assert broken.ids.tolist() == [0, 1] and broken.logp.isnan().tolist() == [False, True]
     assert broken.banned_mass.isnan().tolist() == [False, True]
+    # If the logit of the chosen id is log 1 before rounding and log 3 after it, the draws are from 3, 2, 3 of 8, and
+    # the log-prob is that of 1 in 1, 2, 3 and 4.
+    rounded = torch.tensor([3.0, 2.0, 3.0, 4.0]).log()
+    chosen = choose(rounded.repeat(2, 1), hidden[:2], weight, torch.tensor([0.3, 0.4]).double(), 1.0, banned, 0)
+    assert chosen.ids.tolist() == [0, 1]
+    assert chosen.logp.exp().tolist() == pytest.approx([1 / 10, 2 / 12])
+    assert chosen.banned_mass.tolist() == pytest.approx([4 / 10, 4 / 12])
+    chosen = choose(rounded[None].clone(), hidden[:1], weight, noise[:1], 0.0, torch.tensor([], dtype=torch.int64), 0)
+    assert chosen.ids.tolist() == [3] and chosen.logp.exp().tolist() == pytest.approx([4 / 12])
+    assert chosen.banned_mass.tolist() == [0.0]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+def test_log_probs_of_16_bit_logits_are_those_of_the_training_head(temperature):
+    """In bfloat16, logits of about 24 are multiples of 1/8. The trainer's head does not round the chosen one."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = (torch.randn(200, 48, generator=generator) + 1).bfloat16()
+    weight = (torch.randn(300, 48, generator=generator) * 0.1 + 0.45).bfloat16()
+    logits, banned = hidden @ weight.T, torch.arange(0, 300, 7)
+    noise = torch.rand(200, dtype=torch.float64, generator=generator)
+    assert 20 < float(logits.float().mean()) < 26 and logits.dtype == torch.bfloat16
+    chosen = choose(logits.clone(), hidden, weight, noise, temperature, banned, 1)
+    assert not torch.isin(chosen.ids, banned).any()
+    assert len(chosen.ids.unique()) > (1 if temperature == 0 else 30)
+    z = logits.double()
+    of_rounded = (z / (temperature or 1.0)).log_softmax(-1).gather(1, chosen.ids[:, None])[:, 0]
+    exact = (hidden.double() * weight[chosen.ids].double()).sum(-1)
+    z = z.scatter(1, chosen.ids[:, None], exact[:, None]) / (temperature or 1.0)
+    expected = z.log_softmax(-1)
+    assert torch.allclose(chosen.logp.double(), expected.gather(1, chosen.ids[:, None])[:, 0], rtol=0, atol=1e-5)
+    assert torch.allclose(chosen.banned_mass.double(), expected[:, banned].exp().sum(-1), rtol=1e-4, atol=0)
+    trained = linear_logprob(hidden, weight, chosen.ids, temperature=temperature or 1.0).double()
+    ours, before = ((logp - trained).abs().mean() for logp in (chosen.logp, of_rounded))
+    assert float(ours) < 1e-3 and float(before) > 10 * float(ours)
 
 
 def test_banned_ids_with_nearly_all_probability():
@@ -227,7 +265,7 @@ def test_banned_ids_with_nearly_all_probability():
     logits = torch.randn(64, 50) * 3
     logits[:, 7] += torch.linspace(-25, 25, 64)
     noise = torch.rand(64, dtype=torch.float64)
-    chosen = choose(logits.clone(), noise, 1.0, torch.tensor([7]), 0)
+    chosen = choose(logits.clone(), torch.eye(64), logits.T.clone(), noise, 1.0, torch.tensor([7]), 0)
     exact = logits.double().log_softmax(-1)
     mass = exact[:, 7].exp()
     assert float(mass.min()) < 1e-11 and float(mass.max()) > 0.999999
@@ -279,8 +317,8 @@ def test_static_buffers_give_the_bits_of_growing_ones(setup, bonus, sampling, lo
     assert [ids for ids, _, _ in at_once] == [ids for ids, _, _ in expected]
 
 
-def test_sampled_log_probs_have_the_bits_of_growing_buffers(setup):
-    """Without banned ids, the log-probs are those of the sampled distribution, and nothing is added to them."""
+def test_log_probs_without_banned_ids_are_those_of_the_sampled_distribution(setup):
+    """They differ in the last bits, because the chosen logit is summed in another order than the logits."""
     student, builder, prompts = setup
     ours, sampling = engine(builder), Sampling(8, 1.0, 30, seed=2)
     ours.banned_ids = torch.empty(0, dtype=torch.int64)
@@ -288,7 +326,8 @@ def test_sampled_log_probs_have_the_bits_of_growing_buffers(setup):
         groups = ours.generate(student.model, prompts, sampling)
         expected = decode_plainly(ours, student.model, prompts, sampling)
     for rollout, (ids, restricted, _) in zip([r for g in groups for r in g], expected, strict=True):
-        assert rollout.token_ids.tolist() == ids and rollout.logp.tolist() == restricted
+        assert rollout.token_ids.tolist() == ids and rollout.banned_mass == 0.0
+        assert torch.allclose(rollout.logp, torch.tensor(restricted), rtol=0, atol=1e-6)
 
 
 def test_samples_follow_the_distribution(setup):
@@ -355,18 +394,24 @@ def test_equals_recomputing_every_token_in_fp64(setup, mixed_prompts):
 
 @contextmanager
 def eager_end(model, eos_id, bonus):
-    """Return a model that ends its responses early: `bonus` is added to the logit of the end token."""
+    """Make a model end its responses early: `bonus` is added to the logit of the end token.
 
-    def add(module, inputs, logits):
-        logits = logits.clone()
-        logits[..., eos_id] += bonus
-        return logits
+    Hidden states get one more element, which is 1, and the head one more column, which is 0 for all other tokens.
+    """
 
-    handle = model.lm_head.register_forward_hook(add)
+    def append(module, inputs, hidden):
+        return torch.cat([hidden, torch.ones_like(hidden[..., :1])], -1)
+
+    weight = model.lm_head.weight
+    column = torch.zeros_like(weight[:, :1])
+    column[eos_id] = bonus
+    handle = model.model.language_model.norm.register_forward_hook(append)
+    model.lm_head.weight = torch.nn.Parameter(torch.cat([weight.detach(), column], 1))
     try:
         yield
     finally:
         handle.remove()
+        model.lm_head.weight = weight
 
 
 @pytest.mark.parametrize("look_every", [1, 8])
@@ -446,6 +491,37 @@ def test_the_prefix_is_stored_once(setup, monkeypatch):
     assert cache.used.tolist() == [4] * 24 and cache.slot.tolist() == [3]
     assert {len(buffer) for buffer in cache.keys + cache.values} == {24}
     assert {tuple(k.shape) for k in cache.prefix.keys} == {(prefix, config.num_key_value_heads, config.head_dim)}
+
+
+@pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
+def test_the_caches_of_a_batch_are_freed_before_the_next_one(setup, monkeypatch, graphs):
+    """Reference counts free them: no cycle waits for the collector, and the K/V of two batches never coexist."""
+    student, builder, prompts = setup
+    caches, alive = [], []
+
+    def recorded(kind):
+        def create(*args, **options):
+            if kind is PrefixCache:
+                alive.append(sum(cache() is not None for cache in caches))
+            cache = kind(*args, **options)
+            caches.append(weakref.ref(cache))
+            return cache
+
+        return create
+
+    monkeypatch.setattr(hf, "PrefixCache", recorded(PrefixCache))
+    monkeypatch.setattr(hf, "DecodeCache", recorded(DecodeCache))
+    monkeypatch.setattr(hf, "Graphs", lambda device: StandInGraphs())
+    ours, sampling = engine(builder, 1), Sampling(4, 1.0, 2 + LEAST_REPLAYS, seed=1)
+    ours.cuda_graphs = graphs
+    gc.collect()
+    gc.disable()
+    try:
+        ours.generate(student.model, prompts, sampling)
+        left = sum(cache() is not None for cache in caches)
+    finally:
+        gc.enable()
+    assert len(caches) == 2 * len(prompts) and alive == [0, 0, 0] and left == 0
 
 
 def _storages(value, found=None):
@@ -560,14 +636,38 @@ def test_a_step_needs_no_values_and_no_host_memory(setup, monkeypatch):
 
 
 class StandInGraph:
-    """A graph on CPU: capturing runs nothing, and a replay runs the step on the tensors that it was captured with."""
+    """A graph on CPU: a replay runs the step, and requires that its tensors have the addresses of the capture.
 
-    def __init__(self):
-        self.replays = 0
+    A real graph reads and writes these addresses, whatever the attributes name by then.
+    """
+
+    def __init__(self, step):
+        self.step, self.replays = step, 0
+        self.captured = _addresses(step.__self__)
 
     def replay(self):
+        assert _addresses(self.step.__self__) == self.captured
         self.replays += 1
         self.step()
+        # The next replay would not see a tensor that the step replaces.
+        assert _addresses(self.step.__self__) == self.captured
+
+
+def _addresses(decoder):
+    """Return the addresses of all tensors in the attributes of a decoder, its caches and the plan."""
+    cache = decoder._cache
+    holders = {"decoder": decoder, "cache": cache, "prefix": cache.prefix, "plan": cache._plan}
+    addresses = {
+        (holder, name, number): tensor.data_ptr()
+        for holder, value in holders.items()
+        for name, attribute in vars(value).items()
+        for number, tensor in enumerate(attribute if isinstance(attribute, list) else [attribute])
+        if isinstance(tensor, torch.Tensor)
+    }
+    assert {"tokens", "active", "rows", "_column", "_last_ids", "_positions", "slot", "used", "keys", "lengths"} <= {
+        name for _, name, _ in addresses
+    }
+    return addresses
 
 
 class StandInGraphs(Graphs):
@@ -577,17 +677,45 @@ class StandInGraphs(Graphs):
         self._graph, self._steps, self.eager, self.graphs = None, 0, 0, []
 
     def close(self):
-        self.closed = True
+        self._graph, self.closed = None, True
 
     def _on_side_stream(self, step):
         self.eager += 1
         step()
 
     def _captured(self, step):
-        graph = StandInGraph()
-        graph.step = step
+        graph = StandInGraph(step)
         self.graphs.append(graph)
         return graph
+
+
+@pytest.mark.parametrize("rebinds", ["positions", "active", "used", "keys"])
+def test_a_step_that_replaces_a_tensor_fails_with_graphs(setup, monkeypatch, rebinds):
+    """Check the check: each of these steps gives the right tokens on CPU, and wrong ones as a graph."""
+    student, builder, prompts = setup
+    step = decode.Decoder._step
+
+    def replacing(decoder):
+        step(decoder)
+        cache = decoder._cache
+        if rebinds == "positions":
+            decoder._positions = decoder._positions + 0
+        elif rebinds == "active":
+            decoder.active = decoder.active.clone()
+        elif rebinds == "used":
+            cache.used = cache.used + 0
+        else:
+            cache.keys[-1] = cache.keys[-1].clone()
+
+    monkeypatch.setattr(decode.Decoder, "_step", replacing)
+    sampling = Sampling(2, 1.0, 4 + LEAST_REPLAYS, seed=2)
+    with eager_end(student.model, builder.eos_id, bonus=-100.0):
+        engine(builder).generate(student.model, prompts, sampling)
+        monkeypatch.setattr(hf, "Graphs", lambda device: StandInGraphs())
+        ours = engine(builder)
+        ours.cuda_graphs = True
+        with pytest.raises(AssertionError):
+            ours.generate(student.model, prompts, sampling)
 
 
 def test_each_step_runs_once_with_graphs(setup):
@@ -644,7 +772,7 @@ def test_a_step_that_cannot_be_captured_is_named(monkeypatch):
             pass
 
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", StandInGraph)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
     monkeypatch.setattr(torch.cuda, "graph", Capture)
     monkeypatch.setattr(decode, "side_stream", lambda device: "stream")
     monkeypatch.setattr(Graphs, "_on_side_stream", lambda self, step: step())
@@ -697,14 +825,8 @@ def test_cuda_equals_the_training_forward(setup, mixed_prompts, dtype):
     model = copy.deepcopy(student.model).to("cuda", dtype)
     with eager_end(model, builder.eos_id, bonus=ENDS_EARLY):
         groups = engine(builder, device="cuda").generate(model, mixed_prompts, Sampling(8, 1.0, 24, seed=2))
-    rows = pack(mixed_prompts, [[r.token_ids for r in group] for group in groups]).to("cuda")
-
-    def head(hidden, weight, targets):
-        logits = (hidden @ weight.T).float()
-        logits[:, builder.eos_id] += ENDS_EARLY
-        return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
-
-    with torch.no_grad(), shared_prefix_enabled(model):
-        logp = Policy(model)(mixed_prompts, rows, None, head).cpu()
+        rows = pack(mixed_prompts, [[r.token_ids for r in group] for group in groups]).to("cuda")
+        with torch.no_grad(), shared_prefix_enabled(model):
+            logp = Policy(model)(mixed_prompts, rows, None, linear_logprob).cpu()
     sampled = torch.cat([r.logp for group in groups for r in group])
     assert torch.allclose(logp, sampled, rtol=0, atol=1e-4 if dtype == torch.float32 else 0.1)

@@ -254,6 +254,15 @@ def test_vllms_cache_can_be_lowered(group, capsys):
         assert ("rollout.vllm_kv_cache_gib=8 (vLLM's cache)" in capsys.readouterr().err) == (engine == "vllm")
 
 
+@pytest.mark.parametrize("trains", [True, False])
+def test_cuda_graphs_can_be_switched_off(group, capsys, trains):
+    settings = RunConfig()
+    for graphs in (True, False):
+        settings.rollout.cuda_graphs = graphs
+        assert end(torch.OutOfMemoryError("full"), settings=settings, trains=trains) == 2
+        assert ("rollout.cuda_graphs=false, if it happened in rollouts or eval" in capsys.readouterr().err) == graphs
+
+
 def test_an_evaluation_has_nothing_to_continue(capsys):
     assert end(KeyboardInterrupt(), trains=False) == 130
     assert capsys.readouterr().err == "interrupted: nothing was written\n"

@@ -150,6 +150,7 @@ def test_help_documents_every_field():
         (["stages=[sft,distill]", "discriminator.warm_up_steps=4"], "add it to stages"),
         (["stages=[sft]", "evaluate.rollouts=0", "rollout.temperature=1"], "no stage samples rollouts"),
         (["stages=[sft]", "evaluate.rollouts=2", "rollout.n=4"], "no stage samples rollouts"),
+        (["stages=[sft]", "rollout.prompts_per_batch=4"], "no stage samples rollouts"),
         (["reward.alpha=0", "stages=[sft,distill]", "discriminator.lr=1"], "reward.alpha > 0"),
         (["reward.alpha=0"], "warm_up trains the discriminator"),
         (["distill.objective=sft"], "distill.objective was removed: the control of stage 2 is a stage; set stages="),
@@ -207,6 +208,7 @@ def test_impossible_or_ineffective_settings_are_refused(overrides, says):
         ["data.embedding_cache_mib=8", "runtime.zero_stage=3"],
         ["data.disk_cache=x", "data.disk_cache_gib=0.5"],
         ["stages=[sft]", "evaluate.rollouts=2", "rollout.temperature=1"],
+        ["stages=[sft]", "evaluate.rollouts=0", "rollout.cuda_graphs=false"],
         ["stages=[control]", "evaluate.rollouts=2", "rollout.temperature=1"],
     ],
 )
