@@ -56,9 +56,8 @@ class Parity:
     def text(self) -> str:
         """Return the differences as text."""
         return (
-            f"log-probs differ by {self.mean:.2g} in the mean, {self.worst:.2g} for the worst question and "
-            f"{self.largest:.2g} at most; {self.outside:.2%} of {self.tokens:,} probability ratios are outside "
-            f"[{1 - BAND:g}, {1 + BAND:g}]"
+            f"log-probs differ by {self.mean:.2g} (mean), {self.worst:.2g} (worst question), {self.largest:.2g} (worst "
+            f"token); {self.outside:.2%} of {self.tokens:,} ratios are outside [{1 - BAND:g}, {1 + BAND:g}]"
         )
 
 

@@ -109,7 +109,7 @@ def test_a_fault_in_one_question_is_not_hidden_by_the_others(folder, material, w
             for i, group in enumerate(rollouts)
         ]
         state.parity_checked = False
-        with pytest.raises(ParityError, match=r"0\.06 for the worst question"):
+        with pytest.raises(ParityError, match=r"0\.06 \(worst question\)"):
             check_parity(state, prompts, drawn, features, 0)
 
 
