@@ -64,7 +64,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         prog="rmsd_fast.doctor",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="exit code: 0 = no fault, 1 = at least one fault, 2 = the examination could not be made",
+        epilog="exit code: 0 = no fault, 1 = at least one fault, 2 = the examination could not be completed",
     )
     parser.add_argument("recipe", help="YAML file or name of a recipe")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings to change")
@@ -81,7 +81,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 def _count(text: str) -> int:
     if text.isdecimal() and 0 < int(text) < 10_000:
         return int(text)
-    raise argparse.ArgumentTypeError(f"expected a number of questions above 0, got {text!r}")
+    raise argparse.ArgumentTypeError(f"expected a number of questions from 1 to 9,999, got {text!r}")
 
 
 def _json(findings: list[Finding]) -> str:
@@ -90,7 +90,7 @@ def _json(findings: list[Finding]) -> str:
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
     records = [vars(f) | {"numbers": {name: plain(value) for name, value in f.numbers.items()}} for f in findings]
-    return json.dumps(records, indent=2)
+    return json.dumps({"healthy": not any(f.status == "fault" for f in findings), "findings": records}, indent=2)
 
 
 def _verdict(findings: list[Finding]) -> str:
@@ -98,7 +98,7 @@ def _verdict(findings: list[Finding]) -> str:
     if names["fault"]:
         return f"not healthy: {', '.join(names['fault'])}"
     rest = [f"{status}: {', '.join(of_status)}" for status, of_status in names.items() if of_status]
-    return f"healthy{'; ' if rest else ''}{'; '.join(rest)}"
+    return "; ".join(["no fault", *rest]) if rest else "healthy"
 
 
 if __name__ == "__main__":

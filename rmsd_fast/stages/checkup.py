@@ -6,10 +6,12 @@ skipped.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import platform
 import shutil
+import tempfile
 import time
 from pathlib import Path
 
@@ -28,7 +30,7 @@ from rmsd_fast.setting_rules import makes_rollouts
 from rmsd_fast.stages.build import build_distillation, build_imitation
 from rmsd_fast.stages.findings import Finding, Sample, Show
 from rmsd_fast.stages.material import Material, losses_of, prepare_material
-from rmsd_fast.stages.memory import plan_memory
+from rmsd_fast.stages.memory import GIB, OPTIMIZER, WEIGHTS, plan_memory
 from rmsd_fast.stages.memory_advice import check_memory
 from rmsd_fast.stages.plan import describe_plan
 from rmsd_fast.stages.rollout_checks import after_update, examine_rollouts
@@ -53,17 +55,20 @@ def examine(settings: RunConfig, world: World, questions: int | None, show: Show
             "rollout.engine: expected an engine that samples rollouts, which the doctor compares with the trainer, got "
             "replay; set rollout.engine=hf and leave out rollout.replay"
         )
+    # A difference of log-probs is a finding here, and must not end the examination.
+    settings = copy.deepcopy(settings)
+    settings.rollout.parity_every = 0
     show(_packages())
     show(_device(settings, world))
-    show(_disk(settings))
     ready = _plan(settings, world)
     show(ready)
     if ready.status == "fault":
-        show(Finding("the rest", "skipped", "it needs the inputs and the model"))
+        show(Finding("the rest", "skipped", "the plan has a fault"))
         return
     material = prepare_material(settings, world)
     memory = _memory(settings, world, material)
     show(memory)
+    show(_disk(settings, int(memory.numbers["states_bytes"] or 0)))
     if memory.status == "fault":
         show(Finding("the rest", "skipped", "it would run out of memory"))
         return
@@ -96,7 +101,7 @@ def _device(settings: RunConfig, world: World) -> Finding:
             "device",
             "ok",
             f"CPU, {host}; {counted(world.size, 'process', 'processes')}, {heads}",
-            {"processes": world.size},
+            {"processes": world.size, "cores": os.cpu_count(), "memory_bytes": memory},
         )
     properties = torch.cuda.get_device_properties(world.device)
     capability = f"{properties.major}.{properties.minor}"
@@ -104,17 +109,29 @@ def _device(settings: RunConfig, world: World) -> Finding:
         f"{world.size} x {properties.name}, compute capability {capability}, {properties.total_memory / 2**30:.0f} GiB "
         f"each, CUDA {torch.version.cuda}; {host}; {heads}"
     )
-    return Finding("device", "ok", text, {"processes": world.size, "gpu": properties.name, "capability": capability})
+    numbers = {"processes": world.size, "cores": os.cpu_count(), "memory_bytes": memory}
+    numbers |= {"gpu": properties.name, "capability": capability, "gpu_bytes": properties.total_memory}
+    return Finding("device", "ok", text, numbers)
 
 
-def _disk(settings: RunConfig) -> Finding:
+def _disk(settings: RunConfig, states: int) -> Finding:
+    """Check the disk of the run folder. `states` is the size of weights and optimizer states, roughly a checkpoint."""
     folder = Path(settings.output).absolute()
     while not folder.exists():
         folder = folder.parent
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        text = f"output={settings.output}: {folder} cannot be written ({error.strerror}); choose another folder"
+        return Finding("disk", "fault", text)
     free = shutil.disk_usage(folder).free
-    if not os.access(folder, os.W_OK):
-        return Finding("disk", "fault", f"output={settings.output}: {folder} cannot be written; choose another folder")
-    return Finding("disk", "ok", f"{free / 2**30:.0f} GiB free for {settings.output}", {"free_bytes": free})
+    text = f"{free / GIB:.0f} GiB free for {settings.output}, and a checkpoint takes about {states / GIB:.2g} GiB"
+    numbers = {"free_bytes": free, "checkpoint_bytes": states}
+    # The former checkpoint is deleted after the next one is written, and exports take weights too.
+    if free < 3 * states:
+        return Finding("disk", "warning", f"{text}; a run needs two checkpoints and its exports at once", numbers)
+    return Finding("disk", "ok", text, numbers)
 
 
 def _plan(settings: RunConfig, world: World) -> Finding:
@@ -127,7 +144,9 @@ def _plan(settings: RunConfig, world: World) -> Finding:
             return str(error), False
 
     text, ready = on_main(world, plan)
-    return Finding("plan", "ok" if ready else "fault", text)
+    # The memory of a generated student is planned in the next check.
+    lines = [line for line in text.splitlines() if not line.startswith("  memory: planned when the run starts")]
+    return Finding("plan", "ok" if ready else "fault", "\n".join(lines))
 
 
 def _memory(settings: RunConfig, world: World, material: Material) -> Finding:
@@ -136,14 +155,17 @@ def _memory(settings: RunConfig, world: World, material: Material) -> Finding:
     sizes = {"processes": world.size}
 
     def plan() -> Finding:
-        table = plan_memory(settings, config, **sizes, device=world.device.type).table()
-        text = "\n".join(["planned for the longest prompts and responses", *table])
+        found = plan_memory(settings, config, **sizes, device=world.device.type)
+        text = "\n".join(["planned for the longest prompts and responses", *found.table()])
+        states = max(stage.parts.get(WEIGHTS, 0) + stage.parts.get(OPTIMIZER, 0) for stage in found.stages.values())
+        numbers = {"planned_bytes": found.total, "states_bytes": world.size * states}
         try:
             lines = check_memory(settings, config, **sizes, device=world.device)
         except SettingsError as error:
             # `runtime.check_memory=false` starts a run whose plan does not fit.
-            return Finding("memory", "fault" if settings.runtime.check_memory else "warning", f"{error}\n{text}")
-        return Finding("memory", "ok", "\n".join([text, *lines]))
+            status = "fault" if settings.runtime.check_memory else "warning"
+            return Finding("memory", status, f"{error}\n{text}", numbers)
+        return Finding("memory", "ok", "\n".join([text, *lines]), numbers)
 
     return on_main(world, plan)
 
@@ -211,18 +233,28 @@ def _sample(state: StageState, material: Material, count: int) -> tuple[Sample |
     totals = global_sum({"bad": len(faults), "read": len(prompts) + len(faults), "seconds": spent}, world)
     if not usable:
         what = f": {faults[0]}" if faults else "; provide more questions"
-        return None, Finding("prompts", "fault", f"no question could be read on at least one process{what}")
+        where = " on at least one process" if world.size > 1 else ""
+        return None, Finding("prompts", "fault", f"no question could be read{where}{what}")
     prompts = prompts[:usable]
     seconds = totals["seconds"] / totals["read"]
     lengths = [len(prompt.input_ids) for prompt in prompts]
-    text = f"{totals['read']:.0f} questions read, {min(lengths)} to {max(lengths)} tokens, {seconds:.2g} s each"
+    tokens = f"{min(lengths)} to {max(lengths)}" if min(lengths) < max(lengths) else f"{max(lengths)}"
+    text = f"{totals['read']:.0f} questions read, {tokens} tokens, {seconds:.2g} s each"
     if not any(prompt.media for prompt in prompts):
         text += ", without media"
     status = "ok"
     if totals["bad"]:
         first = f"; first: {faults[0]}" if faults else ""
         status, text = "warning", f"{text}; {totals['bad']:.0f} of them cannot be used{first}"
-    numbers = {"questions": totals["read"], "unusable": totals["bad"], "longest": max(lengths), "seconds": seconds}
+    # The rule by which a run ends.
+    if totals["bad"] > data.max_bad_share * max(totals["read"], 50):
+        status, text = "fault", f"{text}\na run accepts a share of data.max_bad_share={data.max_bad_share:g}"
+    numbers = {
+        "questions": int(totals["read"]),
+        "unusable": int(totals["bad"]),
+        "longest_tokens": max(lengths),
+        "seconds_per_question": seconds,
+    }
     return Sample(prompts, seconds), Finding("prompts", status, text, numbers)
 
 

@@ -55,9 +55,10 @@ class Parity:
 
     def text(self) -> str:
         """Return the differences as text."""
+        outside = f", {self.outside:.2%} of the ratios are outside [{1 - BAND:g}, {1 + BAND:g}]" if self.outside else ""
         return (
-            f"log-probs differ by {self.mean:.2g} (mean), {self.worst:.2g} (worst question), {self.largest:.2g} (worst "
-            f"token); {self.outside:.2%} of {self.tokens:,} ratios are outside [{1 - BAND:g}, {1 + BAND:g}]"
+            f"log-probs of {self.tokens:,} tokens differ by {self.mean:.2g} on average ({self.worst:.2g} in the worst "
+            f"question, {self.largest:.2g} in the worst token){outside}"
         )
 
 
@@ -127,8 +128,9 @@ def check_parity(
         raise ParityError(
             f"rollout engine ({rollout.engine}) and trainer disagree: {parity.text()}; expected a mean difference of "
             f"at most {bound:g} for each question (rollout.parity_bound). The engine has other weights, prompts or "
-            "media than the trainer, or computes with less precision; the last checkpoint is unaffected. Run python "
-            "-m rmsd_fast.doctor with this recipe to look for the cause, or set rollout.engine=hf"
+            "media than the trainer, or computes with less precision; the last checkpoint is unaffected. Look for the "
+            "cause with python -m rmsd_fast.doctor and this recipe. If the trainer itself is as imprecise, raise "
+            f"rollout.parity_bound{'' if rollout.engine == 'hf' else '; rollout.engine=hf uses no other engine'}"
         )
     if not due:
         return {}

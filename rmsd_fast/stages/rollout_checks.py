@@ -92,7 +92,7 @@ def _media_seen(
     )
     sums = global_sum({"blind": blind, "questions": len(with_media)}, state.world)
     numbers = {"trainer_change": change.mean, "engine_blind": sums["blind"], "questions": sums["questions"]}
-    text = f"with other media, the trainer's log-probs of the same tokens change by {change.mean:.2g} in the mean"
+    text = f"with other media, the trainer's log-probs of the same tokens change by {change.mean:.2g} on average"
     if not change.mean > 2 * noise.mean:
         return Finding("media", "fault", f"{text}, no more than the noise: the trainer does not see them", numbers)
     if sums["blind"]:
@@ -145,5 +145,5 @@ def after_update(state: StageState, sample: Sample) -> Finding:
             name, "warning", f"not decided: after a step at a learning rate of {lr:g}, logits are not finite"
         )
     found = _parity(state, name, drawn, score_rollouts(state, sample.prompts, drawn, features))
-    text = f"{found.text}\nthe update has changed the log-probs of the former rollouts by {change.mean:.2g}"
+    text = f"{found.text}\nthe update has changed the log-probs of the earlier rollouts by {change.mean:.2g}"
     return dataclasses.replace(found, text=text, numbers={**found.numbers, "change": change.mean})

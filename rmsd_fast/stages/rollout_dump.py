@@ -212,7 +212,9 @@ def plan_rollout_files(
         return [], []
     if rollout.engine == "replay":
         if not (Path(rollout.replay) / INFO).is_file():
-            return [], [f"rollout.replay: {os.path.abspath(rollout.replay)}, a folder that a run has written"]
+            return [], [
+                f"rollout.replay: {os.path.abspath(rollout.replay)}, a folder that a run has written with rollout.dump"
+            ]
         return check_replay(settings, _start(settings, model, resume), questions), []
     if rollout.dump:
         check_dump_folder(settings, resume)

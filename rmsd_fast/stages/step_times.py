@@ -20,14 +20,16 @@ def time_imitation(state: StageState, sample: Sample) -> Finding:
     settings = state.settings
     state.policy.set_lr(0.0)
     seconds, _ = _time_steps(state, sample, sft.step)
-    hours, lines = 0.0, []
+    numbers: dict[str, float] = {"hours": 0.0}
+    lines = []
     for stage, training in (("sft", settings.sft), ("control", settings.distill)):
         if stage in settings.stages:
             step = _step_seconds(state, sample, seconds, training.batch_size)
-            hours += step * training.steps / 3600
+            numbers[f"{stage}_seconds_per_step"] = step
+            numbers["hours"] += step * training.steps / 3600
             lines.append(f"{stage}: {step:.2g} s per step of {training.batch_size} questions, {training.steps} steps")
     lines[0] += f"; {_shares(seconds)}"
-    return Finding("imitation", "ok", "\n".join(lines), {"hours": hours, **seconds})
+    return Finding("imitation", "ok", "\n".join(lines), numbers)
 
 
 def time_distillation(state: StageState, sample: Sample) -> Finding:
@@ -44,23 +46,27 @@ def time_distillation(state: StageState, sample: Sample) -> Finding:
             "logits, loss or gradient of a step were not finite",
             {"hours": 0.0},
         )
-    hours, lines = 0.0, []
+    numbers: dict[str, float] = {"hours": 0.0}
+    lines = []
     if "warm_up" in settings.stages:
         partial = {name: s for name, s in seconds.items() if name not in ("reference", "policy")}
         step, steps = _step_seconds(state, sample, partial, batch), settings.discriminator.warm_up_steps
-        hours += step * steps / 3600
+        numbers |= {"warm_up_seconds_per_step": step, "hours": step * steps / 3600}
         lines.append(f"warm_up: {step:.2g} s per step of {batch} questions, {steps} steps")
     if "distill" in settings.stages:
         step, steps = _step_seconds(state, sample, seconds, batch), settings.distill.steps
-        hours += step * steps / 3600
+        numbers["distill_seconds_per_step"] = step
+        numbers["hours"] += step * steps / 3600
+        numbers |= {f"distill_{name}_seconds": s for name, s in _scaled(state, sample, seconds, batch).items()}
         lines.append(f"distill: {step:.2g} s per step of {batch} questions, {steps} steps; {_shares(seconds)}")
         per_process = batch / state.world.size
         needed = sample.seconds * per_process / settings.data.decode_threads
         threads = counted(settings.data.decode_threads, "thread")
         lines.append(f"reading the step's media takes {needed:.2g} s with {threads}, at the same time")
     tokens = result.metrics["rollout/tokens_mean"]
-    lines.append(f"this student's rollouts have {tokens:.0f} tokens in the mean; a trained one may write shorter ones")
-    return Finding("stage 2", "ok", "\n".join(lines), {"hours": hours, **seconds})
+    lines.append(f"this student's rollouts have {tokens:.0f} tokens on average; a trained one may write shorter ones")
+    numbers["rollout_tokens"] = tokens
+    return Finding("stage 2", "ok", "\n".join(lines), numbers)
 
 
 def _time_steps(state: StageState, sample: Sample, step: Step) -> tuple[dict[str, float], StepResult]:
@@ -73,10 +79,14 @@ def _time_steps(state: StageState, sample: Sample, step: Step) -> tuple[dict[str
     return global_max(seconds, state.world), result
 
 
-def _step_seconds(state: StageState, sample: Sample, seconds: dict[str, float], batch: int) -> float:
-    """Return the seconds of a step with the recipe's batch. All phases but the optimizer grow with the questions."""
+def _scaled(state: StageState, sample: Sample, seconds: dict[str, float], batch: int) -> dict[str, float]:
+    """Return the seconds of each phase with the recipe's batch. All but the optimizer's grow with the questions."""
     scale = batch / state.world.size / len(sample.prompts)
-    return sum(s * (1 if name == "optimizer" else scale) for name, s in seconds.items() if name != "step")
+    return {name: s * (1 if name == "optimizer" else scale) for name, s in seconds.items() if name != "step"}
+
+
+def _step_seconds(state: StageState, sample: Sample, seconds: dict[str, float], batch: int) -> float:
+    return sum(_scaled(state, sample, seconds, batch).values())
 
 
 def _shares(seconds: dict[str, float]) -> str:

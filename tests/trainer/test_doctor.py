@@ -19,7 +19,7 @@ from rmsd_fast.runtime.process_group import start, stop
 from rmsd_fast.stages.checkup import examine
 from rmsd_fast.stages.findings import Finding
 
-CHECKS = ["packages", "device", "disk", "plan", "memory", "decoder", "prompts", "imitation", "noise", "log-probs"]
+CHECKS = ["packages", "device", "plan", "memory", "disk", "decoder", "prompts", "imitation", "noise", "log-probs"]
 CHECKS += ["media", "stage 2", "evaluation", "new weights", "whole run"]
 
 
@@ -56,7 +56,9 @@ def test_a_healthy_recipe(made: Path, tmp_path: Path, processes: int) -> None:
         assert [line.split("  ")[0] for line in done.stdout.splitlines() if line[:1].strip()][:-1] == CHECKS
         assert done.stdout.splitlines()[-1].startswith("healthy")
         return
-    findings = {finding["name"]: finding for finding in json.loads(done.stdout)}
+    result = json.loads(done.stdout)
+    assert result["healthy"]
+    findings = {finding["name"]: finding for finding in result["findings"]}
     assert list(findings) == CHECKS
     assert {finding["status"] for finding in findings.values()} == {"ok"}
     assert findings["log-probs"]["numbers"]["mean"] < 1e-5
@@ -72,6 +74,31 @@ def test_missing_inputs_are_a_fault(tmp_path: Path) -> None:
     assert done.returncode == 1, done.stderr
     assert "MISSING: data.train" in done.stdout
     assert done.stdout.splitlines()[-1] == "not healthy: plan"
+
+
+def test_different_log_probs_are_a_fault_that_does_not_end_the_examination(made: Path, world) -> None:
+    found = findings_of(made, world, "rollout.parity_bound=1e-12", "rollout.parity_every=1")
+    assert found["log-probs"].status == "fault" and "expected at most 1e-12" in found["log-probs"].text
+    assert list(found)[-1] == "whole run"
+
+
+def test_a_disk_that_cannot_be_written(made: Path, world) -> None:
+    found = findings_of(made, world, "output=/proc/runs")
+    assert found["disk"].status == "fault" and "/proc cannot be written" in found["disk"].text
+
+
+def test_more_unusable_questions_than_a_run_accepts(made: Path, world) -> None:
+    """A limit between the lengths of two prompts makes some of them unusable."""
+    settings = tiny_settings(made, "stages=[distill]", "rollout.n=2", "distill.batch_size=2")
+    found: list[Finding] = []
+    settings.data.max_bad_share = 0.0
+    examine(settings, world, 6, found.append)
+    longest = next(f for f in found if f.name == "prompts").numbers["longest_tokens"]
+    settings.data.max_prompt_tokens = longest - 1
+    found.clear()
+    examine(settings, world, 6, found.append)
+    prompts = next(f for f in found if f.name == "prompts")
+    assert prompts.status == "fault" and "data.max_bad_share=0" in prompts.text
 
 
 def test_wrong_settings_and_arguments() -> None:

@@ -51,7 +51,8 @@ def test_differences_by_hand(world) -> None:
     assert parity.worst == pytest.approx(0.1, rel=1e-5)
     assert parity.largest == pytest.approx(0.2, rel=1e-6)
     assert (parity.outside, parity.tokens) == (0.25, 4)
-    assert "25.00% of 4" in parity.text()
+    assert "log-probs of 4 tokens differ by 0.075 on average" in parity.text()
+    assert "25.00% of the ratios are outside [0.9, 1.1]" in parity.text()
     assert parity.within(0.11) and not parity.within(0.09)
     # A process whose pass is a filler has no rollouts.
     assert compare({}, engine, world) == Parity(0.0, 0.0, 0.0, 0.0, 0)
@@ -109,7 +110,7 @@ def test_a_fault_in_one_question_is_not_hidden_by_the_others(folder, material, w
             for i, group in enumerate(rollouts)
         ]
         state.parity_checked = False
-        with pytest.raises(ParityError, match=r"0\.06 \(worst question\)"):
+        with pytest.raises(ParityError, match=r"0\.06 in the worst question"):
             check_parity(state, prompts, drawn, features, 0)
 
 
