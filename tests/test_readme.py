@@ -240,6 +240,7 @@ METRICS = (
     "Discriminator",
     "Rewards and advantages",
     "Policy",
+    "Rollout engine and trainer",
     "Rollouts",
     "Teacher answers",
     "What stage 2 can gain",
