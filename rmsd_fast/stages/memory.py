@@ -106,8 +106,8 @@ class MemoryPlan:
         return max(stage.total for stage in self.stages.values())
 
     def table(self) -> list[str]:
-        """Return the lines of a table with a column per stage, in GiB, or in MiB if the total is below 1 GiB."""
-        unit, name = (GIB, "GiB") if self.total >= GIB else (2**20, "MiB")
+        """Return the lines of a table with a column per stage, in GiB, or in MiB if the total is below 10 GiB."""
+        unit, name = (GIB, "GiB") if self.total >= 10 * GIB else (2**20, "MiB")
         plans = list(self.stages.values())
         rows = [(name, list(self.stages))]
         sizes = {part: [plan.parts.get(part, 0) for plan in plans] for part in PARTS}
