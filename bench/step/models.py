@@ -147,6 +147,8 @@ def settings_of(
     room = 512 if sizes is SMALL else 0
     budget = 40 * (prefix + room + response) if sizes is SMALL else groups * (prefix + (k + n) * response)
     changes = [f"rollout.n={n}", f"rollout.max_new_tokens={response}", f"data.max_prompt_tokens={prefix + room}"]
+    # Given rollouts have the log-probs of no model.
+    changes.append("rollout.parity_every=0")
     changes += [f"packing={packing}", f"micro_tokens={budget}"]
     changes += [] if sizes is SMALL else ["model.gradient_checkpointing=false"]
     # Random weights give equal content rewards, so only scores that differ from the start give advantages.

@@ -232,7 +232,7 @@ def test_exports_give_the_logits_of_the_quantized_model(folder, materials, dequa
     second = logits_of(student.model)
     assert not torch.allclose(second, first, rtol=1e-2, atol=1e-2)
     # The reference, without both new adapters, is the stage-1 student.
-    activate(late.reference._adapted, late.reference.adapter)
+    activate(adapted_layers(student.model).values(), None)
     torch.testing.assert_close(logits_of(student.model), first, **close)
     trainable = {n for n, p in late.policy.module.named_parameters() if p.requires_grad}
     assert not any(f".{START}." in name for name in trainable | set(late.policy.names))
