@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from rmsd_fast.config import RunConfig, SettingsError, UserError
+from rmsd_fast.config import RunConfig, SettingsError, UserError, first_line
 from rmsd_fast.data.errors import counted
 from rmsd_fast.data.media import MediaReader
 from rmsd_fast.data.media_file import MediaError
@@ -73,8 +73,7 @@ def examine(settings: RunConfig, world: World, questions: int | None, show: Show
         show(Finding("the rest", "skipped", "it would run out of memory"))
         return
     with MediaReader(settings.data, world.device) as media:
-        reason = f": {media.decoder_reason}" if media.decoder_reason else ""
-        show(Finding("decoder", "warning" if reason else "ok", f"videos are decoded on {media.decoder}{reason}"))
+        show(_decoder(media))
         count = questions or min(settings.rollout.prompts_per_batch, settings.distill.batch_size // world.size)
         _examine_training(settings, world, material, media, count, show)
 
@@ -147,6 +146,19 @@ def _plan(settings: RunConfig, world: World) -> Finding:
     # The memory of a generated student is planned in the next check.
     lines = [line for line in text.splitlines() if not line.startswith("  memory: planned when the run starts")]
     return Finding("plan", "ok" if ready else "fault", "\n".join(lines))
+
+
+def _decoder(media: MediaReader) -> Finding:
+    text = f"videos are decoded on {media.decoder}"
+    text += f": {media.decoder_reason}" if media.decoder_reason else ""
+    status = "warning" if media.decoder_reason else "ok"
+    try:
+        import torchcodec
+    # A missing FFmpeg is a RuntimeError. Recipes with images alone need neither.
+    except (ImportError, RuntimeError, OSError) as error:
+        return Finding("decoder", "warning", f"{text}; torchcodec cannot be loaded ({first_line(error)})")
+    ffmpeg = getattr(torchcodec, "ffmpeg_major_version", None)
+    return Finding("decoder", status, f"{text}; FFmpeg {ffmpeg}" if ffmpeg else text, {"ffmpeg": ffmpeg})
 
 
 def _memory(settings: RunConfig, world: World, material: Material) -> Finding:

@@ -63,6 +63,7 @@ def test_a_healthy_recipe(made: Path, tmp_path: Path, processes: int) -> None:
     assert {finding["status"] for finding in findings.values()} == {"ok"}
     assert findings["log-probs"]["numbers"]["mean"] < 1e-5
     assert findings["new weights"]["numbers"]["mean"] < 1e-5
+    assert findings["decoder"]["numbers"]["ffmpeg"] >= 4
     assert findings["media"]["numbers"]["trainer_change"] > 1e-4
     parts = [findings[name]["numbers"]["hours"] for name in ("imitation", "stage 2", "evaluation")]
     assert all(part > 0 for part in parts)
