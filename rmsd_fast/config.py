@@ -385,7 +385,7 @@ class RolloutConfig:
     """Interval in steps for comparing the rollouts' log-probs with the trainer's, in one more forward pass of the
     policy. The first steps of warm-up, stage 2 and a resumed run compare all rollouts; 0 = never."""
     parity_bound: float | None = number(None, above=0)
-    """Stop if these log-probs differ by more than this in the mean over a question's tokens, in nats; null = 0.001 in
+    """Stop if these log-probs differ by more than this on average over a question's tokens, in nats; null = 0.001 in
     float32, and 0.1 in bfloat16 (open)."""
     log_every_steps: int = number(10, least=0)
     """Interval in steps for writing questions with their rollouts and teacher answers to `rollouts.jsonl`. The first

@@ -24,17 +24,16 @@ class Policy(nn.Module):
 
     Args:
         model: the language model.
-        adapter: the adapter that it uses, if it has adapters; None = the backbone alone.
     """
 
-    def __init__(self, model: nn.Module, adapter: str | None = POLICY):
+    def __init__(self, model: nn.Module):
         super().__init__()
-        self.model, self.adapter = model, adapter
+        self.model = model
         self._adapted = tuple(adapted_layers(model).values())
 
     def activate(self) -> None:
-        """Use this module's adapter in passes that do not go through it, such as generation."""
-        activate(self._adapted, self.adapter)
+        """Use the policy's adapter in passes that do not go through it, such as generation."""
+        activate(self._adapted, POLICY)
 
     def forward(
         self,
@@ -50,7 +49,7 @@ class Policy(nn.Module):
         The S positions belong to the rows' responses, in order. If features is None, the media are encoded here, with a
         gradient if the vision tower is trained. With adapted=False, a model with adapters computes without them.
         """
-        activate(self._adapted, self.adapter if adapted else None)
+        activate(self._adapted, POLICY if adapted else None)
         if features is None:
             features = encode_in_pass(self.model, prompts)
         hidden = forward_hidden(self.model, rows, features)

@@ -272,10 +272,9 @@ def _policy_pass(
         reference = {} if policy_pass.ref_logp is None else {"ref_logp": policy_pass.ref_logp}
         if exact_kl:
             with torch.no_grad():
-                read_by = partial(state.reference, read.prompts, rows, policy_pass.ref_features)
                 # With adapters, the reference has the policy's head, whose weight ZeRO-3 gathers only inside a forward.
-                names, output = (("ref_hidden",), _hidden) if lora else (("ref_hidden", "ref_weight"), _hidden_and_head)
-                reference = dict(zip(names, read_by(output), strict=True))
+                read_out = _hidden if lora else _hidden_and_head
+                reference = state.reference(read.prompts, rows, policy_pass.ref_features, read_out)
         head = partial(
             linear_policy_loss,
             advantages=each_token(advantages),
@@ -313,11 +312,11 @@ _MEANS = {"kl", "kl_k1", "entropy", "logp", "importance_ratio", "tis_capped_frac
 
 
 def _hidden_and_head(hidden, weight, targets):
-    return hidden, weight
+    return {"ref_hidden": hidden, "ref_weight": weight}
 
 
 def _hidden(hidden, weight, targets):
-    return (hidden,)
+    return {"ref_hidden": hidden}
 
 
 def _own_head(loss):
