@@ -162,13 +162,16 @@ def repair_pool(pool: Pool, questions: Sequence[Question], cfg: TeacherConfig) -
 def describe_changes(pool: Pool, repaired: RepairedPool) -> list[str]:
     """Return how many answers changed their validity, quality or reason, by kind of change and with examples.
 
+    The examples do not depend on the order of the pool, which is that of the server's replies.
+
     Args:
         pool: the responses before.
         repaired: result of `repair_pool` for this pool.
     """
     before = [response for responses in pool.values() for response in responses]
     kinds: dict[str, list[str]] = defaultdict(list)
-    for old, new in zip(before, repaired.responses, strict=True):
+    pairs = zip(before, repaired.responses, strict=True)
+    for old, new in sorted(pairs, key=lambda pair: (pair[0].id, pair[0].k)):
         if (old.valid, old.quality, old.reason) != (new.valid, new.quality, new.reason):
             qualities = f"{_shown(old.quality)} → {_shown(new.quality)}"
             kinds[_change(old, new)].append(f"{new.id} k={new.k} (quality {qualities})")

@@ -342,7 +342,10 @@ def test_forbidden_requests(tmp_path):
     with TeacherServer(script) as server:
         collection = collect_plainly(questions, [server.url], out, "collect.start_concurrency=1")
         assert collection.refused == {"refused": 4, "filtered": 4} and set(answers(out)) == expected(2)
-        assert failed(out)[0]["error"] == "status 403: not for you"
+        assert {record["id"]: record["error"] for record in failed(out)} == {
+            "q2": "status 403: not for you",
+            "q3": "status 403: Your chosen model requires moderation. Your input was flagged.",
+        }
         with pytest.raises(Fatal, match="expected a key that the server accepts, got status 403: not for you"):
             collect_plainly(questions[2:3], [server.url], tmp_path / "other.jsonl")
 

@@ -120,7 +120,10 @@ def flip(data: bytes, count: int, seed: int) -> bytes:
 
 
 def _flipped(path: Path) -> None:
-    """Write a file with many flipped bytes, for which the decoder returns plain gray frames and no error."""
+    """Write a file with many flipped bytes, for which the decoder returns plain gray frames and no error.
+
+    How many frames are gray depends on the order of decoding and on the memory that the decoder reuses.
+    """
     from torchcodec.decoders import VideoDecoder
 
     data = bytes(encoded(path, g="10"))
@@ -149,6 +152,13 @@ def _slightly_flipped(path: Path) -> None:
         except RuntimeError:
             continue
     raise AssertionError("every flip was detected")
+
+
+def _lost_frames(path: Path) -> None:
+    """Write a video whose first half is the gray that FFmpeg shows for lost frames."""
+    frames = moving()
+    frames[: FRAMES // 2] = 128
+    write_clip(path, frames)
 
 
 def _single_color(path: Path) -> None:
@@ -233,7 +243,8 @@ FAULTS = (
     Fault("truncated WebM", _truncated_as("webm", "libvpx-vp9"), "truncated: expected at least"),
     Fault("audio only", _audio_only, "got a file without a video stream"),
     Fault("one frame", _one_frame, "too few frames: expected at least 2, got 1"),
-    Fault("many flipped bytes", _flipped, "plain gray that replaces lost frames", True),
+    Fault("many flipped bytes", _flipped, "fetch it again, or if this is intended", True),
+    Fault("lost frames", _lost_frames, "2 of 4 frames are the plain gray that replaces lost frames", True),
     Fault("one flipped byte", _slightly_flipped, ""),
     Fault("single color", _single_color, "a single color", True),
     Fault("frozen picture", _frozen, "are all identical", True),
