@@ -157,7 +157,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         epilog=f"settings (section.field = default):\n{describe_settings(CollectionConfig, SECTIONS, READ)}",
     )
     parser.add_argument("questions", type=Path, help="questions, JSONL (docs/data.md)")
-    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings to change")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="section.field=value", help="settings to change")
     parser.add_argument("--recipe", default="", help="YAML file or name of a recipe, of a teacher or of a run")
     parser.add_argument("--endpoint", action="append", metavar="URL", help="collect.endpoint; may be repeated")
     parser.add_argument("--model", action="append", metavar="NAME", help="collect.model; may be repeated")

@@ -67,7 +67,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         epilog="exit code: 0 = no fault, 1 = at least one fault, 2 = the examination could not be completed",
     )
     parser.add_argument("recipe", help="YAML file or name of a recipe")
-    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings to change")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="section.field=value", help="settings to change")
     parser.add_argument(
         "--questions",
         type=_count,

@@ -67,7 +67,9 @@ def main(argv: list[str] | None = None) -> int:
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(prog="rmsd_fast.lab", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("plan", help="YAML file of the plan (docs/lab.md), or name of a plan of the package")
-    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings for every run")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="section.field=value", help="settings for every run"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for runs, material and results")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="number of runs at once (default: 1)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[], metavar="SEED", help="train only these seeds")

@@ -151,7 +151,11 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         command.add_argument("pool", type=Path, help="teacher answers, JSONL")
         command.add_argument("questions", type=Path, help="the questions that the pool answers")
         command.add_argument(
-            "overrides", nargs="*", metavar="section.field=value", help="settings, e.g. teacher.parse=strict"
+            "overrides",
+            nargs="*",
+            default=[],
+            metavar="section.field=value",
+            help="settings, e.g. teacher.parse=strict",
         )
         if name == "repair":
             command.add_argument("--output", type=Path, required=True, help="pool to write; must not exist")

@@ -71,12 +71,16 @@ def run_main(main: Callable[[], int]) -> int:
     """Prepare the process, run the main function of a program, and return the exit code.
 
     If nothing reads the output any more, as after `--dry-run | head -1`, the program ends without a message, with the
-    code of a process that SIGPIPE has ended. A context of `lenient_output` lets it finish instead.
+    code of a process that SIGPIPE has ended. A context of `lenient_output` lets it finish instead. An interrupt that
+    the program does not handle itself, as during its imports, ends it with one line.
     """
     prepare_process()
     code = 128 + signal.SIGPIPE
     try:
         code = main()
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
+        tell("interrupted")
     except BrokenPipeError:
         # Pipes to other processes break too.
         if not (_has_lost_reader(1) or _has_lost_reader(2)):

@@ -165,6 +165,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "files",
         nargs="*",
+        default=[],
         metavar="QUESTIONS section.field=value",
         help="for a pool: the questions that it answers, and settings such as teacher.unlabeled=agreement",
     )

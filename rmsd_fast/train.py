@@ -87,7 +87,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         f"settings (section.field = default):\n{describe_settings()}",
     )
     parser.add_argument("recipe", nargs="?", default="", help="YAML file or name of a recipe (default: quickstart)")
-    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings to change")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="section.field=value", help="settings to change")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="run folder to continue with its saved settings")
     parser.add_argument("--allow-changes", action="store_true", help="resume even if settings or data differ")
     parser.add_argument("--print-config", action="store_true", help="print all settings and exit")

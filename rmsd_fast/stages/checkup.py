@@ -171,6 +171,8 @@ def _memory(settings: RunConfig, world: World, material: Material) -> Finding:
         text = "\n".join(["planned for the longest prompts and responses", *found.table()])
         states = max(stage.parts.get(WEIGHTS, 0) + stage.parts.get(OPTIMIZER, 0) for stage in found.stages.values())
         numbers = {"planned_bytes": found.total, "states_bytes": world.size * states}
+        for name, stage in found.stages.items():
+            numbers |= {f"{name}_{part.replace(' ', '_')}_bytes": size for part, size in stage.parts.items()}
         try:
             lines = check_memory(settings, config, **sizes, device=world.device)
         except SettingsError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 
 from rmsd_fast.data.errors import counted
@@ -13,6 +14,9 @@ from rmsd_fast.stages.findings import Finding, Sample
 from rmsd_fast.stages.material import Material
 from rmsd_fast.stages.run import Step
 from rmsd_fast.stages.state import StageState, StepResult
+
+# A step is timed so many times, unless the steps so far took longer than this in seconds.
+_TIMED_STEPS, _ENOUGH_S = 3, 20.0
 
 
 def time_imitation(state: StageState, sample: Sample) -> Finding:
@@ -70,13 +74,21 @@ def time_distillation(state: StageState, sample: Sample) -> Finding:
 
 
 def _time_steps(state: StageState, sample: Sample, step: Step) -> tuple[dict[str, float], StepResult]:
-    """Return the seconds of each phase of a second step, since kernels are compiled in the first one."""
-    for number in (1, 2):
+    """Return the median seconds of each phase over a few steps, and the result of the last one.
+
+    The first step, in which kernels are compiled, does not count.
+    """
+    timed: list[dict[str, float]] = []
+    for number in range(1, _TIMED_STEPS + 2):
         state.timer.take()
         result = step(state, sample.prompts, number)
-    seconds = {name.removeprefix("seconds/"): spent for name, spent in state.timer.take().items()}
-    # The slowest process sets the pace.
-    return global_max(seconds, state.world), result
+        spent = {name.removeprefix("seconds/"): s for name, s in state.timer.take().items()}
+        # The slowest process sets the pace.
+        timed.append(global_max(spent, state.world))
+        if sum(seconds["step"] for seconds in timed[1:]) > _ENOUGH_S:
+            break
+    steps = timed[1:]
+    return {name: statistics.median(seconds.get(name, 0.0) for seconds in steps) for name in steps[-1]}, result
 
 
 def _scaled(state: StageState, sample: Sample, seconds: dict[str, float], batch: int) -> dict[str, float]:

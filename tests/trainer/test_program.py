@@ -239,6 +239,26 @@ def test_other_broken_pipes_are_errors():
     assert done.returncode == 1 and "BrokenPipeError: a worker" in done.stderr
 
 
+def test_an_interrupt_during_imports_is_one_line():
+    main = "def main():\n    os.kill(os.getpid(), signal.SIGINT)\n    signal.pause()\n"
+    script = f"import os, signal, sys\nfrom rmsd_fast.process import run_main\n{main}sys.exit(run_main(main))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment())
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+def test_no_program_asks_for_settings():
+    for name in ("train", "doctor", "evaluate", "collect", "lab", "report", "pool"):
+        arguments = ["check"] if name == "pool" else ["--no-such-option"]
+        done = subprocess.run(
+            [sys.executable, "-m", f"rmsd_fast.{name}", *arguments],
+            capture_output=True,
+            text=True,
+            env=environment(),
+        )
+        *_, last = done.stderr.splitlines()
+        assert done.returncode == 2 and "error" in last and "section.field=value" not in last, last
+
+
 def test_characters_that_a_terminal_cannot_show_are_escaped():
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     LenientStream(stream).write("lücke\n")
