@@ -148,7 +148,13 @@ class Answering:
         # As many rows at a time for sampled answers as for greedy ones.
         rows = max(1, evaluate.prompts_per_batch // max(1, evaluate.rollouts))
         self._greedy, self._sampler = (
-            HfRollout(self._builder, prompts_per_batch=batch, device=world.device, cuda_graphs=rollout.cuda_graphs)
+            HfRollout(
+                self._builder,
+                prompts_per_batch=batch,
+                device=world.device,
+                cuda_graphs=rollout.cuda_graphs,
+                share_media=True,
+            )
             for batch in (evaluate.prompts_per_batch, rows)
         )
 
