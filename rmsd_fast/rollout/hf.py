@@ -7,6 +7,8 @@ decode.py samples the tokens.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import accumulate
 from operator import itemgetter
 from typing import NamedTuple
@@ -71,6 +73,12 @@ class HfRollout:
         """Do nothing: the rollouts are those of the training model itself."""
 
     @torch.no_grad()
+    def encode(self, model: torch.nn.Module, prompts: list[Prompt]) -> MediaFeatures:
+        """Return the vision features of prompts, for several calls of `generate`."""
+        with _generating(model):
+            return encode_media(model, prompts)
+
+    @torch.no_grad()
     def generate(
         self,
         model: torch.nn.Module,
@@ -84,28 +92,23 @@ class HfRollout:
 
         The call enables eval mode and shared prefixes, and restores the model afterward.
         """
-        was_training = model.training
-        model.eval()
-        try:
-            rollouts = []
-            with shared_prefix_enabled(model):
-                for start in range(0, len(prompts), self.prompts_per_batch):
-                    batch = prompts[start : start + self.prompts_per_batch]
-                    if features is None:
-                        encoded = encode_media(model, batch)
-                    else:
-                        encoded = features.select(range(start, start + len(batch)))
-                    beginnings = shared_beginnings(batch, encoded) if self.share_media else None
-                    order = range(len(batch)) if beginnings is None else beginnings.order
-                    if beginnings is not None:
-                        # Prompts with the same beginning must be adjacent.
-                        batch, encoded = [batch[index] for index in order], encoded.select(order)
-                    decoded = self._decode(model, batch, encoded, sampling)
-                    groups = self._collect(batch, decoded, sampling, policy_version)
-                    rollouts += [group for _, group in sorted(zip(order, groups, strict=True), key=itemgetter(0))]
-            return rollouts
-        finally:
-            model.train(was_training)
+        rollouts = []
+        with _generating(model):
+            for start in range(0, len(prompts), self.prompts_per_batch):
+                batch = prompts[start : start + self.prompts_per_batch]
+                if features is None:
+                    encoded = encode_media(model, batch)
+                else:
+                    encoded = features.select(range(start, start + len(batch)))
+                beginnings = shared_beginnings(batch, encoded) if self.share_media else None
+                order = range(len(batch)) if beginnings is None else beginnings.order
+                if beginnings is not None:
+                    # Prompts with the same beginning must be adjacent.
+                    batch, encoded = [batch[index] for index in order], encoded.select(order)
+                decoded = self._decode(model, batch, encoded, sampling)
+                groups = self._collect(batch, decoded, sampling, policy_version)
+                rollouts += [group for _, group in sorted(zip(order, groups, strict=True), key=itemgetter(0))]
+        return rollouts
 
     def _decode(self, model, prompts: list[Prompt], features: MediaFeatures, sampling: Sampling) -> Decoded:
         """Return all responses. Nothing else of the batch stays alive, so that the next batch can use its memory."""
@@ -172,6 +175,18 @@ class HfRollout:
                 )
             groups.append(group)
         return groups
+
+
+@contextmanager
+def _generating(model: torch.nn.Module) -> Iterator[None]:
+    """Enable eval mode and shared prefixes inside the context."""
+    was_training = model.training
+    model.eval()
+    try:
+        with shared_prefix_enabled(model):
+            yield
+    finally:
+        model.train(was_training)
 
 
 def _packed_row(prompts: list[Prompt], beginnings: SharedBeginnings) -> list[torch.Tensor]:

@@ -191,6 +191,7 @@ class Answering:
     def _answer_prompts(self, prompts: list[Prompt]) -> list[dict]:
         evaluate, model = self._settings.evaluate, self._student.model
         greedy = Sampling(n=1, temperature=0.0, max_new_tokens=evaluate.max_new_tokens)
+        features = self._greedy.encode(model, prompts)
         records = [
             self._record(
                 prompt.question,
@@ -198,7 +199,9 @@ class Answering:
                 truncated=rollout.truncated,
                 error="" if rollout.finite else NOT_FINITE,
             )
-            for prompt, (rollout,) in zip(prompts, self._greedy.generate(model, prompts, greedy), strict=True)
+            for prompt, (rollout,) in zip(
+                prompts, self._greedy.generate(model, prompts, greedy, features=features), strict=True
+            )
         ]
         if evaluate.rollouts == 0:
             return records
@@ -209,7 +212,7 @@ class Answering:
             max_new_tokens=evaluate.max_new_tokens,
             seed=self._settings.seed,
         )
-        sampled = self._sampler.generate(model, prompts, sampling)
+        sampled = self._sampler.generate(model, prompts, sampling, features=features)
         return [
             with_samples(record, prompt.question, list(map(_ended, rollouts)), self._settings)
             for record, prompt, rollouts in zip(records, prompts, sampled, strict=True)
