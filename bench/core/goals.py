@@ -70,7 +70,7 @@ CASES = {
     ),
     "step": tuple(f"P{p}-R{r}-float32" for p, r in ((1024, 64), (2048, 64), (2048, 128), (4096, 128))),
     "rollout": tuple(f"P{p}-N{n}-R64-float32" for p in (512, 2048) for n in (4, 8, 16)),
-    "evaluation": ("V40-Q200-F32-R32-float32",),
+    "evaluation": ("V40-Q200-F16-R32-float32",),
 }
 CONDITIONS = {
     "linear_cross_entropy": (f"{_LONG}-conditions",),

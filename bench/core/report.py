@@ -348,7 +348,7 @@ def evaluation_page(records: list[dict]) -> str:
         "Ours is `answer_questions` from files to scores, with decoding in worker processes. Generate is transformers' "
         "`generate` for one question at a time, with decoding. The rows below it run in one thread without workers: "
         "batched does everything for each question, in batches of 16, and the others add one kind of sharing each. "
-        "Medians of interleaved rounds. Greedy tokens of all ways were equal before, for every question. "
+        "Medians of interleaved rounds. The greedy tokens of all ways are equal, for every question. "
     )
     found = [(v.status, v.where.removeprefix("evaluation "), v.what) for v in verdicts(records, "cpu", ["evaluation"])]
     goals = table(("verdict", "case", "found"), found)

@@ -102,7 +102,7 @@ def test_the_page_of_evaluations_shows_what_each_part_gains():
         and "| generate | 40.0 | 5.0 | 4.00 (4.00) |  | 3 |" in text
     )
     assert "| batched | 30.0 | 6.7 | 3.00 (3.00) | 1.33 | 3 |" in text and "| 2.00 (2.00) | 1.50 | 3 |" in text
-    assert "| met | V40-Q200-F32-R32-float32 | 4.00 times faster than generate" in text
+    assert "| met | V40-Q200-F16-R32-float32 | 4.00 times faster than generate" in text
 
 
 def test_all_ways_to_evaluate_give_the_same_tokens(tmp_path):
