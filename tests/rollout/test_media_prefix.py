@@ -11,6 +11,7 @@ from media_files import write_images
 
 from rmsd_fast.config import VideoConfig
 from rmsd_fast.data.prompts import PromptBuilder
+from rmsd_fast.made.student import build_tiny_student
 from rmsd_fast.models.students import encode_media, load_student
 from rmsd_fast.rollout import hf
 from rmsd_fast.rollout.base import Sampling
@@ -23,12 +24,16 @@ CPU = torch.device("cpu")
 ATOL = 1e-5
 
 
-@pytest.fixture(scope="module")
-def setup(tmp_path_factory):
+@pytest.fixture(scope="module", params=["qwen3_vl", "qwen2_5_vl"])
+def setup(request, tmp_path_factory):
     """Return student, builder, and prompts about three videos in mixed order, an image, and text alone."""
     folder = tmp_path_factory.mktemp("media_prefix")
     material = tiny_material(folder)
-    student = load_student(material.model_path, dtype="float32")
+    path = material.model_path
+    if request.param != "qwen3_vl":
+        path = folder / "student"
+        build_tiny_student(path, texts=["What is shown?", "Count."], layers=2, family=request.param)
+    student = load_student(path, dtype="float32")
     builder = PromptBuilder(student, VideoConfig(num_frames=8))
     videos = list({q.videos: q for q in material.train}.values())[:3]
     image = str(write_images(tmp_path_factory.mktemp("images"))["rgb"])
