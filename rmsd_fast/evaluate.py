@@ -85,6 +85,7 @@ def evaluate(settings: RunConfig, world: World, stop: StopSignal, output: Path) 
     identity = {"model": model, "protocol": protocol_of(settings), "questions": questions_digest(questions)}
     path = output.with_suffix(".predictions.jsonl")
     with AnswerStore(path, identity, world) as store, MediaReader(settings.data, world.device) as media:
+        stop.output = path
         student = load(material.model_path, settings, world)
         records = answer_questions(
             student, questions, settings, world, media, name=material.model_path, stop=stop, store=store
