@@ -32,7 +32,7 @@ from rmsd_fast.data.preprocess import video_patches
 from rmsd_fast.data.prompts import Prompt, PromptBuilder
 from rmsd_fast.data.records import Question
 from rmsd_fast.data.video import Frames, MediaRequest, read_media
-from rmsd_fast.models.students import Student, encode_media
+from rmsd_fast.models.students import MediaFeatures, Student, encode_media
 from rmsd_fast.rollout.base import Sampling
 from rmsd_fast.rollout.hf import HfRollout
 from rmsd_fast.runtime.process_group import World
@@ -181,8 +181,8 @@ class Rig:
         engine.banned_ids = self.banned
         generate = engine.generate
 
-        def keep(model, prompts: list[Prompt], sampling: Sampling):
-            groups = generate(model, prompts, sampling)
+        def keep(model, prompts: list[Prompt], sampling: Sampling, *, features: MediaFeatures):
+            groups = generate(model, prompts, sampling, features=features)
             answers.update({rollout.question_id: rollout.token_ids for (rollout,) in groups})
             return groups
 
