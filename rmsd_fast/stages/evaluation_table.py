@@ -21,7 +21,8 @@ def format_table(result: Mapping[str, Any]) -> str:
     differences follow.
     """
     students = result["students"]
-    width = max([9, *(len(label) for label, _ in _group_rows(students))])
+    rows = [*_group_rows(students), *_sample_rows(students)]
+    width = max([9, *(len(label) for label, _ in rows)])
     lines = [f"{'task':<{width}} floor  " + "  ".join(f"{name:>20}" for name in students)]
 
     def add(label: str, entries: list[Entry | None], floor: float | None = None) -> None:
@@ -32,12 +33,8 @@ def format_table(result: Mapping[str, Any]) -> str:
     for task in [*TASK_TYPES, "meaning", "closed", "sampled", *READINGS, "usable"]:
         floor = result["floors"].get(task, {}).get("score")
         add(task, [row_of(student, task) for student in students.values()], floor)
-    for label, path in _group_rows(students):
-        add(label, [_at(student, "groups", *path) for student in students.values()])
-    for kind, label in (("pass", "pass@"), ("majority", "majority@")):
-        sizes = {k: None for student in students.values() for k in _at(student, "sampled", kind) or {}}
-        for k in sizes:
-            add(f"{label}{k}", [_at(student, "sampled", kind, k) for student in students.values()])
+    for label, path in rows:
+        add(label, [_at(student, *path) for student in students.values()])
     for name, student in students.items():
         lines += _remarks(name, student, result.get("unusable", {}).get(name))
     for name, difference in result["differences"].items():
@@ -68,12 +65,21 @@ def _remarks(name: str, student: Entry, unusable: Entry | None) -> list[str]:
     return lines
 
 
-def _group_rows(students: Mapping[str, Entry]) -> list[tuple[str, tuple[str, str]]]:
+def _group_rows(students: Mapping[str, Entry]) -> list[tuple[str, tuple[str, ...]]]:
     """Return label and keys of each value of each breakdown."""
-    rows: dict[tuple[str, str], str] = {}
+    rows: dict[tuple[str, ...], str] = {}
     for student in students.values():
         for name, values in student.get("groups", {}).items():
-            rows |= {(name, value): f"{name}: {value}" for value in values}
+            rows |= {("groups", name, value): f"{name}: {value}" for value in values}
+    return [(label, path) for path, label in rows.items()]
+
+
+def _sample_rows(students: Mapping[str, Entry]) -> list[tuple[str, tuple[str, ...]]]:
+    """Return label and keys of pass@k and majority@k."""
+    rows: dict[tuple[str, ...], str] = {}
+    for kind in ("pass", "majority"):
+        for student in students.values():
+            rows |= {("sampled", kind, k): f"{kind}@{k}" for k in _at(student, "sampled", kind) or {}}
     return [(label, path) for path, label in rows.items()]
 
 
