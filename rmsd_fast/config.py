@@ -480,10 +480,10 @@ class EvaluateConfig:
     """Maximum length of a response in tokens; decoding is greedy."""
     rollouts: int = number(0, least=0)
     """Number of responses sampled per question in addition to the greedy one, at `rollout.temperature`; their mean
-    score is reported as `sampled`."""
-    parse: str = choice("strict", of=("strict", "natural"))
-    """`strict` = an answer counts only in the required format; `natural` = any clear statement counts (as in
-    `teacher.parse`)."""
+    score is reported as `sampled`, with pass@k and majority@k."""
+    parse: str = choice("strict", of=("strict", "lenient"))
+    """Reading of the answers in the main score. `strict` = an answer counts only in the required format; `lenient` =
+    any clear statement counts. Both scores are reported."""
     prompts_per_batch: int = number(16, least=1)
     """Number of questions per generation batch of a process."""
     samples: int = number(24, least=0)

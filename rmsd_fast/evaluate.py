@@ -1,6 +1,7 @@
 """Evaluate a model on held-out questions: accuracy by task type with 95% intervals, as a table and as JSON.
 
 torchrun --nproc-per-node 1 -m rmsd_fast.evaluate quickstart model.path=runs/x/export --output evaluation.json
+python -m rmsd_fast.evaluate --compare base.json evaluation.json
 """
 
 from __future__ import annotations
@@ -22,12 +23,25 @@ if TYPE_CHECKING:
 def main(argv: list[str] | None = None) -> int:
     """Parse the arguments and evaluate. Heavy imports are delayed so that `--help` is fast."""
     parser = Parser(prog="rmsd_fast.evaluate", description=__doc__.splitlines()[0])
-    parser.add_argument("recipe", help="recipe with data.heldout and other settings; rmsd_fast.train --help lists them")
-    parser.add_argument("overrides", nargs="*", help="section.field=value, e.g. model.path=runs/x/export")
     parser.add_argument(
-        "--output", type=Path, required=True, help="JSON file to write; predictions are written next to it"
+        "recipe", nargs="?", help="recipe with data.heldout and other settings; rmsd_fast.train --help lists them"
+    )
+    parser.add_argument("overrides", nargs="*", help="section.field=value, e.g. model.path=runs/x/export")
+    parser.add_argument("--output", type=Path, help="JSON file to write; predictions are written next to it")
+    parser.add_argument(
+        "--compare",
+        nargs="+",
+        metavar="EVALUATION",
+        help="compare evaluations instead, the others with the first: JSON files of this program, or run folders, with "
+        ":student for another student than the last one",
     )
     arguments = parser.parse_intermixed_args(argv)
+    if arguments.compare:
+        if arguments.recipe or len(arguments.compare) < 2:
+            parser.error("--compare: expected two or more evaluations and no recipe")
+        return _compare(arguments.compare, arguments.output)
+    if not arguments.recipe or not arguments.output:
+        parser.error("expected a recipe and --output, or --compare with two or more evaluations")
     if reason := environment.why_not():
         tell(f"rmsd_fast.evaluate: {reason}")
         return 2
@@ -50,36 +64,56 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def evaluate(settings: RunConfig, world: World, stop: StopSignal, output: Path) -> None:
-    """Evaluate `model.path` and write `output`. The answers are written next to it, as `<stem>.predictions.jsonl`."""
+    """Evaluate `model.path` and write `output`. The answers are written next to it, as `<stem>.predictions.jsonl`.
+
+    If an evaluation with the same model, settings and questions was interrupted, continue it.
+    """
     from rmsd_fast.data.media import MediaReader
     from rmsd_fast.files import write_text_atomic
+    from rmsd_fast.runtime.process_group import on_main
+    from rmsd_fast.stages.answer_store import AnswerStore
     from rmsd_fast.stages.build import load
-    from rmsd_fast.stages.evaluation import answer_questions, floors_of, format_table
+    from rmsd_fast.stages.evaluation import answer_questions
+    from rmsd_fast.stages.evaluation_files import evaluation_of, write_records
+    from rmsd_fast.stages.evaluation_table import format_table
     from rmsd_fast.stages.material import prepare_material
-    from rmsd_fast.stages.summaries import summarize
+    from rmsd_fast.stages.protocol import model_identity, protocol_of, questions_digest
 
     material = prepare_material(settings, world, training=False)
-    student = load(material.model_path, settings, world)
-    with MediaReader(settings.data, world.device) as media:
+    questions = material.heldout
+    model = on_main(world, lambda: model_identity(material.model_path))
+    identity = {"model": model, "protocol": protocol_of(settings), "questions": questions_digest(questions)}
+    path = output.with_suffix(".predictions.jsonl")
+    with AnswerStore(path, identity, world) as store, MediaReader(settings.data, world.device) as media:
+        stop.output = path
+        student = load(material.model_path, settings, world)
         records = answer_questions(
-            student, material.heldout, settings, world, media, name=material.model_path, stop=stop
+            student, questions, settings, world, media, name=material.model_path, stop=stop, store=store
         )
     if not world.is_main:
         return
-    result = {
-        "questions": len(records),
-        "model": material.model_path,
-        "parse": settings.evaluate.parse,
-        "floors": floors_of(material.heldout, settings),
-        "unusable": {"model": sum("error" in record for record in records)},
-        "students": {"model": summarize(records)},
-        "differences": {},
-    }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(record) + "\n" for record in records)
-    write_text_atomic(output.with_suffix(".predictions.jsonl"), lines)
+    result = {"model": material.model_path, **evaluation_of({"model": records}, questions, settings)}
+    result["protocol"]["model"] |= model
+    write_records(path, records)
     write_text_atomic(output, json.dumps(result, indent=2) + "\n")
+    store.delete()
     print(format_table(result))
+
+
+def _compare(names: list[str], output: Path | None) -> int:
+    from rmsd_fast.config import UserError
+    from rmsd_fast.files import write_text_atomic
+    from rmsd_fast.stages.evaluation_compare import compare_evaluations, format_comparison, read_evaluation
+
+    try:
+        result = compare_evaluations([read_evaluation(name) for name in names])
+    except UserError as error:
+        tell(f"rmsd_fast.evaluate: {error}")
+        return 2
+    if output is not None:
+        write_text_atomic(output, json.dumps(result, indent=2) + "\n")
+    print(format_comparison(result))
+    return 0
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
 
-from rmsd_fast.bootstrap import mean_interval
+from rmsd_fast.bootstrap import mean_interval, t_quantile
 from rmsd_fast.config import TASK_TYPES
 from rmsd_fast.files import write_text_atomic
 from rmsd_fast.lab_chart import chart
@@ -22,12 +22,6 @@ METRICS = {
     "meaning": "share of answers whose meaning is right",
     "valid": "share of valid answers",
 }
-# 0.975 quantiles of Student's t distribution with 1 to 30 degrees of freedom.
-_T975 = (
-    *(12.7062, 4.30265, 3.18245, 2.77645, 2.57058, 2.44691, 2.36462, 2.306, 2.26216, 2.22814),
-    *(2.20099, 2.17881, 2.16037, 2.14479, 2.13145, 2.11991, 2.10982, 2.10092, 2.09302, 2.08596),
-    *(2.07961, 2.07387, 2.06866, 2.0639, 2.05954, 2.05553, 2.05183, 2.04841, 2.04523, 2.04227),
-)
 
 
 @dataclass(frozen=True)
@@ -42,6 +36,8 @@ class Scored:
         train_seconds: seconds of all training steps.
         simulated: whether the teacher was simulated.
         facts: content of the run's `run.json`.
+        clusters: the cluster of each question by its id; see `stages.answer_records`. Predictions of earlier versions
+            have none, and their questions count as independent.
     """
 
     metric: str
@@ -51,6 +47,7 @@ class Scored:
     train_seconds: float
     simulated: bool
     facts: dict = field(default_factory=dict)
+    clusters: dict[str, str] = field(default_factory=dict)
 
     def score(self, kind: str) -> float | None:
         """Return the mean score of the metric's questions, or None if the run has no answers of this kind."""
@@ -66,7 +63,8 @@ def read_run(folder: Path, prediction: str) -> Scored:
         prediction: the student whose answers are scored.
     """
     lines = (folder / "predictions" / f"{prediction}.jsonl").read_text(encoding="utf-8").splitlines()
-    metric, means, tasks, questions = score_records([json.loads(line) for line in lines])
+    records = [json.loads(line) for line in lines]
+    metric, means, tasks, questions = score_records(records)
     steps = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return Scored(
         metric=metric,
@@ -76,6 +74,7 @@ def read_run(folder: Path, prediction: str) -> Scored:
         train_seconds=sum(json.loads(line).get("seconds/step") or 0.0 for line in steps),
         simulated=bool(json.loads((folder / "evaluation.json").read_text()).get("teacher_simulated")),
         facts=json.loads((folder / "run.json").read_text()),
+        clusters={record["id"]: record["cluster"] for record in records if "cluster" in record},
     )
 
 
@@ -112,16 +111,6 @@ def _means(records: list[dict]) -> dict[str, float]:
     return means
 
 
-def t_quantile(degrees: int) -> float:
-    """Return the 0.975 quantile of Student's t distribution, to five digits."""
-    if degrees <= len(_T975):
-        return _T975[degrees - 1]
-    # Cornish-Fisher expansion around the normal quantile.
-    z = 1.959963984540054
-    first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
-    return z + first / degrees + second / degrees**2
-
-
 def t_interval(values: Sequence[float]) -> dict:
     """Return the mean and its 95% t interval over training runs. A single run has no interval."""
     mean, n = fmean(values), len(values)
@@ -131,37 +120,48 @@ def t_interval(values: Sequence[float]) -> dict:
     return {"mean": mean, "low": mean - half, "high": mean + half, "n": n}
 
 
-def question_interval(differences: Sequence[Mapping[str, float]]) -> tuple[float, float]:
-    """Return a 95% bootstrap interval of the mean difference over questions.
+def question_interval(
+    differences: Sequence[Mapping[str, float]], clusters: Mapping[str, str]
+) -> tuple[float, float] | None:
+    """Return a 95% bootstrap interval of the mean difference over questions, clustered by video.
 
     Args:
         differences: of each seed, the differences by question. A question's differences are averaged over seeds first.
+        clusters: the cluster of each question. A question that is not in it is a cluster of its own.
+    Returns:
+        The interval, or None if all questions are of one cluster.
     """
     by_question: dict[str, list[float]] = defaultdict(list)
     for of_seed in differences:
         for name, value in of_seed.items():
             by_question[name].append(value)
-    return mean_interval([fmean(values) for values in by_question.values()])
+    means = [fmean(values) for values in by_question.values()]
+    return mean_interval(means, [clusters.get(name, name) for name in by_question])
 
 
 def compare(after: Mapping[int, Scored], before: Mapping[int, Scored], kind: str) -> dict | None:
     """Return the paired difference of two entries over the seeds that both have, or None if there is no such seed."""
-    differences = []
+    differences: list[dict[str, float]] = []
+    clusters: dict[str, str] = {}
     for seed in sorted(set(after) & set(before)):
         later, earlier = (scored[seed].questions.get(kind, {}) for scored in (after, before))
         if common := [name for name in later if name in earlier]:
             differences.append({name: later[name] - earlier[name] for name in common})
+            # Generated questions with the same id differ between seeds, but come in the same clusters.
+            clusters = after[seed].clusters | clusters
     if not differences:
         return None
     result = t_interval([fmean(of_seed.values()) for of_seed in differences])
-    low, high = question_interval(differences)
-    trainings = None if result["low"] is None else _excludes_0(result["low"], result["high"])
-    excludes = {"trainings": trainings, "questions": _excludes_0(low, high)}
+    low, high = question_interval(differences, clusters) or (None, None)
+    excludes = {
+        "trainings": _excludes_0(result["low"], result["high"]),
+        "questions": _excludes_0(low, high),
+    }
     return {**result, "questions_low": low, "questions_high": high, "excludes_0": excludes}
 
 
-def _excludes_0(low: float, high: float) -> bool:
-    return low > 0 or high < 0
+def _excludes_0(low: float | None, high: float | None) -> bool | None:
+    return None if low is None or high is None else low > 0 or high < 0
 
 
 def summarize(plan: Plan, scored: Mapping[str, Mapping[int, Scored]]) -> dict:
@@ -210,6 +210,7 @@ def write_results(plan: Plan, jobs: Sequence[Job], finished: Mapping[Path, Score
         },
         "metric": metrics.pop() if len(metrics) == 1 else None,
         "teacher_simulated": any(run.simulated for run in runs),
+        "clustered": all(run.clusters for run in runs),
         "commits": sorted(commits),
         "versions": runs[-1].facts.get("versions", {}) if runs else {},
         "hardware": sorted({run.facts.get("hardware", "") for run in runs}),
@@ -249,7 +250,8 @@ def describe(result: dict) -> list[str]:
     return [
         f"Held-out {metric}.{simulated} Recipe {result['recipe']}, seeds {', '.join(map(str, result['seeds']))}; "
         f"{result['finished']} of {result['planned']} runs are finished.",
-        "Intervals are 95% intervals: t intervals over runs, and bootstrap intervals over questions for differences.",
+        "Intervals are 95% intervals: t intervals over runs, and bootstrap intervals over questions for differences, "
+        + ("clustered by video." if result["clustered"] else "which count questions about one video as independent."),
     ]
 
 

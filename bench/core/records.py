@@ -101,6 +101,7 @@ SUBJECTS = {
     ),
     "sharing": ("shared_prefix", "step"),
     "rollouts": ("rollout",),
+    "evaluations": ("evaluation",),
     "media": ("media",),
 }
 

@@ -322,6 +322,39 @@ def rollout_page(records: list[dict]) -> str:
     return f"{first}\n\n**Goals**\n\n{goals}\n\n{legend}{sources(records)}.\n"
 
 
+# Evaluations of several questions per video.
+
+
+def evaluation_page(records: list[dict]) -> str:
+    """An evaluation against one generate() per question, and what each kind of sharing gains."""
+    parts = []
+    for record in records:
+        rows, shape, before = [], record["shape"], None
+        for name, own in record["variants"].items():
+            # The first row is ours as a whole, and each row after the second adds one part.
+            gain = f"{before / main_time(own):.2f}" if before is not None else ""
+            before = main_time(own) if name != OURS else None
+            times = f"{main_time(own) / main_time(record['variants'][OURS]):.2f} ({own['times_ours_by_round']:.2f})"
+            rows.append(
+                (name, f"{main_time(own) / 1e3:.1f}", f"{own['questions_per_s']:.1f}", times, gain, own["rounds"])
+            )
+        title = (
+            f"{shape['questions']} questions about {shape['videos']} videos of {shape['frames']} frames, prompts of "
+            f"{record['prompt_tokens']} tokens, {shape['R']} new tokens each"
+        )
+        head = ("way", "s", "questions/s", "time over ours (by round)", "times faster than the row above", "rounds")
+        parts.append(f"{title}.\n\n{table(head, rows)}")
+    legend = (
+        "Ours is `answer_questions` from files to scores, with decoding in worker processes. Generate is transformers' "
+        "`generate` for one question at a time, with decoding. The rows below it run in one thread without workers: "
+        "batched does everything for each question, in batches of 16, and the others add one kind of sharing each. "
+        "Medians of interleaved rounds. The greedy tokens of all ways are equal, for every question. "
+    )
+    found = [(v.status, v.where.removeprefix("evaluation "), v.what) for v in verdicts(records, "cpu", ["evaluation"])]
+    goals = table(("verdict", "case", "found"), found)
+    return "\n\n".join(parts) + f"\n\n**Goals**\n\n{goals}\n\n{legend}{sources(records)}.\n"
+
+
 # The media path.
 
 _TITLES = {
@@ -509,6 +542,7 @@ PAGES = {
     "heads": {"fused-losses.md": heads_page, "fused-losses.svg": heads_chart},
     "sharing": {"shared-prefix.md": sharing_page, "shared-prefix.svg": sharing_chart},
     "rollouts": {"rollout.md": rollout_page},
+    "evaluations": {"evaluation.md": evaluation_page},
     "media": {"media.md": media_page},
 }
 

@@ -156,6 +156,51 @@ def _score_table(evaluation: Mapping[str, Any], names: Mapping[str, str]) -> str
     )
 
 
+def _detail_rows(students: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, tuple[str, ...]]]:
+    """Return label and keys of further scores: both readings, usable questions, groups, pass@k and majority@k."""
+    rows: dict[tuple[str, ...], str] = {
+        ("strict", "closed"): "closed, strict format",
+        ("lenient", "closed"): "closed, any clear statement",
+        ("usable", "closed"): "closed, only questions that could be used",
+    }
+    for student in students.values():
+        for name, values in _mapping(student.get("groups")).items():
+            rows |= {("groups", name, key): f"{name}: {key}" for key in _mapping(values)}
+        for kind in ("pass", "majority"):
+            sizes = _mapping(_mapping(student.get("sampled")).get(kind))
+            rows |= {("sampled", kind, k): f"{kind}@{k}" for k in sizes}
+    return [(label, path) for path, label in rows.items()]
+
+
+def _mapping(item: object) -> Mapping[str, Any]:
+    return item if isinstance(item, Mapping) else {}
+
+
+def _detail_table(evaluation: Mapping[str, Any], names: Mapping[str, str]) -> str:
+    """Return a table of the scores of `_detail_rows`, or "" if there are none (earlier versions)."""
+    students = evaluation["students"]
+    keys = in_order(list(students), STUDENT_ORDER)
+    body = []
+    for label, path in _detail_rows(students):
+        entries = []
+        for key in keys:
+            entry: object = students[key]
+            for step in path:
+                entry = _mapping(entry).get(step)
+            entries.append(_mapping(entry))
+        if any(entries):
+            n = next((int(value(e, "n")) for e in entries if math.isfinite(value(e, "n"))), "–")
+            cells = "".join(f"<td>{interval(entry)}</td>" for entry in entries)
+            body.append(f'<tr><th scope="row">{visible(label)}</th><td>{n}</td>{cells}</tr>')
+    if not body:
+        return ""
+    head = "".join(f"<th>{visible(names[key])}</th>" for key in keys)
+    return (
+        '<div class="card scroll" tabindex="0" role="region" aria-label="Further scores"><table><thead><tr>'
+        f"<th>questions</th><th>n</th>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+    )
+
+
 def _difference_table(differences: Mapping[str, Any], names: Mapping[str, str]) -> str:
     head = "".join(f"<th>{visible(difference_name(key, names))}</th>" for key in differences)
     body = []
@@ -221,7 +266,8 @@ def evaluation_section(run: ReportedRun) -> str:
     keys = in_order(list(evaluation["students"]), STUDENT_ORDER)
     legend = mark_legend([(names[k], *_style(k, keys)) for k in keys], floor=bool(evaluation["floors"]))
     lead = (
-        f"{visible(evaluation.get('questions', '?'))} questions, greedy answers, score in percent with 95% intervals. "
+        f"{visible(evaluation.get('questions', '?'))} questions, greedy answers, score in percent with 95% intervals"
+        f"{', clustered by video' if 'videos' in evaluation else ''}. "
         "The floor is the best score of a constant answer to all questions. Open questions have no metric; their score "
         "is the share of valid answers."
     )
@@ -236,6 +282,7 @@ def evaluation_section(run: ReportedRun) -> str:
     differences = evaluation["differences"]
     charts = chart + (_difference_chart(differences, names) if differences else "")
     out = [head, f'<p class="muted">{lead}</p><div class="split">{charts}</div>', _score_table(evaluation, names)]
+    out.append(_detail_table(evaluation, names))
     if differences:
         out.append(_difference_table(differences, names))
         out.append(

@@ -1,12 +1,16 @@
 """Generate rollouts with transformers in the training process, on shared prefixes.
 
 The prompts of a batch are prefilled in one packed row. Their K/V are stored once, and all N responses of a prompt read
-them. decode.py samples the tokens.
+them. With `share_media`, the beginnings of prompts about the same media are prefilled and stored once as well.
+decode.py samples the tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import accumulate
+from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +23,7 @@ from rmsd_fast.models.shared_prefix import run_shared_prefix, shared_prefix_enab
 from rmsd_fast.models.students import MediaFeatures, embed, encode_media
 from rmsd_fast.rollout.base import PolicyEngine, Rollout, Sampling, sampling_noise
 from rmsd_fast.rollout.decode import LOOK_EVERY, Decoder, Graphs
+from rmsd_fast.rollout.media_prefix import SharedBeginnings, shared_beginnings, whole_prompts
 from rmsd_fast.rollout.shared_cache import DecodeCache, PrefixCache
 
 
@@ -38,6 +43,8 @@ class HfRollout:
         prompts_per_batch: number of questions that are decoded together.
         device: device of the model.
         cuda_graphs: whether decoding is captured in CUDA graphs. It has no effect on other devices.
+        share_media: whether prompts of a batch whose tokens and media are equal up to the end of their media share this
+            beginning. Logits change by rounding only.
         look_every: number of tokens between two looks at which rows have ended; None means LOOK_EVERY of the device.
             The sampled tokens do not depend on it.
     """
@@ -51,17 +58,25 @@ class HfRollout:
         prompts_per_batch: int,
         device: torch.device,
         cuda_graphs: bool = True,
+        share_media: bool = False,
         look_every: int | None = None,
     ):
         self.builder = builder
         self.prompts_per_batch = prompts_per_batch
         self.device = device
         self.cuda_graphs = cuda_graphs and device.type == "cuda"
+        self.share_media = share_media
         self.look_every = look_every or LOOK_EVERY[device.type]
         self.banned_ids = builder.banned_ids.to(device)
 
     def update(self, policy: PolicyEngine, version: int) -> None:
         """Do nothing: the rollouts are those of the training model itself."""
+
+    @torch.no_grad()
+    def encode(self, model: torch.nn.Module, prompts: list[Prompt]) -> MediaFeatures:
+        """Return the vision features of prompts, for several calls of `generate`."""
+        with _generating(model):
+            return encode_media(model, prompts)
 
     @torch.no_grad()
     def generate(
@@ -77,22 +92,23 @@ class HfRollout:
 
         The call enables eval mode and shared prefixes, and restores the model afterward.
         """
-        was_training = model.training
-        model.eval()
-        try:
-            rollouts = []
-            with shared_prefix_enabled(model):
-                for start in range(0, len(prompts), self.prompts_per_batch):
-                    batch = prompts[start : start + self.prompts_per_batch]
-                    if features is None:
-                        encoded = encode_media(model, batch)
-                    else:
-                        encoded = features.select(range(start, start + len(batch)))
-                    decoded = self._decode(model, batch, encoded, sampling)
-                    rollouts += self._collect(batch, decoded, sampling, policy_version)
-            return rollouts
-        finally:
-            model.train(was_training)
+        rollouts = []
+        with _generating(model):
+            for start in range(0, len(prompts), self.prompts_per_batch):
+                batch = prompts[start : start + self.prompts_per_batch]
+                if features is None:
+                    encoded = encode_media(model, batch)
+                else:
+                    encoded = features.select(range(start, start + len(batch)))
+                beginnings = shared_beginnings(batch, encoded) if self.share_media else None
+                order = range(len(batch)) if beginnings is None else beginnings.order
+                if beginnings is not None:
+                    # Prompts with the same beginning must be adjacent.
+                    batch, encoded = [batch[index] for index in order], encoded.select(order)
+                decoded = self._decode(model, batch, encoded, sampling)
+                groups = self._collect(batch, decoded, sampling, policy_version)
+                rollouts += [group for _, group in sorted(zip(order, groups, strict=True), key=itemgetter(0))]
+        return rollouts
 
     def _decode(self, model, prompts: list[Prompt], features: MediaFeatures, sampling: Sampling) -> Decoded:
         """Return all responses. Nothing else of the batch stays alive, so that the next batch can use its memory."""
@@ -116,24 +132,21 @@ class HfRollout:
         return Decoded(decoder.tokens, decoder.logp, decoder.banned_mass)
 
     def _prefill(self, model, prompts: list[Prompt], features: MediaFeatures) -> tuple[PrefixCache, torch.Tensor]:
-        """Run one forward pass over the packed prompts, and return their K/V and the last hidden states [B, D]."""
-        lengths = [len(p.input_ids) for p in prompts]
-        cache = PrefixCache(lengths, device=self.device)
-        ends = list(accumulate(lengths))
-        input_ids, position_ids, places, last = to_device(
-            [
-                torch.cat([p.input_ids for p in prompts])[None],
-                torch.cat([p.position_ids for p in prompts], 1)[:, None],
-                media_places(prompts, [0, *ends[:-1]]),
-                torch.tensor(ends) - 1,
-            ],
-            self.device,
-        )
+        """Run one forward pass over the packed prompts, and return their K/V and the last hidden states [B, D].
+
+        With `share_media`, prompts with the same beginning must be adjacent.
+        """
+        shared = shared_beginnings(prompts, features) if self.share_media else None
+        beginnings = whole_prompts(prompts) if shared is None else shared
+        cache = PrefixCache(beginnings.lengths, beginnings.suffixes, device=self.device)
+        row = _packed_row(prompts, beginnings)
+        first = [group[0] for group in beginnings.groups]
+        input_ids, position_ids, places, last = to_device(row, self.device)
         hidden = run_shared_prefix(
             model.model.language_model,
             cache,
             position_ids=position_ids,
-            **embed(model, input_ids, features, list(range(len(prompts))), places),
+            **embed(model, input_ids, features, first, places),
         )
         return cache, hidden[0, last]
 
@@ -162,3 +175,36 @@ class HfRollout:
                 )
             groups.append(group)
         return groups
+
+
+@contextmanager
+def _generating(model: torch.nn.Module) -> Iterator[None]:
+    """Enable eval mode and shared prefixes inside the context."""
+    was_training = model.training
+    model.eval()
+    try:
+        with shared_prefix_enabled(model):
+            yield
+    finally:
+        model.train(was_training)
+
+
+def _packed_row(prompts: list[Prompt], beginnings: SharedBeginnings) -> list[torch.Tensor]:
+    """Return ids [1, T], positions [3, 1, T], places of the media, and the rows of the prompts' last tokens, [B].
+
+    The row has the beginnings, followed by what follows them, group by group. A beginning may be a whole prompt.
+    """
+    pairs = list(zip(beginnings.groups, beginnings.lengths, strict=True))
+    heads = [(prompts[group[0]], slice(0, length)) for group, length in pairs]
+    tails = [(prompts[index], slice(length, None)) for group, length in pairs for index in group]
+    starts = [0, *accumulate(beginnings.lengths)]
+    if beginnings.suffixes is None:
+        last = starts[1:]
+    else:
+        last = list(accumulate((length for group in beginnings.suffixes for length in group), initial=starts[-1]))[1:]
+    return [
+        torch.cat([prompt.input_ids[tokens] for prompt, tokens in heads + tails])[None],
+        torch.cat([prompt.position_ids[:, tokens] for prompt, tokens in heads + tails], 1)[:, None],
+        media_places([prompt for prompt, _ in heads], starts[:-1]),
+        torch.tensor(last) - 1,
+    ]

@@ -1,5 +1,7 @@
 """K/V caches of a batch of rollouts: one copy per prompt, regardless of N, and one per response for its own tokens.
 
+The beginning that several prompts have in common, such as a video with several questions, is also stored once.
+
 Both caches are passed to the attention layers as `shared_prefix=`, and each layer calls `attend` with its q, k and v.
 """
 
@@ -19,20 +21,46 @@ BLOCK = 64
 class PrefixCache:
     """Collect the K/V of packed prompts `[P_1 | P_2 | … | P_G]` with Tp tokens during prefill.
 
+    With suffixes, the row is `[P_1 | … | P_G | S_11 S_12 … | S_21 …]`, and each suffix completes a prefix to a prompt.
+
     Args:
-        prefix_lengths: number of tokens of each prompt.
+        prefix_lengths: number of tokens of each prompt or, with suffixes, of each shared beginning.
+        suffix_lengths: number of tokens of each suffix, a list per prefix with at least one suffix each; None means
+            that the prefixes are whole prompts.
         device: device of the plan.
     Attributes:
-        prefix_lengths: number of tokens of each prompt, a tuple.
-        keys: one tensor [Tp, Hkv, d] per layer, in the model's dtype.
-        values: one tensor [Tp, Hkv, d] per layer, in the model's dtype.
+        prefix_lengths: as given, a tuple.
+        suffix_lengths: the lengths of all suffixes, a tuple; empty without suffixes.
+        suffix_owner: index of the prefix of each suffix.
+        keys: one tensor [Tp, Hkv, d] of the prefixes per layer, in the model's dtype.
+        values: one tensor [Tp, Hkv, d] of the prefixes per layer, in the model's dtype.
+        suffix_keys: one tensor [Ts, Hkv, d] of the suffixes per layer; empty without suffixes.
+        suffix_values: one tensor [Ts, Hkv, d] of the suffixes per layer; empty without suffixes.
     """
 
-    def __init__(self, prefix_lengths: list[int], *, device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        prefix_lengths: list[int],
+        suffix_lengths: list[list[int]] | None = None,
+        *,
+        device: torch.device | str = "cpu",
+    ):
+        suffixes = suffix_lengths if suffix_lengths is not None else [[] for _ in prefix_lengths]
         self.prefix_lengths = tuple(prefix_lengths)
+        self.suffix_lengths = tuple(length for group in suffixes for length in group)
+        self.suffix_owner = [index for index, group in enumerate(suffixes) for _ in group]
+        if suffix_lengths is not None and not all(suffixes):
+            raise ValueError(f"suffix_lengths: expected at least one suffix per prefix, got {suffix_lengths}")
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
-        self._plan = SharedPrefixPlan.from_lengths(prefix_lengths, [[] for _ in prefix_lengths], device=device)
+        self.suffix_keys: list[torch.Tensor] = []
+        self.suffix_values: list[torch.Tensor] = []
+        self._plan = SharedPrefixPlan.from_lengths(prefix_lengths, suffixes, device=device)
+
+    @property
+    def prompts(self) -> int:
+        """Number of prompts."""
+        return len(self.suffix_lengths or self.prefix_lengths)
 
     def attend(
         self, layer_idx: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None
@@ -57,8 +85,12 @@ class PrefixCache:
             )
         # The projections return token-major tensors, so this copies nothing if each projection has its own weight.
         q, k, v = (tensor[0].transpose(0, 1).contiguous() for tensor in (q, k, v))
-        self.keys.append(k)
-        self.values.append(v)
+        end = self._plan.prefix_tokens
+        self.keys.append(k[:end])
+        self.values.append(v[:end])
+        if self.suffix_lengths:
+            self.suffix_keys.append(k[end:])
+            self.suffix_values.append(v[end:])
         return shared_prefix_attention(q, k, v, self._plan, scale=scale)[None]
 
 
@@ -71,7 +103,8 @@ class DecodeCache:
 
     Args:
         prefix: cache of the prefilled prompts, which is neither copied nor changed.
-        rows: number of responses of each prompt. B is their sum, and rows are group-major.
+        rows: number of responses of each prompt, in the order of the suffixes if there are any. B is their sum, and
+            rows are group-major.
         tokens_first: whether buffers are [B, room, Hkv, d], which CUDA's flash kernels need, or [B, Hkv, room, d], in
             which a head's tokens are adjacent: a CPU reads these faster. None means the order for the device.
     Attributes:
@@ -87,8 +120,10 @@ class DecodeCache:
         first = prefix.keys[0]
         self._tokens_first = first.device.type != "cpu" if tokens_first is None else tokens_first
         self._token_axis = 1 if self._tokens_first else 2
+        if len(rows) != prefix.prompts:
+            raise ValueError(f"rows: expected one number per prompt, {prefix.prompts}, got {len(rows)}")
         self._owner = torch.tensor([group for group, count in enumerate(rows) for _ in range(count)])
-        self._plan = self._make_plan()
+        self._plan, self._suffix_plan = self._make_plan(), self._make_suffix_plan()
         # Unused places must be finite: kernels multiply their values by a probability of 0.
         heads, size = first.shape[1:]
         shape = (len(self._owner), *((BLOCK, heads) if self._tokens_first else (heads, BLOCK)), size)
@@ -127,6 +162,9 @@ class DecodeCache:
             own_v,
             self._plan,
             own_lengths=self.used,
+            suffix_k=self.prefix.suffix_keys[layer_idx] if self._suffix_plan is not None else None,
+            suffix_v=self.prefix.suffix_values[layer_idx] if self._suffix_plan is not None else None,
+            suffix_plan=self._suffix_plan,
             scale=scale,
         )
         return out[:, None]
@@ -159,7 +197,7 @@ class DecodeCache:
             rows: indices of the rows in ascending order, int64 [A], on the device of the K/V.
         """
         self._owner = self._owner[rows.cpu()]
-        self._plan = self._make_plan()
+        self._plan, self._suffix_plan = self._make_plan(), self._make_suffix_plan()
         for buffers in (self.keys, self.values):
             for layer, buffer in enumerate(buffers):
                 buffers[layer] = buffer.index_select(0, rows)
@@ -170,6 +208,14 @@ class DecodeCache:
         return buffer.transpose(1, 2) if self._tokens_first else buffer
 
     def _make_plan(self) -> DecodePlan:
-        lengths = self.prefix.prefix_lengths
-        counts = torch.bincount(self._owner, minlength=len(lengths)).tolist()
+        """Return the prefix of each row."""
+        owner = torch.tensor(self.prefix.suffix_owner)[self._owner] if self.prefix.suffix_lengths else self._owner
+        return self._plan_of(self.prefix.prefix_lengths, owner)
+
+    def _make_suffix_plan(self) -> DecodePlan | None:
+        """Return the suffix of each row, or None if prompts have none."""
+        return self._plan_of(self.prefix.suffix_lengths, self._owner) if self.prefix.suffix_lengths else None
+
+    def _plan_of(self, lengths: tuple[int, ...], owner: torch.Tensor) -> DecodePlan:
+        counts = torch.bincount(owner, minlength=len(lengths)).tolist()
         return DecodePlan.from_counts(lengths, counts, device=self.prefix.keys[0].device)

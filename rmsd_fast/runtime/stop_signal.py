@@ -45,10 +45,12 @@ class StopSignal:
 
     Attributes:
         run_folder: folder of the run, or None before it is created.
+        output: the file that a repeated command continues, or None.
     """
 
     def __init__(self) -> None:
         self.run_folder: Path | None = None
+        self.output: Path | None = None
         self._terminated = self._interrupted = False
         self._deferred = False
         self._raised_s = -_REPEATED_S
@@ -76,7 +78,9 @@ class StopSignal:
     @property
     def advice(self) -> str:
         """What the user can do after the program has ended."""
-        return f"continue with --resume {self.run_folder}" if self.run_folder else "nothing was written"
+        if self.run_folder:
+            return f"continue with --resume {self.run_folder}"
+        return f"run the same command again to continue {self.output}" if self.output else "nothing was written"
 
     @contextmanager
     def deferred(self) -> Iterator[None]:

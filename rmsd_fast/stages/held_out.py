@@ -9,15 +9,18 @@ from typing import TYPE_CHECKING
 from rmsd_fast.models.students import Student
 from rmsd_fast.runtime.process_group import on_main
 from rmsd_fast.setting_rules import uses_discriminator
+from rmsd_fast.stages.answer_store import AnswerStore
 from rmsd_fast.stages.build import load
-from rmsd_fast.stages.evaluation import (
-    answer_questions,
-    format_table,
+from rmsd_fast.stages.evaluation import answer_questions
+from rmsd_fast.stages.evaluation_files import (
+    predictions_path,
     read_predictions,
     write_evaluation,
     write_predictions,
 )
+from rmsd_fast.stages.evaluation_table import format_table
 from rmsd_fast.stages.progress import describe_progress, interim_name, warn_if_behind
+from rmsd_fast.stages.protocol import questions_digest, run_identity
 from rmsd_fast.stages.state import StageState
 
 if TYPE_CHECKING:
@@ -71,19 +74,27 @@ def _evaluate(
     run.stop.check()
     if not questions:
         return None, False
-    answered = on_main(run.world, lambda: read_predictions(run.folder, name, questions) is None)
+    settings, world = run.settings, run.world
+    answered = on_main(world, lambda: read_predictions(run.folder, name, questions, settings) is None)
     records: list[dict] = []
+    store: AnswerStore | None = None
     if answered:
-        with open_student() as student:
-            records = answer_questions(student, questions, run.settings, run.world, run.media, name=name, stop=run.stop)
+        identity = {**run_identity(settings, name), "questions": questions_digest(questions)}
+        # With --allow-changes, a resumed run may have other settings.
+        parts = AnswerStore(predictions_path(run.folder, name), identity, world, discard=True)
+        with parts as store, open_student() as student:
+            records = answer_questions(
+                student, questions, settings, world, run.media, name=name, stop=run.stop, store=store
+            )
     result = None
 
     def write() -> None:
         nonlocal result
-        if answered:
+        if store is not None:
             write_predictions(run.folder, name, records)
+            store.delete()
         # Write it even if the answers already existed, because the run may have been killed between the two writes.
-        result = write_evaluation(run.folder, questions, run.settings, simulated=run.material.simulated)
+        result = write_evaluation(run.folder, questions, settings, simulated=run.material.simulated)
 
     on_main(run.world, write)
     return result, answered

@@ -49,12 +49,16 @@ def measure_progress(steps: Sequence[int], last: int, read: Callable[[str], list
             continue
         differences = {}
         if step and "stage2" in answers and "control" in answers:
-            differences["stage2-control"] = compare(answers["stage2"], answers["control"])
+            differences["stage2-control"] = _compare(answers["stage2"], answers["control"])
         if step and start is not None:
-            differences |= {f"{name}-stage1": compare(records, start) for name, records in answers.items()}
-        students = {name: summarize(records) for name, records in answers.items()}
+            differences |= {f"{name}-stage1": _compare(records, start) for name, records in answers.items()}
+        students = {name: summarize(records, details=False) for name, records in answers.items()}
         entries.append({"step": step, "students": students, "differences": differences})
     return entries
+
+
+def _compare(after: list[dict], before: list[dict]) -> dict:
+    return compare(after, before, details=False)
 
 
 def measured(result: Mapping[str, Any]) -> dict[str, dict]:
@@ -99,7 +103,7 @@ def warn_if_behind(differences: Mapping[str, Any], *, judged: bool) -> list[str]
             "distill.lr, or continue with imitation"
         )
     for key, baseline in (("stage2-control", "more imitation (the control)"), ("stage2-stage1", "the stage-1 student")):
-        behind = [name for name, d in measured(differences.get(key, {})).items() if d["high"] < 0]
+        behind = [name for name, d in measured(differences.get(key, {})).items() if (d["high"] or 0) < 0]
         if behind:
             answers = " and ".join(behind)
             lines.append(f"WARNING: stage 2 is behind {baseline} in {answers} answers. {advice}")

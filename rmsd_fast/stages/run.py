@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import logging
 import os
@@ -42,6 +41,7 @@ from rmsd_fast.setting_rules import uses_vllm
 from rmsd_fast.settings import settings_as_dict
 from rmsd_fast.stages import held_out
 from rmsd_fast.stages.material import Material, losses_of
+from rmsd_fast.stages.protocol import version_of
 from rmsd_fast.stages.rollout_log import log_rollouts, rollout_rows
 from rmsd_fast.stages.run_folder import check_changes, digests_of_all_nodes, stage_steps, write_fingerprints
 from rmsd_fast.stages.state import NonFiniteRun, StageState, StepResult, count_skipped, learning_rate
@@ -235,13 +235,6 @@ def _losses(run: TrainingRun) -> str:
 
 def _now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S")
-
-
-def version_of(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _hardware(world: World) -> str:

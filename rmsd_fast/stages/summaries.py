@@ -1,51 +1,116 @@
-"""Summarize the scores of held-out answers: means and paired differences by task type, with 95% intervals."""
+"""Summarize the scores of held-out answers: means and paired differences by task type, with 95% intervals.
+
+The intervals are clustered by video (`rmsd_fast.bootstrap`). If all questions are about one video, they are None.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 
-import numpy as np
-
-from rmsd_fast.bootstrap import mean_interval
+from rmsd_fast.bootstrap import mean_interval, score_interval
 from rmsd_fast.data.records import CLOSED_TASKS, TASK_TYPES
+from rmsd_fast.stages.sample_estimates import majority_at_k, pass_at_k, sizes_of
+
+# Both ways to read an answer; `evaluate.parse` chooses the one of `score`.
+READINGS = ("strict", "lenient")
+# Most unusable questions that evaluation.json names.
+MOST_NAMED = 50
 
 
-def summarize(records: list[dict]) -> dict:
+def summarize(records: list[dict], *, details: bool = True) -> dict:
     """Return means with 95% intervals: per task type, over the closed task types, and over all.
 
-    The interval is Wilson's. For graded scores in [0, 1] it is conservative, because their variance is at most that of
-    a 0/1 score with the same mean. Open questions have no metric; their score is the share of valid answers. If some of
-    them are about generated clips, `meaning` is the share of correct answers to them. If the records have scores of
-    sampled responses, `sampled` holds the same means for these scores.
+    Open questions have no metric; their score is the share of valid answers. If some of them are about generated clips,
+    `meaning` is the share of correct answers to them. If the records have scores of sampled responses, `sampled` holds
+    the same means for these scores, and `pass` and `majority` by k over closed questions.
+
+    Args:
+        records: the answers, as `stages.answer_records` writes them.
+        details: whether to add the scores of both readings (`strict`, `lenient`), those of `groups` over the closed
+            questions, or over all if none is closed, and those over the `usable` questions, if some were not.
     """
-    result = _measure(records, _mean_with_interval)
+    result = _measure(records, _mean_with_shares)
     if sampled := _of_samples(records):
-        result["sampled"] = _measure(sampled, _wilson)
+        result["sampled"] = _measure(sampled, mean_entry) | _estimates(records)
+    if not details:
+        return result
+    for reading in READINGS:
+        if rows := _read_as(records, reading):
+            result[reading] = _by_task(rows, mean_entry)
+    if groups := _by_group(records, mean_entry):
+        result["groups"] = groups
+    usable = [record for record in records if "error" not in record]
+    if len(usable) < len(records):
+        result["usable"] = _by_task(usable, mean_entry) if usable else {"tasks": {}}
     return result
+
+
+def compare(after: list[dict], before: list[dict], *, seed: int = 0, details: bool = True) -> dict:
+    """Return paired differences after - before with 95% bootstrap intervals, clustered by video.
+
+    As in `summarize`, `meaning` compares the correctness of open answers about generated clips, and `sampled` the
+    scores of sampled responses, if both students have them. With `details`, it also compares both readings and groups.
+    """
+
+    def difference(rows: list[dict]) -> dict:
+        bounds = mean_interval([row["score"] for row in rows], [row["cluster"] for row in rows], seed=seed)
+        return _entry(rows, bounds)
+
+    result = _compare(after, before, difference)
+    samples = _of_samples(after), _of_samples(before)
+    if all(samples):
+        result["sampled"] = _compare(*samples, difference)
+    if not details:
+        return result
+    for reading in READINGS:
+        if rows := _paired(after, before, reading):
+            result[reading] = _by_task(rows, difference)
+    if groups := _by_group(_paired(after, before, "score"), difference):
+        result["groups"] = groups
+    return result
+
+
+def mean_entry(rows: list[dict]) -> dict:
+    """Return {"mean", "low", "high", "n", "clusters"} of the rows' scores; see `bootstrap.score_interval`."""
+    return _entry(rows, score_interval([row["score"] for row in rows], [row["cluster"] for row in rows]))
+
+
+def count_unusable(records: list[dict]) -> dict:
+    """Return the number of questions that could not be used, their number by reason, and the first of them."""
+    faults = [record for record in records if "error" in record]
+    listed = [{name: fault[name] for name in ("id", "reason", "error")} for fault in faults[:MOST_NAMED]]
+    return {"count": len(faults), "reasons": dict(Counter(fault["reason"] for fault in faults)), "questions": listed}
+
+
+def signed_interval(difference: dict) -> str:
+    """Return a difference as text: `+0.123 [+0.100, +0.146]`."""
+    if difference["low"] is None:
+        return "{mean:+.3f} (one video, no interval)".format_map(difference)
+    return "{mean:+.3f} [{low:+.3f}, {high:+.3f}]".format_map(difference)
+
+
+def _entry(rows: list[dict], bounds: tuple[float, float] | None) -> dict:
+    low, high = bounds or (None, None)
+    n, clusters = len(rows), len({row["cluster"] for row in rows})
+    return {"mean": sum(row["score"] for row in rows) / n, "low": low, "high": high, "n": n, "clusters": clusters}
+
+
+def _mean_with_shares(rows: list[dict]) -> dict:
+    entry = {**mean_entry(rows), "valid_share": sum(row["valid"] for row in rows) / len(rows)}
+    only = sum(row["readable"] and not row["valid"] for row in rows)
+    return {**entry, "only_lenient_share": only / len(rows)}
 
 
 def _measure(records: list[dict], measure: Callable[[list[dict]], dict]) -> dict:
-    meanings = [{"score": record["meaning"]} for record in records if "meaning" in record]
-    return _by_task(records, measure) | ({"meaning": _wilson(meanings)} if meanings else {})
+    meanings = _read_as([record for record in records if "meaning" in record], "meaning")
+    return _by_task(records, measure) | ({"meaning": mean_entry(meanings)} if meanings else {})
 
 
-def compare(after: list[dict], before: list[dict], *, seed: int = 0) -> dict:
-    """Return paired differences after - before with 95% bootstrap intervals over questions.
-
-    As in `summarize`, `meaning` compares the correctness of open answers about generated clips, and `sampled` the
-    scores of sampled responses, if both students have them.
-    """
-    result = _compare(after, before, seed)
-    samples = _of_samples(after), _of_samples(before)
-    if all(samples):
-        result["sampled"] = _compare(*samples, seed)
-    return result
-
-
-def _compare(after: list[dict], before: list[dict], seed: int) -> dict:
-    result = _by_task(_paired(after, before, "score"), lambda rows: _bootstrap(rows, seed))
+def _compare(after: list[dict], before: list[dict], difference: Callable[[list[dict]], dict]) -> dict:
+    result = _by_task(_paired(after, before, "score"), difference)
     if meanings := _paired(after, before, "meaning"):
-        result["meaning"] = _bootstrap(meanings, seed)
+        result["meaning"] = difference(meanings)
     return result
 
 
@@ -56,18 +121,37 @@ def _paired(after: list[dict], before: list[dict], key: str) -> list[dict]:
     return [{**record, "score": record[key] - earlier[record["id"]]} for record in both]
 
 
+def _read_as(records: list[dict], key: str) -> list[dict]:
+    """Return the records with another value as their score; none if any lacks it."""
+    return [{**record, "score": record[key]} for record in records] if all(key in r for r in records) else []
+
+
 def _of_samples(records: list[dict]) -> list[dict]:
     """Return the records with the means over sampled responses as their scores; none if any lacks them."""
-    if not all("sampled" in record for record in records):
-        return []
     samples = []
-    for record in records:
-        sample = {**record, "score": record["sampled"]}
+    for sample in _read_as(records, "sampled"):
         sample.pop("meaning", None)
-        if "sampled_meaning" in record:
-            sample["meaning"] = record["sampled_meaning"]
+        if "sampled_meaning" in sample:
+            sample["meaning"] = sample["sampled_meaning"]
         samples.append(sample)
     return samples
+
+
+def _estimates(records: list[dict]) -> dict:
+    """Return `pass` and `majority` by k over the closed questions, as read by `evaluate.parse`."""
+    rows = [record for record in records if record["task_type"] in CLOSED_TASKS]
+    # Predictions of earlier versions have no scores of single responses.
+    if not rows or not all("samples" in row for row in rows):
+        return {}
+    scores = [row["samples"]["score"] for row in rows]
+    answers = [row["samples"]["answers"] for row in rows]
+    result: dict[str, dict[str, dict]] = {"pass": {}, "majority": {}}
+    for k in sizes_of(min(map(len, scores))):
+        passed = [{**row, "score": pass_at_k(s, k)} for row, s in zip(rows, scores, strict=True)]
+        result["pass"][str(k)] = mean_entry(passed)
+        voted = [majority_at_k(s, a, k) for s, a in zip(scores, answers, strict=True)]
+        result["majority"][str(k)] = mean_entry([{**row, "score": v} for row, v in zip(rows, voted, strict=True)])
+    return result
 
 
 def _by_task(records: list[dict], measure: Callable[[list[dict]], dict]) -> dict:
@@ -79,24 +163,11 @@ def _by_task(records: list[dict], measure: Callable[[list[dict]], dict]) -> dict
     return result
 
 
-def _mean_with_interval(rows: list[dict]) -> dict:
-    return {**_wilson(rows), "valid_share": sum(row["valid"] for row in rows) / len(rows)}
-
-
-def _wilson(rows: list[dict]) -> dict:
-    n, z = len(rows), 1.959963984540054
-    mean = sum(row["score"] for row in rows) / n
-    center = (mean + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * (mean * (1 - mean) / n + z * z / (4 * n * n)) ** 0.5 / (1 + z * z / n)
-    return {"mean": mean, "low": max(0.0, center - half), "high": min(1.0, center + half), "n": n}
-
-
-def _bootstrap(rows: list[dict], seed: int) -> dict:
-    scores = [row["score"] for row in rows]
-    low, high = mean_interval(scores, seed=seed)
-    return {"mean": float(np.mean(scores)), "low": low, "high": high, "n": len(rows)}
-
-
-def signed_interval(difference: dict) -> str:
-    """Return a difference as text: `+0.123 [+0.100, +0.146]`."""
-    return "{mean:+.3f} [{low:+.3f}, {high:+.3f}]".format_map(difference)
+def _by_group(records: list[dict], measure: Callable[[list[dict]], dict]) -> dict[str, dict[str, dict]]:
+    """Return the measure of each value of each breakdown, such as `duration` and `short`, in order of appearance."""
+    rows = [record for record in records if record["task_type"] in CLOSED_TASKS] or records
+    groups: dict[str, dict[str, list[dict]]] = {}
+    for row in rows:
+        for name, value in row.get("groups", {}).items():
+            groups.setdefault(name, {}).setdefault(value, []).append(row)
+    return {name: {value: measure(of) for value, of in values.items()} for name, values in groups.items()}

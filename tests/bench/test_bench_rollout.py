@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from bench.core.goals import verdicts
-from bench.core.report import rollout_page
+from bench.core.report import evaluation_page, rollout_page
 from bench.prefix.groups import HIDDEN, LAYERS, load
-from bench.rollout import bench_rollout
+from bench.rollout import bench_evaluation, bench_rollout
 from bench.rollout.bench_rollout import Rig, gate, launches_per_token
 from rmsd_fast.rollout.base import Sampling
 
@@ -79,3 +79,39 @@ def test_the_page_shows_rates_ratios_and_goals():
 def test_cuda_measures_eager_steps_too():
     (case, *_) = bench_rollout.cases(False, "cuda")
     assert case.name == "P2048-N8-R64-bfloat16" and case.sizes.name == "Qwen3-VL-4B"
+
+
+def test_the_page_of_evaluations_shows_what_each_part_gains():
+    (case, *_) = bench_evaluation.cases(False, "cpu")
+    record = {"bench": "evaluation", "case": case.name, "device": "cpu", "quick": False, "baseline": "ours"}
+    record |= {"shape": {"videos": 40, "questions": 200, "frames": 32, "R": 32}, "prompt_tokens": 1200}
+    record |= {"cpu": "one", "threads": 1, "torch": "2.13.0", "commit": "a" * 40}
+    times = {"ours": 10e3, "generate": 40e3, "batched": 30e3, "decoded once": 20e3}
+    record["variants"] = {
+        name: {
+            "rounds": 3,
+            "forward": {"median_ms": ms},
+            "questions_per_s": 200e3 / ms,
+            "times_ours_by_round": ms / times["ours"],
+        }
+        for name, ms in times.items()
+    }
+    text = evaluation_page([record])
+    assert (
+        "| ours | 10.0 | 20.0 | 1.00 (1.00) |  | 3 |" in text
+        and "| generate | 40.0 | 5.0 | 4.00 (4.00) |  | 3 |" in text
+    )
+    assert "| batched | 30.0 | 6.7 | 3.00 (3.00) | 1.33 | 3 |" in text and "| 2.00 (2.00) | 1.50 | 3 |" in text
+    assert "| met | V40-Q200-F16-R32-float32 | 4.00 times faster than generate" in text
+
+
+def test_all_ways_to_evaluate_give_the_same_tokens(tmp_path):
+    (case,) = bench_evaluation.toy_cases("cpu")
+    rig = bench_evaluation.Rig(case, tmp_path)
+    with torch.no_grad():
+        expected = rig.generate()
+        assert expected.shape == (4, 4)
+        for name in bench_evaluation.PARTS:
+            assert torch.equal(rig.part(name), expected)
+        with bench_evaluation.warm_reader(case, rig.questions[0].videos[0]) as reader:
+            assert torch.equal(rig.ours(reader), expected)

@@ -97,6 +97,64 @@ def test_only_used_tokens_of_buffers_count(step, heads, own, path):
         assert (out - expected).abs().max() <= 1e-12
 
 
+# Each case gives the suffix lengths and the sequences of each suffix, for the prefixes of UNEVEN. Equal suffixes are
+# one dense call on CUDA, and finished ones are empty.
+UNEVEN = ([5, 1, 7], [3, 1, 2])
+SUFFIXES = {
+    "one per sequence": ([2, 1, 3, 4, 1, 6], [1, 1, 1, 1, 1, 1]),
+    "several sequences": ([2, 3, 4], [3, 1, 2]),
+    "equal suffixes": ([3, 3, 3], [2, 2, 2]),
+    "finished suffixes": ([2, 9, 1, 4, 5], [0, 3, 1, 0, 2]),
+}
+
+
+def with_suffixes(step: list[Tensor], suffixes: DecodePlan, suffix: list[Tensor]) -> list[Tensor]:
+    """Return the step with each sequence's suffix in front of its own tokens."""
+    ends = torch.tensor([0, *suffixes.prefix_lengths]).cumsum(0).tolist()
+    owner = [group for group, count in enumerate(suffixes.rows) for _ in range(count)]
+    own = []
+    for keys, mine in zip(suffix, step[3:], strict=True):
+        own.append([torch.cat([keys[ends[g] : ends[g + 1]].transpose(0, 1), mine[i]], 1) for i, g in enumerate(owner)])
+    return [*step[:3], *own]
+
+
+@pytest.mark.parametrize("path", PATHS, indirect=True)
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("case", SUFFIXES)
+def test_suffixes_stand_between_prefix_and_own_tokens(case, heads, path):
+    plan, suffix_plan = DecodePlan.from_counts(*UNEVEN), DecodePlan.from_counts(*SUFFIXES[case])
+    step = random_step(plan, 4, heads)
+    suffix = [torch.randn(sum(suffix_plan.prefix_lengths), heads[1], 8, dtype=torch.float64) for _ in range(2)]
+    expected = one_by_one(*with_suffixes(step, suffix_plan, suffix), plan)
+    buffers, used = as_buffers(step, 6), torch.full((6,), 4, dtype=torch.int32)
+    more = {"suffix_k": suffix[0], "suffix_v": suffix[1], "suffix_plan": suffix_plan}
+    calls = attention_calls()
+    for tensors, options in ((step, {}), (buffers, {"own_lengths": used})):
+        out = shared_prefix_decode(*tensors, plan, **options, **more, impl=path)
+        assert out.is_contiguous() and (out - expected).abs().max() <= 1e-12
+    assert attention_calls() - calls == 2
+
+
+def test_invalid_suffixes_are_refused():
+    plan = DecodePlan.from_counts([4, 3], [2, 1])
+    step = random_step(plan, 3)
+    k, v = torch.randn(2, 5, 2, 8, dtype=torch.float64)
+    good = DecodePlan.from_counts([2, 2, 1], [1, 1, 1])
+    for keys, values, suffix_plan, message in (
+        (k, None, good, "expected a DecodePlan together with suffix_k and suffix_v"),
+        (k, v, SharedPrefixPlan.from_lengths([4], [[2]]), "expected a DecodePlan together with suffix_k and suffix_v"),
+        (k, v[:4], good, "expected shape"),
+        (k[:, :1], v[:, :1], good, "suffix_k: expected the 2 heads of own_k, got 1"),
+        (k[:4], v[:4], good, "expected B=3 sequences and Ts=4 tokens, got 3 and 5"),
+        (k, v, DecodePlan.from_counts([2, 3], [1, 1]), "expected B=3 sequences and Ts=5 tokens, got 2 and 5"),
+        (k, v, good.to("meta"), "suffix_plan: expected device cpu, got meta"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            shared_prefix_decode(*step, plan, suffix_k=keys, suffix_v=values, suffix_plan=suffix_plan)
+    with pytest.raises(RuntimeError, match="has no gradient"):
+        shared_prefix_decode(*step, plan, suffix_k=k.requires_grad_(), suffix_v=v, suffix_plan=good)
+
+
 @pytest.mark.parametrize("path", PATHS, indirect=True)
 def test_sequences_with_different_lengths(path):
     plan = DecodePlan.from_counts([5, 7], [4, 1])
@@ -143,6 +201,21 @@ def test_16_bit_error(impl):
     # flash rounds the two parts and their merge, whereas a single attention call rounds once.
     bound = {"flash": 2.0, "torch": 1.2}[impl]
     assert error(shared_prefix_decode(*tensors, plan, impl=impl)) <= bound * error(one_by_one(*tensors, plan))
+
+
+@pytest.mark.parametrize("impl", ["flash", "torch"])
+def test_16_bit_error_with_suffixes(impl):
+    plan, suffix_plan = DecodePlan.from_counts([300, 500], [3, 3]), DecodePlan.from_counts([40, 60, 30], [1, 2, 3])
+    step = random_step(plan, 33, (8, 2), 64, torch.bfloat16)
+    suffix = list(torch.randn(2, 130, 2, 64).bfloat16())
+    eager = one_by_one(*with_suffixes(step, suffix_plan, suffix), plan)
+    exact_step, exact_suffix = [t.double() for t in step], [t.double() for t in suffix]
+    exact = one_by_one(*with_suffixes(exact_step, suffix_plan, exact_suffix), plan)
+    more = {"suffix_k": suffix[0], "suffix_v": suffix[1], "suffix_plan": suffix_plan}
+    ours = shared_prefix_decode(*step, plan, **more, impl=impl)
+    errors = [float((out.double() - exact).norm()) for out in (ours, eager)]
+    # flash rounds three parts and two merges; 1.66 to 1.76 times were measured.
+    assert errors[0] <= {"flash": 2.0, "torch": 1.2}[impl] * errors[1]
 
 
 @pytest.mark.parametrize("path", PATHS, indirect=True)
@@ -193,6 +266,9 @@ def test_opcheck_and_compile():
     torch.library.opcheck(decode._decode, (*tensors, None, *edges, 0.5, "auto"))
     used = torch.tensor([2, 6, 1], dtype=torch.int32)
     torch.library.opcheck(decode._decode, (*tensors, used, *edges, 0.5, "auto"))
+    suffixes = DecodePlan.from_counts([2, 5, 1], [1, 1, 1])
+    suffix = (*torch.randn(2, 8, 2, 8), suffixes.lengths, suffixes.group_queries, suffixes.group_keys)
+    torch.library.opcheck(decode._decode, (*tensors, used, *edges, 0.5, "auto", *suffix))
     torch._dynamo.reset()
     compiled = torch.compile(
         lambda *step: shared_prefix_decode(*step, plan), fullgraph=True, backend="aot_eager", dynamic=True

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from rmsd_fast.bootstrap import RESAMPLES, mean_interval, resampled_means
+from rmsd_fast.bootstrap import mean_interval, resampled_means
 from rmsd_fast.teacher.pool_estimates import (
     best_of,
     common_count,
@@ -106,13 +106,6 @@ def test_ratios_by_hand():
     assert ratio(np.array([1.0, 3.0]), np.array([2.0, 4.0])) == {"value": 4 / 6, "low": 0.5, "high": 0.75}
     assert ratio(np.array([1.0]), np.array([2.0])) == {"value": 0.5, "low": None, "high": None}
     assert ratio(np.zeros(3), np.zeros(3)) is None
-
-
-def test_the_bootstrap_draws_questions_with_replacement():
-    values = np.random.default_rng(3).random(300)
-    # All draws at once, as a definition.
-    draws = np.random.default_rng(5).integers(0, 300, (RESAMPLES, 300))
-    assert mean_interval(values, seed=5) == pytest.approx(np.percentile(values[draws].mean(1), [2.5, 97.5]))
 
 
 def test_the_bootstrap_refuses_values_without_a_mean():

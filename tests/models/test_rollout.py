@@ -11,7 +11,6 @@ import weakref
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -606,7 +605,8 @@ class HostTensors(TorchDispatchMode):
         return result
 
 
-def test_a_step_needs_no_values_and_no_host_memory(setup, monkeypatch):
+@pytest.mark.parametrize("suffixes", [None, [[4, 2], [1]]], ids=["whole prompts", "shared beginnings"])
+def test_a_step_needs_no_values_and_no_host_memory(setup, monkeypatch, suffixes):
     """On tensors without values, any read by the host fails. Only the op of our own reads the plan's lengths."""
     student, _, _ = setup
     config = student.model.config
@@ -615,13 +615,19 @@ def test_a_step_needs_no_values_and_no_host_memory(setup, monkeypatch):
     monkeypatch.setattr(op, "autocast", lambda *tensors: tensors)
     text, edges = config.text_config, torch.empty(3, dtype=torch.int32, device="meta")
     plan = op.DecodePlan((5, 7), (2, 3), torch.tensor([2, 5, 7, 2, 3]), edges, edges)
+    suffix_plan = op.DecodePlan((4, 2, 1), (1, 1, 3), torch.tensor([3, 4, 2, 1, 1, 1, 3]), edges, edges)
     monkeypatch.setattr(DecodeCache, "_make_plan", lambda self: plan)
-    kv = torch.empty(12, text.num_key_value_heads, text.head_dim, dtype=torch.bfloat16, device="meta")
-    prefix = SimpleNamespace(prefix_lengths=(5, 7), keys=[kv] * text.num_hidden_layers)
-    prefix.values = prefix.keys
+    monkeypatch.setattr(DecodeCache, "_make_suffix_plan", lambda self: suffix_plan if suffixes else None)
+    kv, suffix_kv = (
+        torch.empty(tokens, text.num_key_value_heads, text.head_dim, dtype=torch.bfloat16, device="meta")
+        for tokens in (12, 7)
+    )
+    prefix = PrefixCache([5, 7], suffixes)
+    prefix.keys = prefix.values = [kv] * text.num_hidden_layers
+    prefix.suffix_keys = prefix.suffix_values = [suffix_kv] * text.num_hidden_layers
     decoder = decode.Decoder(
         model,
-        DecodeCache(prefix, [2, 3]),
+        DecodeCache(prefix, [1, 1, 3] if suffixes else [2, 3]),
         torch.empty(5, dtype=torch.int64, device="meta"),
         torch.empty(5, 8, dtype=torch.float64, device="meta"),
         temperature=0.8,

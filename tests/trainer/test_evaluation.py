@@ -11,23 +11,22 @@ from rmsd_fast.config import EvaluateConfig, RunConfig
 from rmsd_fast.data.media import MediaReader
 from rmsd_fast.data.records import Question
 from rmsd_fast.models.students import load_student
-from rmsd_fast.stages import evaluation
-from rmsd_fast.stages.evaluation import (
-    _record,
-    answer_questions,
-    compare,
-    format_table,
-    read_predictions,
-    summarize,
-    write_evaluation,
-    write_predictions,
-)
+from rmsd_fast.stages import answer_records
+from rmsd_fast.stages.answer_records import answer_record
+from rmsd_fast.stages.evaluation import answer_questions
+from rmsd_fast.stages.evaluation_files import read_predictions, write_evaluation, write_predictions
+from rmsd_fast.stages.evaluation_table import format_table
 from rmsd_fast.stages.progress import describe_progress, interim_steps, measure_progress, warn_if_behind
+from rmsd_fast.stages.summaries import compare, summarize
 
 
 def records(scores, task="mcq"):
+    """Return records of questions about different videos."""
     return [
-        {"id": f"{task}{i}", "task_type": task, "response": "", "score": s, "valid": s > 0, "truncated": False}
+        {
+            **{"id": f"{task}{i}", "task_type": task, "cluster": f"{task}{i}.mp4", "response": ""},
+            **{"score": s, "strict": s, "lenient": s, "valid": s > 0, "readable": s > 0, "truncated": False},
+        }
         for i, s in enumerate(scores)
     ]
 
@@ -36,20 +35,24 @@ def records(scores, task="mcq"):
     ("parse", "text", "truncated", "score"),
     [
         ("strict", "B. milk", False, 0.0),
-        ("natural", "B. milk", False, 1.0),
-        ("natural", "A or B", False, 0.0),
+        ("lenient", "B. milk", False, 1.0),
+        ("lenient", "A or B", False, 0.0),
         # A truncated response has no answer, regardless of its content.
-        ("natural", "B. milk", True, 0.0),
+        ("lenient", "B. milk", True, 0.0),
         ("strict", "<think>a</think><answer>B</answer>", False, 1.0),
-        ("natural", "<think>a</think><answer>B</answer>", False, 1.0),
+        ("lenient", "<think>a</think><answer>B</answer>", False, 1.0),
     ],
 )
-def test_answers_are_read_strictly_or_naturally(parse, text, truncated, score):
+def test_answers_are_read_strictly_and_leniently(parse, text, truncated, score):
     question = Question("q", "?", "mcq", videos=("v",), options=("tea", "milk"), answer="B")
-    record = _record(question, text, RunConfig(evaluate=EvaluateConfig(parse=parse)), truncated=truncated)
-    assert (record["score"], record["response"]) == (score, text)
-    # Whether the format is followed is a separate result.
-    assert record["valid"] == text.startswith("<think>")
+    settings = RunConfig(evaluate=EvaluateConfig(parse=parse))
+    record = answer_record(question, "v", text, settings, truncated=truncated)
+    assert (record["score"], record["response"]) == (score, text) and record[parse] == score
+    # Both scores are there, and whether the format is followed is a separate result.
+    is_strict = text.startswith("<think>")
+    assert record["valid"] == is_strict and record["strict"] == float(is_strict)
+    assert record["lenient"] == float(is_strict or (text == "B. milk" and not truncated))
+    assert record["readable"] == (record["lenient"] == 1.0)
 
 
 def test_wilson_interval_by_hand():
@@ -80,7 +83,7 @@ def test_paired_difference():
     # The standard error of the mean of (0.5, 0.5, 0) x 30 is 0.2357 / sqrt(90) = 0.0248.
     assert result["low"] == pytest.approx(1 / 3 - 1.96 * 0.0248, abs=0.01)
     assert result["high"] == pytest.approx(1 / 3 + 1.96 * 0.0248, abs=0.01)
-    assert compare(before, before)["closed"] == {"mean": 0.0, "low": 0.0, "high": 0.0, "n": 90}
+    assert compare(before, before)["closed"] == {"mean": 0.0, "low": 0.0, "high": 0.0, "n": 90, "clusters": 90}
 
 
 def test_files_of_the_run_folder(tmp_path):
@@ -92,7 +95,7 @@ def test_files_of_the_run_folder(tmp_path):
     settings = RunConfig()
     settings.evaluate.samples = 2
     write_predictions(tmp_path, "stage1", records([0.0, 1.0, 1.0, 0.0]))
-    assert read_predictions(tmp_path, "stage2", questions) is None
+    assert read_predictions(tmp_path, "stage2", questions, settings) is None
     first = write_evaluation(tmp_path, questions, settings, simulated=True)
     assert first["differences"] == {} and first["floors"]["mcq"] == {"score": 1.0, "answer": "A", "n": 4}
     write_predictions(tmp_path, "stage2", records([1.0, 1.0, 1.0, 0.0]))
@@ -106,6 +109,9 @@ def test_files_of_the_run_folder(tmp_path):
     assert samples[0]["spans"] == [[1.5, None]] and samples[0]["duration"] == 8.0
     table = format_table(result)
     assert "0.500" in table and "stage2-stage1, closed tasks: +0.250" in table
+    protocol = result["protocol"]
+    assert (protocol["decoding"], protocol["seed"], protocol["evaluate"]["max_new_tokens"]) == ("greedy", 0, 1024)
+    assert protocol["video"]["num_frames"] == 16 and set(protocol["versions"]) >= {"torch", "rmsd-fast"}
     assert not list(tmp_path.rglob("*.tmp"))
 
 
@@ -137,10 +143,11 @@ def test_sampled_answers_do_not_depend_on_the_batch(tmp_path):
     assert all("sampled" not in record for record in greedy)
     # A student that has learned nothing would score 0, so the score here is the share of even lengths.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation, "quality_score", lambda text, *args, **kwargs: float(len(text) % 2 == 0))
+        patch.setattr(answer_records, "quality_score", lambda text, *args, **kwargs: float(len(text) % 2 == 0))
         sampled = answers("evaluate.rollouts=4", "evaluate.prompts_per_batch=64")
         other_batch = answers("evaluate.rollouts=4", "evaluate.prompts_per_batch=2")
         other_seed = answers("evaluate.rollouts=4", "seed=5")
+    assert [record.get("samples") for record in sampled] == [record.get("samples") for record in other_batch]
     scores = [record.pop("sampled") for record in sampled]
     assert scores == [record["sampled"] for record in other_batch] != [record["sampled"] for record in other_seed]
     assert len(set(scores)) > 1 and set(scores) <= {0.0, 0.25, 0.5, 0.75, 1.0}
@@ -150,8 +157,8 @@ def test_sampled_answers_do_not_depend_on_the_batch(tmp_path):
 def test_an_answer_with_an_error_counts_0():
     question = Question(id="q", question="?", task_type="mcq", videos=("v.mp4",), options=("a", "b"), answer="A")
     right = "<think>x</think><answer>A</answer>"
-    assert _record(question, right, RunConfig())["score"] == 1.0
-    record = _record(question, right, RunConfig(), error="the student's logits are not finite")
+    assert answer_record(question, "v", right, RunConfig())["score"] == 1.0
+    record = answer_record(question, "v", right, RunConfig(), error="the student's logits are not finite")
     assert record["score"] == 0.0 and record["valid"] is False and record["error"].startswith("the student")
 
 
@@ -163,7 +170,7 @@ def test_unusable_predictions_are_generated_again(tmp_path, damage, caplog):
     ]
     good = records([0.0, 1.0, 0.5])
     write_predictions(tmp_path, "stage1", good)
-    assert read_predictions(tmp_path, "stage1", questions) == good
+    assert read_predictions(tmp_path, "stage1", questions, RunConfig()) == good
     path = tmp_path / "predictions" / "stage1.jsonl"
     text = path.read_bytes()
     if damage == "a folder":
@@ -180,7 +187,7 @@ def test_unusable_predictions_are_generated_again(tmp_path, damage, caplog):
                 "half a character": text[:40] + b"\xe4" + text[40:],
             }[damage]
         )
-    assert read_predictions(tmp_path, "stage1", questions) is None
+    assert read_predictions(tmp_path, "stage1", questions, RunConfig()) is None
     assert "stage1.jsonl: the file cannot be used" in caplog.text
 
 
@@ -189,15 +196,19 @@ def test_meaning_of_open_answers_about_generated_clips():
     question = Question("q", "?", "open", videos=("v",), answer="A red block at the top left.", meta={"made": content})
 
     def record(text, question=question, **kwargs):
-        return _record(question, text, RunConfig(), **kwargs)
+        return answer_record(question, "v", text, RunConfig(), **kwargs)
 
     right = record("<think>x</think><answer>In the upper left: a block, colored red.</answer>")
     assert right == {
         "id": "q",
         "task_type": "open",
+        "cluster": "v",
         "response": "<think>x</think><answer>In the upper left: a block, colored red.</answer>",
         "score": 1.0,
+        "strict": 1.0,
+        "lenient": 1.0,
         "valid": True,
+        "readable": True,
         "truncated": False,
         "meaning": 1.0,
     }
@@ -226,11 +237,13 @@ def test_summary_and_table_of_meanings(tmp_path):
         "low": pytest.approx(0.4902, abs=1e-4),
         "high": pytest.approx(0.9433, abs=1e-4),
         "n": 10,
+        "clusters": 10,
     }
-    assert set(result) == {"tasks", "all", "closed", "meaning"} and result["tasks"]["open"]["mean"] == 1.0
+    assert set(result) == {"tasks", "all", "closed", "meaning", "strict", "lenient"}
+    assert result["tasks"]["open"]["mean"] == 1.0
     evaluation = {"students": {"stage1": result, "stage2": summarize(records([0.5]))}, "floors": {}, "differences": {}}
     lines = format_table(evaluation).splitlines()
-    assert [line.split()[0] for line in lines] == ["task", "mcq", "open", "meaning", "closed"]
+    assert [line.split()[0] for line in lines] == ["task", "mcq", "open", "meaning", "closed", "strict", "lenient"]
     assert lines[3].split() == ["meaning", "-", "0.800", "[0.49,", "0.94]", "-"]
 
 

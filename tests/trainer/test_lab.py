@@ -169,11 +169,15 @@ def test_t_interval_by_hand():
 def test_a_question_is_averaged_over_seeds_before_the_bootstrap():
     # Opposite differences of two seeds cancel for every question.
     first = {f"q{i}": 1.0 for i in range(20)}
-    assert question_interval([first, {name: -value for name, value in first.items()}]) == (0.0, 0.0)
+    assert question_interval([first, {name: -value for name, value in first.items()}], {}) == (0.0, 0.0)
     # Half of 400 questions differ by 1: the standard error of the mean is 0.5 / 20 = 0.025.
-    low, high = question_interval([{f"q{i}": float(i % 2) for i in range(400)}])
+    halves = [{f"q{i}": float(i % 2) for i in range(400)}]
+    low, high = question_interval(halves, {})
     assert low == pytest.approx(0.5 - 1.96 * 0.025, abs=0.01)
     assert high == pytest.approx(0.5 + 1.96 * 0.025, abs=0.01)
+    # Four questions each with the same difference are about one video, which doubles the standard error.
+    low, high = question_interval(halves, {f"q{i}": f"{i % 2}-{i // 8}.mp4" for i in range(400)})
+    assert low == pytest.approx(0.5 - 1.96 * 0.05, abs=0.02) and high == pytest.approx(0.5 + 1.96 * 0.05, abs=0.02)
 
 
 def scored(scores: list[float], **others) -> Scored:

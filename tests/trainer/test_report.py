@@ -90,6 +90,28 @@ def test_meaning_of_open_answers_has_a_row(run: Path) -> None:
     assert text.count('<th scope="row">meaning</th>') == 1
 
 
+def test_groups_readings_and_samples_have_a_table(run: Path) -> None:
+    text, page = read(write_report(run))
+    assert 'aria-label="Further scores"' not in text and "clustered by video" not in page.text
+    evaluation, entry = made_evaluation(), {"mean": 0.625, "low": 0.51, "high": 0.73, "n": 75}
+    evaluation["videos"] = 25
+    student = evaluation["students"]["stage2"]
+    student["lenient"] = {"closed": entry, "tasks": {}}
+    student["groups"] = {"duration": {"<short>": {**entry, "low": None, "high": None}}, "damaged": 3}
+    student["sampled"] = {"tasks": {}, "pass": {"1": entry, "4": {**entry, "mean": 0.8}}, "majority": None}
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    text, page = read(write_report(run))
+    assert "clustered by video" in page.text
+    for label, cell in (
+        ("closed, any clear statement", "62.5 [51.0, 73.0]"),
+        # A group about one video has no interval.
+        ("duration: &lt;short&gt;", "62.5"),
+        ("pass@1", "62.5 [51.0, 73.0]"),
+        ("pass@4", "80.0 [51.0, 73.0]"),
+    ):
+        assert f'<th scope="row">{label}</th><td>75</td><td>–</td><td>–</td><td>{cell}</td>' in text, label
+
+
 def test_hover_data_are_the_logged_values(run: Path) -> None:
     _, page = read(write_report(run))
     plots = [json.loads(a["data-plot"]) for t, a in page.tags if t == "svg" and "data-plot" in a]

@@ -3,6 +3,9 @@
 Attention over a sequence's own keys and attention over its prompt's keys are two calls, merged as in `attention`. Query
 heads that share a key head are folded into query rows, so that both calls read each key once for all of these heads.
 This is exact because there is no mask. Gradients are not supported.
+
+A prompt may consist of a prefix that other prompts share, such as a video, and a suffix of its own, such as a question
+about it. The keys of suffixes are then a third part, with a plan of its own.
 """
 
 from collections.abc import Sequence
@@ -80,6 +83,9 @@ def shared_prefix_decode(
     plan: DecodePlan,
     *,
     own_lengths: Tensor | None = None,
+    suffix_k: Tensor | None = None,
+    suffix_v: Tensor | None = None,
+    suffix_plan: DecodePlan | None = None,
     scale: float | None = None,
     impl: str = "auto",
 ) -> Tensor:
@@ -101,6 +107,10 @@ def shared_prefix_decode(
             the device of q; None means t. The values in unused places must be finite, and those of own_lengths are
             checked on CPU only, because CUDA would have to wait. On CUDA, flash kernels need buffers with the strides
             of [B, t, Hkv, d]; others are copied.
+        suffix_k: keys of all suffixes between prefix and own tokens, concatenated, [Ts, Hkv, d], dtype of q; None if
+            prompts have none.
+        suffix_v: values of all suffixes, [Ts, Hkv, d], dtype of q.
+        suffix_plan: the suffix of each sequence, on the device of q. Its groups are finer than those of `plan`.
         scale: factor of the scores; None means d ** -0.5.
         impl: as in shared_prefix_attention.
     Returns:
@@ -112,12 +122,17 @@ def shared_prefix_decode(
     """
     q, prefix_k, prefix_v, own_k, own_v = autocast(q, prefix_k, prefix_v, own_k, own_v)
     _check_step(q, prefix_k, prefix_v, own_k, own_v, plan)
+    suffix: tuple = (None,) * 5
+    if suffix_plan is not None:
+        suffix_k, suffix_v = autocast(suffix_k, suffix_v)
+        _check_suffix(q, suffix_k, suffix_v, own_k, suffix_plan)
+        suffix = (suffix_k, suffix_v, suffix_plan.lengths, suffix_plan.group_queries, suffix_plan.group_keys)
     if own_lengths is not None:
         _check_lengths(own_lengths, q)
     checks.check_choice("impl", impl, IMPLEMENTATIONS)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     edges = (plan.lengths, plan.group_queries, plan.group_keys)
-    return _decode(q, prefix_k, prefix_v, own_k, own_v, own_lengths, *edges, scale, impl)
+    return _decode(q, prefix_k, prefix_v, own_k, own_v, own_lengths, *edges, scale, impl, *suffix)
 
 
 @torch.library.custom_op("rmsd_kernels::shared_prefix_decode", mutates_args=())
@@ -133,10 +148,14 @@ def _decode(
     group_keys: Tensor,
     scale: float,
     impl: str,
+    suffix_k: Tensor | None = None,
+    suffix_v: Tensor | None = None,
+    suffix_lengths: Tensor | None = None,
+    suffix_queries: Tensor | None = None,
+    suffix_edges: Tensor | None = None,
 ) -> Tensor:
     count_call()
-    groups, *numbers = lengths.tolist()
-    prefixes, rows = numbers[:groups], numbers[groups:]
+    prefixes, rows = _numbers(lengths)
     if len(q) != sum(rows) or len(prefix_k) != sum(prefixes):
         raise ValueError(
             f"q and prefix_k: expected the plan's B={sum(rows)} and Tp={sum(prefixes)}, "
@@ -150,6 +169,10 @@ def _decode(
         folded = adjacent(q).unflatten(1, (own_k.shape[1], -1))  # [B, Hkv, r, d]
         backend = backend_of(q, impl)
         out, lse = backend.attend_own(folded, own_k, own_v, own_lengths, scale)
+        if suffix_lengths is not None:
+            numbers, edges = _numbers(suffix_lengths), (suffix_queries, suffix_edges)
+            suffix_out, suffix_lse = backend.attend_prefixes(folded, suffix_k, suffix_v, *numbers, edges, scale)
+            merge_(out, lse, suffix_out, suffix_lse)
         edges = (group_queries, group_keys)
         prefix_out, prefix_lse = backend.attend_prefixes(folded, prefix_k, prefix_v, prefixes, rows, edges, scale)
         merge_(out, lse, prefix_out, prefix_lse, needs_lse=False)
@@ -157,8 +180,14 @@ def _decode(
 
 
 @_decode.register_fake
-def _(q, prefix_k, prefix_v, own_k, own_v, own_lengths, lengths, group_queries, group_keys, scale, impl):
+def _(q, *_):
     return q.new_empty(q.shape)
+
+
+def _numbers(lengths: Tensor) -> tuple[list[int], list[int]]:
+    """Return prefix_lengths and rows of a plan's `lengths`."""
+    groups, *numbers = lengths.tolist()
+    return numbers[:groups], numbers[groups:]
 
 
 def _check_step(q, prefix_k, prefix_v, own_k, own_v, plan: DecodePlan) -> None:
@@ -175,6 +204,24 @@ def _check_step(q, prefix_k, prefix_v, own_k, own_v, plan: DecodePlan) -> None:
         raise ValueError(f"plan: expected a DecodePlan, got {type(plan).__name__}; make one with from_counts")
     checks.check_device("plan", plan.group_queries, q)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, prefix_k, prefix_v, own_k, own_v)):
+        raise RuntimeError("shared_prefix_decode has no gradient; call it under torch.no_grad()")
+
+
+def _check_suffix(q, suffix_k, suffix_v, own_k, suffix_plan: DecodePlan) -> None:
+    if not isinstance(suffix_plan, DecodePlan) or suffix_k is None or suffix_v is None:
+        raise ValueError(
+            "suffix_plan: expected a DecodePlan together with suffix_k and suffix_v; pass all three or none"
+        )
+    check_heads(q, suffix_k, suffix_v, ("suffix_k", "suffix_v"), 1, "[Ts, Hkv, d]")
+    if own_k.shape[1] != suffix_k.shape[1]:
+        raise ValueError(f"suffix_k: expected the {own_k.shape[1]} heads of own_k, got {suffix_k.shape[1]}")
+    rows, tokens = sum(suffix_plan.rows), sum(suffix_plan.prefix_lengths)
+    if rows != len(q) or tokens != len(suffix_k):
+        raise ValueError(
+            f"suffix_plan: expected B={len(q)} sequences and Ts={len(suffix_k)} tokens, got {rows} and {tokens}"
+        )
+    checks.check_device("suffix_plan", suffix_plan.group_queries, q)
+    if torch.is_grad_enabled() and (suffix_k.requires_grad or suffix_v.requires_grad):
         raise RuntimeError("shared_prefix_decode has no gradient; call it under torch.no_grad()")
 
 

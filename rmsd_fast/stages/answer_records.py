@@ -1,0 +1,184 @@
+"""Score the answers to held-out questions: strictly and leniently, greedy and sampled, with the cluster of each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from rmsd_fast.config import RunConfig
+from rmsd_fast.data.records import CLOSED_TASKS, Question
+from rmsd_fast.made.meaning import has_content, meaning_score
+from rmsd_fast.method.answers import ParsedAnswer, parse_answer
+from rmsd_fast.method.natural import canonical_response
+from rmsd_fast.method.quality import quality_score
+from rmsd_fast.teacher.scores import quality_settings
+
+# Why a question could not be answered, and the words of messages.
+REASONS = {
+    "missing_media": "media files are missing",
+    "unreadable_media": "media files cannot be used",
+    "prompt_too_long": "prompts are longer than data.max_prompt_tokens",
+    "refused_question": "questions were refused",
+    "not_finite": "the student's logits were not finite",
+}
+NOT_FINITE = "the student's logits are not finite"
+
+
+def clusters_of(questions: Sequence[Question]) -> dict[str, str]:
+    """Return the cluster of each question by its id: the path of a medium, or the id of a question about text alone.
+
+    Questions that share a medium are in one cluster, also if they share it only through other questions.
+    """
+    parents: dict[str, str] = {}
+
+    def root(path: str) -> str:
+        while parents.setdefault(path, path) != path:
+            parents[path] = path = parents[parents[path]]
+        return path
+
+    for question in questions:
+        paths = [path for _, path, _ in question.media]
+        for path in paths[1:]:
+            parents[root(path)] = root(paths[0])
+    return {q.id: root(q.media[0][1]) if q.media else q.id for q in questions}
+
+
+def reason_of(error: str, *, of_prompt: bool = False) -> str:
+    """Return the key of REASONS for the error text of a question.
+
+    Args:
+        error: text of a MediaError or PromptError, or NOT_FINITE.
+        of_prompt: whether the error is a PromptError.
+    """
+    if error == NOT_FINITE:
+        return "not_finite"
+    if "exceeds data.max_prompt_tokens" in error:
+        return "prompt_too_long"
+    if of_prompt:
+        return "refused_question"
+    return "missing_media" if "no such file" in error else "unreadable_media"
+
+
+def answer_record(
+    question: Question,
+    cluster: str,
+    response: str,
+    settings: RunConfig,
+    *,
+    truncated: bool = False,
+    error: str = "",
+    reason: str | None = None,
+) -> dict:
+    """Return the record of a greedy answer, in JSON types only.
+
+    Args:
+        question: the question.
+        cluster: its cluster; see `clusters_of`.
+        response: the text of the answer.
+        settings: settings of the run.
+        truncated: whether the response was truncated.
+        error: why the question was not answered. Text generated before the error is not an answer.
+        reason: key of REASONS; None finds it in the error's text.
+    """
+    record = {"id": question.id, "task_type": question.task_type, "cluster": cluster}
+    for name in ("groups", "benchmark"):
+        if question.meta.get(name):
+            record[name] = question.meta[name]
+    record["response"] = response
+    if error:
+        nothing = {"score": 0.0, "strict": 0.0, "lenient": 0.0, "valid": False, "readable": False}
+        meaning = {"meaning": 0.0} if _has_meaning(question) else {}
+        return {
+            **record,
+            **nothing,
+            "truncated": truncated,
+            "error": error,
+            "reason": reason or reason_of(error),
+            **meaning,
+        }
+    scores, _ = score_response(question, response, settings, truncated=truncated)
+    return {**record, **scores}
+
+
+def score_response(
+    question: Question, response: str, settings: RunConfig, *, truncated: bool
+) -> tuple[dict, ParsedAnswer | None]:
+    """Return the scores of a response by name, and its parsed answer as read by `evaluate.parse`."""
+    task, options = question.task_type, question.options
+    lenient_text = read_leniently(question, response, truncated=truncated)
+    texts = {"strict": response, "lenient": lenient_text or response}
+    quality = quality_settings(settings.teacher)
+    scores = {
+        name: quality_score(text, task, question.answer, options=options, **quality) for name, text in texts.items()
+    }
+    valid = parse_answer(response, task, options) is not None
+    answer = parse_answer(texts[settings.evaluate.parse], task, options)
+    record = {
+        "score": scores[settings.evaluate.parse],
+        **scores,
+        # Whether the format is followed is a result of its own, regardless of the reading.
+        "valid": valid,
+        "readable": valid or lenient_text is not None,
+        "truncated": truncated,
+    }
+    if _has_meaning(question):
+        record["meaning"] = 0.0 if answer is None else meaning_score(answer, question.meta["made"])
+    return record, answer
+
+
+def read_leniently(question: Question, response: str, *, truncated: bool) -> str | None:
+    """Return the response in the strict format, or None if no answer is clear. A truncated response has none."""
+    if truncated:
+        return None
+    return canonical_response(response, question.task_type, options=question.options, finish_reason="stop")
+
+
+def with_samples(
+    record: dict, question: Question, responses: Sequence[tuple[str, bool, bool]], settings: RunConfig
+) -> dict:
+    """Return the record of a greedy answer with those of sampled ones.
+
+    `sampled` is their mean score. For closed questions, `samples` has the scores of each, and the answer that
+    `evaluate.parse` reads, as text or null, for majority votes.
+
+    Args:
+        record: result of `answer_record`.
+        question: the question.
+        responses: (text, whether it was truncated, whether all logits were finite) of each sampled response.
+        settings: settings of the run.
+    """
+    nothing = {"score": 0.0, "strict": 0.0, "lenient": 0.0, "meaning": 0.0}
+    scores, answers = [], []
+    for text, truncated, finite in responses:
+        scored, answer = score_response(question, text, settings, truncated=truncated) if finite else (nothing, None)
+        scores.append(scored)
+        answers.append(None if answer is None else _vote(answer, question.task_type))
+    samples = {name: [scored[name] for scored in scores] for name in ("score", "strict", "lenient")}
+    result = {**record, "sampled": _mean([scored["score"] for scored in scores])}
+    if "meaning" in record:
+        result["sampled_meaning"] = _mean([scored["meaning"] for scored in scores])
+    if question.task_type in CLOSED_TASKS:
+        result["samples"] = {**samples, "answers": answers}
+    return result
+
+
+def without_samples(record: dict, question: Question, settings: RunConfig) -> dict:
+    """Return the record of a question that could not be used, with scores 0 of its sampled responses."""
+    count = settings.evaluate.rollouts
+    return with_samples(record, question, [("", False, False)] * count, settings) if count else record
+
+
+def _vote(answer: ParsedAnswer, task: str) -> str:
+    """Return an answer as text, equal for answers that the metric does not distinguish by case or white space."""
+    if task == "ocr":
+        return " ".join(str(answer).casefold().split())
+    return answer if isinstance(answer, str) else json.dumps(answer)
+
+
+def _mean(values: list[float]) -> float:
+    return round(sum(values) / len(values), 6)
+
+
+def _has_meaning(question: Question) -> bool:
+    """Return whether the meaning of an answer can be scored: an open question about a generated clip."""
+    return question.task_type == "open" and has_content(question)

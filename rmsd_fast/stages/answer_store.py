@@ -1,0 +1,117 @@
+"""Keep the answers of an evaluation while it runs, so that a killed one continues instead of starting over.
+
+Each process appends its answers to a file of its own, `<predictions>.part<rank>`, whose first line identifies model,
+settings and questions. The files are read by any number of processes, and deleted once all answers are written.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from glob import escape
+from pathlib import Path
+from typing import Any
+
+from rmsd_fast.config import UserError
+from rmsd_fast.runtime.json_lines import JsonLines
+from rmsd_fast.runtime.process_group import World, on_main
+from rmsd_fast.stages.protocol import differences_of
+
+log = logging.getLogger("rmsd_fast")
+
+
+class OtherAnswers(UserError, RuntimeError):
+    """Answers of an interrupted evaluation that had another model, other settings or other questions."""
+
+
+class AnswerStore:
+    """Answers so far. All processes create it together; close it at the end, or use it as a context manager.
+
+    Args:
+        path: the file of all predictions. The parts are next to it.
+        identity: what the answers depend on, in JSON types.
+        world: this process in the run.
+        discard: whether answers with another identity are deleted with a warning. Otherwise they are an error.
+    Raises:
+        OtherAnswers: there are answers with another identity, and `discard` is not set.
+    Attributes:
+        done: the answers of earlier, interrupted evaluations by question id, equal on every process.
+    """
+
+    def __init__(self, path: Path, identity: dict[str, Any], world: World, *, discard: bool = False) -> None:
+        self._path, self._identity, self._world = path, json.loads(json.dumps(identity)), world
+        self.done: dict[str, dict] = on_main(world, lambda: self._read_all(discard))
+        own = self._part(world.rank)
+        # The main process cannot see this file if it is on another node.
+        lines = self._read(own) if own.exists() else []
+        continued = bool(lines) and lines[0] == {"answers_of": self._identity}
+        self._lines = JsonLines(own, keep=len(lines) if continued else 0)
+        if not continued:
+            self._lines.append({"answers_of": self._identity})
+        if self.done and world.is_main:
+            log.warning("%s: continuing an interrupted evaluation, %d questions are answered", path, len(self.done))
+
+    def __enter__(self) -> AnswerStore:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._lines.close()
+
+    def append(self, records: list[dict]) -> None:
+        """Write the records of a batch. They are in the file when this method returns."""
+        for record in records:
+            self._lines.append(record)
+
+    def delete(self) -> None:
+        """Delete all parts. Call it on the main process, after all answers are written and the store is closed."""
+        for part in self._parts():
+            part.unlink(missing_ok=True)
+
+    def _part(self, rank: int) -> Path:
+        return self._path.with_name(f"{self._path.name}.part{rank}")
+
+    def _parts(self) -> list[Path]:
+        return sorted(self._path.parent.glob(f"{escape(self._path.name)}.part*"))
+
+    def _read_all(self, discard: bool) -> dict[str, dict]:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        done: dict[str, dict] = {}
+        for part in self._parts():
+            head, *records = self._read(part) or [{}]
+            if not head:
+                # The process was killed while it wrote the first line, or that line is damaged.
+                part.unlink()
+                continue
+            if head != {"answers_of": self._identity}:
+                self._refuse(part, head.get("answers_of"), discard)
+                continue
+            for record in records:
+                done.setdefault(record["id"], record)
+        return done
+
+    def _refuse(self, part: Path, other: object, discard: bool) -> None:
+        differences = differences_of(self._identity, other if isinstance(other, dict) else {})
+        text = "; ".join(differences[:3]) + (f" and {len(differences) - 3} more" if len(differences) > 3 else "")
+        if not discard:
+            raise OtherAnswers(
+                f"{part}: expected answers of an interrupted evaluation with the same model, settings and questions, "
+                f"got other ones ({text}); continue with those settings, write to another --output, or delete the file"
+            )
+        log.warning("%s: these answers have other settings (%s); the questions will be answered again", part, text)
+        part.unlink()
+
+    def _read(self, part: Path) -> list[dict]:
+        """Return the complete lines of a file up to the first damaged one."""
+        lines: list[dict] = []
+        for line in part.read_bytes().splitlines(keepends=True):
+            try:
+                record = json.loads(line) if line.endswith(b"\n") else None
+            except ValueError:
+                record = None
+            name = "id" if lines else "answers_of"
+            if not isinstance(record, dict) or name not in record:
+                # The line was being written when the process was killed, or it was damaged later.
+                log.warning("%s: line %d is damaged; it and the following lines are dropped", part, len(lines) + 1)
+                break
+            lines.append(record)
+        return lines

@@ -1,0 +1,97 @@
+"""Show the result of an evaluation as text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rmsd_fast.data.records import TASK_TYPES
+from rmsd_fast.stages.answer_records import REASONS
+from rmsd_fast.stages.paper_numbers import paper_lines
+from rmsd_fast.stages.summaries import READINGS, signed_interval
+
+Entry = Mapping[str, Any]
+
+
+def format_table(result: Mapping[str, Any]) -> str:
+    """Return the scores as text.
+
+    There is one line per task type, then the meaning of open answers, all closed questions, the closed questions of
+    sampled answers, both readings of the closed questions, and those that could be used. Groups, pass@k and the
+    differences follow.
+    """
+    students = result["students"]
+    rows = [*_group_rows(students), *_sample_rows(students)]
+    width = max([9, *(len(label) for label, _ in rows)])
+    lines = [f"{'task':<{width}} floor  " + "  ".join(f"{name:>20}" for name in students)]
+
+    def add(label: str, entries: list[Entry | None], floor: float | None = None) -> None:
+        if any(entries):
+            shown = "-" if floor is None else f"{floor:.3f}"
+            lines.append(f"{label:<{width}} {shown:>5}  " + "  ".join(f"{_cell(entry):>20}" for entry in entries))
+
+    for task in [*TASK_TYPES, "meaning", "closed", "sampled", *READINGS, "usable"]:
+        floor = result["floors"].get(task, {}).get("score")
+        add(task, [row_of(student, task) for student in students.values()], floor)
+    for label, path in rows:
+        add(label, [_at(student, *path) for student in students.values()])
+    for name, student in students.items():
+        lines += _remarks(name, student, result.get("unusable", {}).get(name))
+    for name, difference in result["differences"].items():
+        for row, label in (("closed", "closed tasks"), ("sampled", "closed tasks, sampled"), ("meaning", "meaning")):
+            if entry := row_of(difference, row):
+                lines.append(f"{name}, {label}: {signed_interval(entry)}")
+    return "\n".join([*lines, *paper_lines(result.get("benchmark"))])
+
+
+def row_of(result: Entry, row: str) -> Entry | None:
+    """Return the numbers of one line of the table: a task type, `closed`, `meaning`, or those of closed tasks in
+    another part of the result: `sampled`, `strict`, `lenient` or `usable`."""
+    if row in ("sampled", "usable", *READINGS):
+        return result.get(row, {}).get("closed")
+    return result.get(row) if row in ("closed", "meaning") else result["tasks"].get(row)
+
+
+def _remarks(name: str, student: Entry, unusable: Entry | None) -> list[str]:
+    lines = []
+    entry = student.get("closed") or student["all"]
+    if share := entry.get("only_lenient_share"):
+        lines.append(f"{name}: {share:.1%} of the answers could only be read leniently")
+    if entry["low"] is None:
+        lines.append(f"{name}: there is no interval, because all {entry['n']} questions are about one video")
+    if unusable and unusable["count"]:
+        reasons = ", ".join(f"{count} because {REASONS[reason]}" for reason, count in unusable["reasons"].items())
+        lines.append(f"{name}: {unusable['count']} questions could not be used and score 0 ({reasons})")
+    return lines
+
+
+def _group_rows(students: Mapping[str, Entry]) -> list[tuple[str, tuple[str, ...]]]:
+    """Return label and keys of each value of each breakdown."""
+    rows: dict[tuple[str, ...], str] = {}
+    for student in students.values():
+        for name, values in student.get("groups", {}).items():
+            rows |= {("groups", name, value): f"{name}: {value}" for value in values}
+    return [(label, path) for path, label in rows.items()]
+
+
+def _sample_rows(students: Mapping[str, Entry]) -> list[tuple[str, tuple[str, ...]]]:
+    """Return label and keys of pass@k and majority@k."""
+    rows: dict[tuple[str, ...], str] = {}
+    for kind in ("pass", "majority"):
+        for student in students.values():
+            rows |= {("sampled", kind, k): f"{kind}@{k}" for k in _at(student, "sampled", kind) or {}}
+    return [(label, path) for path, label in rows.items()]
+
+
+def _at(result: Any, *keys: str) -> Any:
+    for key in keys:
+        result = (result or {}).get(key)
+    return result
+
+
+def _cell(entry: Entry | None) -> str:
+    if not entry:
+        return "-"
+    if entry["low"] is None:
+        return f"{entry['mean']:.3f}"
+    return f"{entry['mean']:.3f} [{entry['low']:.2f}, {entry['high']:.2f}]"

@@ -1,0 +1,40 @@
+"""Scores that the paper reports, to show beside ours.
+
+Source: R-MSD (arXiv 2603.11423), main table: students of 4B parameters, 64 frames, in percent.
+"""
+
+from __future__ import annotations
+
+# Title and scores of each benchmark, by the name in `meta.benchmark`.
+PAPER: dict[str, tuple[str, dict[str, float]]] = {
+    "videomme": ("VideoMME", {"Qwen3-VL-4B": 63.8, "SFT+RL, same budget": 64.0, "R-MSD": 65.3}),
+    "videommmu": ("Video-MMMU", {"Qwen3-VL-4B": 55.4, "SFT+RL, same budget": 55.9, "R-MSD": 58.6}),
+    "worldsense": ("WorldSense", {"Qwen3-VL-4B": 46.7, "SFT+RL, same budget": 46.3, "R-MSD": 49.2}),
+    "longvideobench": ("LongVideoBench", {"Qwen3-VL-4B": 59.3, "SFT+RL, same budget": 57.2, "R-MSD": 58.8}),
+    "mlvu": ("MLVU-MCQ", {"Qwen3-VL-4B": 72.4, "SFT+RL, same budget": 73.1, "R-MSD": 73.2}),
+    "mathvista": ("MathVista", {"Qwen3-VL-4B": 69.5, "SFT+RL, same budget": 71.2, "R-MSD": 72.1}),
+    "mathverse": ("MathVerse", {"Qwen3-VL-4B": 45.7, "SFT+RL, same budget": 46.8, "R-MSD": 49.3}),
+    # Each text names tIoU (when) or IoU of boxes (where) of chain 1 and of chain 2, for the base model and R-MSD.
+    "vstar": (
+        "V-STaR",
+        {
+            "when, chain 1, Qwen3-VL-4B": 21.3,
+            "when, chain 1, R-MSD": 25.2,
+            "when, chain 2, Qwen3-VL-4B": 18.5,
+            "when, chain 2, R-MSD": 23.4,
+            "where, chain 1, Qwen3-VL-4B": 22.3,
+            "where, chain 1, R-MSD": 24.8,
+            "where, chain 2, Qwen3-VL-4B": 5.0,
+            "where, chain 2, R-MSD": 7.0,
+        },
+    ),
+}
+
+
+def paper_lines(benchmark: str | None) -> list[str]:
+    """Return a line with the paper's scores of a benchmark, or nothing if the paper has none."""
+    if benchmark not in PAPER:
+        return []
+    title, scores = PAPER[benchmark]
+    text = "; ".join(f"{name} {score:.1f}" for name, score in scores.items())
+    return [f"the paper (arXiv 2603.11423) on {title}, in percent: {text}"]

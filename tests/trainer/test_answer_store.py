@@ -1,0 +1,126 @@
+"""Test that an evaluation continues after a kill, with the same result, and never with other settings."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from material import WORLD
+from train_runs import MINI, environment
+
+from rmsd_fast.runtime.process_group import World
+from rmsd_fast.stages.answer_store import AnswerStore, OtherAnswers
+
+IDENTITY = {"model": {"path": "m", "hash": "1"}, "protocol": {"seed": 0, "versions": {"torch": "2"}}}
+
+
+def record(name: str) -> dict:
+    return {"id": name, "score": 0.1, "response": "é\u2028x"}
+
+
+def fill(path: Path, *names: str, world: World = WORLD) -> dict[str, dict]:
+    """Append answers to the store, and return those that it had."""
+    with AnswerStore(path, IDENTITY, world) as store:
+        store.append([record(name) for name in names])
+        return store.done
+
+
+def test_answers_of_all_processes_are_found_by_any_number_of_them(tmp_path):
+    path = tmp_path / "sub" / "x.predictions.jsonl"
+    assert fill(path, "a", "b") == {}
+    assert (path.parent / "x.predictions.jsonl.part0").is_file()
+    # Another process of the same evaluation, as rank 1 of 2 would write it.
+    part = path.with_name(f"{path.name}.part1")
+    head = path.with_name(f"{path.name}.part0").read_text().splitlines()[0]
+    part.write_text(f"{head}\n{json.dumps(record('c'))}\n{json.dumps(record('b'))}\n")
+    assert fill(path, "d") == {name: record(name) for name in "abc"}
+    assert set(fill(path)) == set("abcd")
+    with AnswerStore(path, IDENTITY, WORLD) as store:
+        pass
+    store.delete()
+    assert list(path.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("cut", [1, 12])
+def test_a_torn_line_is_dropped(tmp_path, cut, caplog):
+    path = tmp_path / "x.jsonl"
+    fill(path, "a", "b")
+    part = tmp_path / "x.jsonl.part0"
+    part.write_bytes(part.read_bytes()[:-cut])
+    assert set(fill(path, "c")) == {"a"}
+    assert "x.jsonl.part0: line 3 is damaged" in caplog.text
+    assert set(fill(path)) == {"a", "c"}
+
+
+def test_a_damaged_line_ends_what_is_kept(tmp_path):
+    path = tmp_path / "x.jsonl"
+    fill(path, "a", "b", "c")
+    part = tmp_path / "x.jsonl.part0"
+    part.write_bytes(part.read_bytes().replace(b'"id": "b"', b'"id"; "b"'))
+    assert set(fill(path, "d")) == {"a"} and set(fill(path)) == {"a", "d"}
+    # Without its first line, a file says nothing about its settings.
+    part.write_bytes(part.read_bytes()[5:])
+    assert fill(path, "e") == {} and set(fill(path)) == {"e"}
+
+
+def test_answers_with_other_settings_are_refused(tmp_path, caplog):
+    path = tmp_path / "x.jsonl"
+    fill(path, "a")
+    other = {"model": {"path": "m", "hash": "2"}, "protocol": {"seed": 3, "versions": {"torch": "2"}}}
+    with pytest.raises(
+        OtherAnswers, match=r"x.jsonl.part0: .* got other ones \(model.hash: 1, not 2; protocol.seed: 0"
+    ):
+        AnswerStore(path, other, WORLD)
+    # They are still there, and a training run that was allowed to change replaces them with a warning.
+    assert set(fill(path)) == {"a"}
+    with AnswerStore(path, other, WORLD, discard=True) as store:
+        assert store.done == {}
+        store.append([record("z")])
+    assert "will be answered again" in caplog.text
+    with AnswerStore(path, other, WORLD) as store:
+        assert set(store.done) == {"z"}
+
+
+@pytest.mark.timeout(600)
+def test_a_killed_evaluation_continues_with_the_same_result(tmp_path):
+    """Kill the program in the middle, tear its last line, continue with two processes, and compare the files."""
+    sizes = ["made.heldout_clips=24", "evaluate.prompts_per_batch=4", "evaluate.max_new_tokens=24"]
+    sampled = ["evaluate.rollouts=2", "rollout.temperature=1"]
+    shared = ["quickstart", *MINI, f"made.folder={tmp_path / 'made'}", *sizes, *sampled]
+
+    def start(output: Path, processes: int = 1) -> subprocess.Popen:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        program = [*(launcher if processes > 1 else []), "-m", "rmsd_fast.evaluate"]
+        return subprocess.Popen(
+            [sys.executable, *program, *shared, "--output", str(output)],
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    whole, killed = tmp_path / "whole.json", tmp_path / "killed.json"
+    said, _ = start(whole).communicate(timeout=200)
+    assert whole.is_file(), said
+    part = tmp_path / "killed.predictions.jsonl.part0"
+    first = start(killed)
+    while first.poll() is None and not (part.exists() and len(part.read_bytes().splitlines()) > 9):
+        time.sleep(0.01)
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    before = part.read_bytes()
+    # Five of 18 batches of 4 were to come, or the kill came too late to test anything.
+    assert not killed.exists() and 9 < len(before.splitlines()) < 60
+    part.write_bytes(before[:-20])
+    second = start(killed, processes=2)
+    said, _ = second.communicate(timeout=200)
+    assert second.returncode == 0 and "continuing an interrupted evaluation" in said, said
+    results = [path.with_suffix(".predictions.jsonl").read_bytes() for path in (whole, killed)]
+    assert results[0] == results[1] and len(results[0].splitlines()) == 72
+    assert whole.read_bytes() == killed.read_bytes()
+    assert not list(tmp_path.glob("*.part*"))

@@ -1,0 +1,106 @@
+"""Test the comparison of finished evaluations."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from rmsd_fast import evaluate
+from rmsd_fast.stages.evaluation_files import predictions_path, write_records
+
+
+def write(
+    path, scores: dict[str, float], *, frames: int = 64, parse: str = "strict", task: str = "mcq", **facts
+) -> str:
+    """Write an evaluation of questions about 10 videos each with its predictions, and return its path."""
+    records = [
+        {
+            **{"id": name, "task_type": task, "cluster": f"{int(name) // 2}.mp4", "groups": {"duration": "short"}},
+            **{"score": score, "strict": score, "lenient": score, "valid": True, "readable": True},
+        }
+        for name, score in scores.items()
+    ]
+    write_records(path.with_suffix(".predictions.jsonl"), records)
+    path.write_text(json.dumps({"parse": parse, "protocol": {"video": {"num_frames": frames}}, **facts}))
+    return str(path)
+
+
+def test_differences_are_paired_and_other_questions_are_named(tmp_path, capsys):
+    half = {str(i): float(i % 2) for i in range(20)}
+    base = write(tmp_path / "base.json", half, benchmark="mlvu")
+    better = write(tmp_path / "better.json", dict.fromkeys(map(str, range(2, 24)), 1.0), frames=16)
+    out = tmp_path / "comparison.json"
+    assert evaluate.main(["--compare", base, better, "--output", str(out)]) == 0
+    (difference,) = json.loads(out.read_text())["differences"].values()
+    # Of the 18 common questions, the 9 with even numbers were wrong before.
+    assert difference["closed"] == {"mean": 0.5, "low": 0.5, "high": 0.5, "n": 18, "clusters": 9}
+    assert difference["groups"]["duration"]["short"]["mean"] == difference["lenient"]["closed"]["mean"] == 0.5
+    assert (difference["common"], difference["only_before"]) == (18, ["0", "1"])
+    assert difference["only_after"] == ["20", "21", "22", "23"]
+    text = capsys.readouterr().out
+    # Eleven videos, all right: 1 / (1 + 1.96^2 / (11 * (t[21] / t[10])^2)) = 0.714.
+    assert "100.0 [ 71.4, 100.0]  n=22, videos=11  +50.0 [+50.0, +50.0]" in text
+    assert "2 questions are only in" in text and "not in the difference: 20, 21, 22, 23" in text
+    assert "evaluated differently: video.num_frames: 16, not 64" in text
+    assert f"ours on MLVU-MCQ, in percent: {base} 50.0, {better} 100.0" in text
+    assert "on MLVU-MCQ, in percent: Qwen3-VL-4B 72.4; SFT+RL, same budget 73.1; R-MSD 73.2" in text
+
+
+def test_another_reading_is_named(tmp_path, capsys):
+    names = [write(tmp_path / f"{parse}.json", {"1": 1.0, "2": 0.0}, parse=parse) for parse in ("strict", "lenient")]
+    assert evaluate.main(["--compare", *names]) == 0
+    assert "WARNING: the evaluations read answers differently" in capsys.readouterr().out
+
+
+def test_students_of_run_folders(tmp_path, capsys):
+    for name, score in (("untrained", 0.0), ("stage1", 0.5), ("stage2", 1.0)):
+        write(tmp_path / f"{name}.json", {"1": score, "3": score})
+        (tmp_path / f"{name}.predictions.jsonl").rename(predictions_path(_folder(tmp_path), name))
+    (tmp_path / "run" / "evaluation.json").write_text("{}")
+    run = str(tmp_path / "run")
+    assert evaluate.main(["--compare", f"{run}:stage1", run]) == 0
+    assert "+50.0" in capsys.readouterr().out
+    assert evaluate.main(["--compare", f"{run}:stage3", run]) == 2
+    assert "expected predictions of stage3, got stage1, stage2, untrained" in capsys.readouterr().err
+
+
+def _folder(tmp_path):
+    (tmp_path / "run" / "predictions").mkdir(parents=True, exist_ok=True)
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "old", "other task", "other questions", "twice"])
+def test_evaluations_that_cannot_be_compared(tmp_path, capsys, damage):
+    first, second = (write(tmp_path / f"{name}.json", {"1": 1.0, "2": 0.0}) for name in "ab")
+    predictions = tmp_path / "b.predictions.jsonl"
+    lines = predictions.read_text()
+    if damage == "missing":
+        predictions.unlink()
+    elif damage == "cut":
+        predictions.write_text(lines[:-9])
+    elif damage == "old":
+        predictions.write_text(lines.replace('"strict"', '"points"'))
+    elif damage == "other task":
+        write(tmp_path / "b.json", {"1": 1.0, "2": 0.0}, task="ocr")
+    elif damage == "other questions":
+        write(tmp_path / "b.json", {"7": 1.0})
+    else:
+        second = first
+    expected = {
+        "missing": "b.predictions.jsonl: no such file; evaluate",
+        "cut": "the evaluation cannot be read",
+        "old": "evaluate again with this version",
+        "other task": "got question '1' is mcq and ocr",
+        "other questions": "got none; compare evaluations of the same questions",
+        "twice": "expected different evaluations",
+    }
+    assert evaluate.main(["--compare", first, second]) == 2
+    assert expected[damage] in capsys.readouterr().err
+
+
+def test_arguments_that_do_not_fit(capsys):
+    for arguments in (["--compare", "a.json"], ["quickstart"], ["quickstart", "--compare", "a", "b"], []):
+        with pytest.raises(SystemExit):
+            evaluate.main(arguments)
+    assert "expected a recipe and --output, or --compare with two or more evaluations" in capsys.readouterr().err
