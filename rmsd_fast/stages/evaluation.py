@@ -70,7 +70,7 @@ def answer_questions(
     video = settings.video
     if settings.evaluate.num_frames is not None:
         video = dataclasses.replace(video, num_frames=settings.evaluate.num_frames, fps=None)
-    builder = PromptBuilder(student, video, media)
+    builder = PromptBuilder(student, video, media, prompt=settings.evaluate.prompt)
     batch_size = settings.evaluate.prompts_per_batch
     graphs = settings.rollout.cuda_graphs
     engine = HfRollout(builder, prompts_per_batch=batch_size, device=world.device, cuda_graphs=graphs)
