@@ -20,7 +20,7 @@ ANSWER_FORMAT = {
 }
 _BENCHMARK_FORMAT = {
     "exact": _REPLY.format(answer="answer"),
-    "boxes": _REPLY.format(answer='{{"second": [x1,y1,x2,y2], …}}') + ", from 0 to 1000",
+    "boxes": _REPLY.format(answer='{"second": [x1,y1,x2,y2], …}') + ", from 0 to 1000",
 }
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 
 from rmsd_fast.data.benchmarks.record import Record, lettered
-from rmsd_fast.data.option_lists import find_options
 from rmsd_fast.data.records import Question
 
 PATTERNS = (
@@ -22,8 +21,17 @@ PATTERNS = (
 )
 COUNTS = (2174, 502)
 IGNORED = {"index", "duration", "data_source", "data_type", "problem_type", "question_id"}
-_LABELED = re.compile(r"^\(([A-Z])\)\s*", re.MULTILINE)
+_LABEL = re.compile(r"\n\(([A-Z])\) ?")
 _TASK_FILE = re.compile(r"[0-9]+_(\w+)")
+
+
+def _split(text: str) -> tuple[str, tuple[str, ...] | None]:
+    """Return a question without its lines "(A) text", and their texts, of which a few are empty; None without lines."""
+    question, *parts = _LABEL.split(text)
+    letters, texts = parts[::2], parts[1::2]
+    if letters != list("ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(letters)]) or len(letters) < 2:
+        return text, None
+    return question, tuple(text.strip() for text in texts)
 
 
 def read(record: Record) -> list[Question]:
@@ -33,8 +41,8 @@ def read(record: Record) -> list[Question]:
     shown = question
     if options:
         shown = "\n".join([question, *(f"({line[0]}) {line[3:]}" for line in lettered(options))])
-    elif listed := find_options(_LABELED.sub(r"\1. ", question)):
-        question, options = listed[0], tuple(listed[1])
+    else:
+        question, options = _split(question)
     name = record.text("video_name", "video", "path")
     folder = record.get("prefix") or ""
     in_file = _TASK_FILE.fullmatch(record.file.stem)

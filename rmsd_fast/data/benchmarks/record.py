@@ -174,6 +174,14 @@ class Record:
             raise self.fail(names[0], "1 to 26 texts", options, "download the annotation again")
         return tuple(options)
 
+    def choices(self, *names: str) -> tuple[str, ...]:
+        """Return the options of a question that must have some."""
+        options = self.options(*names)
+        if options is None:
+            self.need(*names)
+            raise self.fail(names[0], "at least one option", self.get(*names), "download the annotation again")
+        return options
+
     def letter(self, options: Sequence[str] | None, *names: str) -> str:
         """Return the letter of the right option, given by its letter, by its text, or by its index from 0.
 
@@ -276,5 +284,10 @@ class Record:
 
 
 def lettered(options: Sequence[str]) -> list[str]:
-    """Return the options as "A. text", whether they are labeled or bare."""
-    return [f"{letter}. {text}" for letter, text in zip(option_letters(options), bare_options(options), strict=True)]
+    """Return the options as "A. text": unchanged if all of them begin like this, otherwise with this label."""
+    letters = option_letters(options)
+    if all(option.startswith(f"{letter}.") for letter, option in zip(letters, options, strict=True)):
+        return list(options)
+    bare = bare_options(options)
+    texts = options if bare == [option.strip() for option in options] else bare
+    return [f"{letter}. {text}" for letter, text in zip(letters, texts, strict=True)]

@@ -23,7 +23,7 @@ _PROMPT = (
 def read(record: Record) -> list[Question]:
     """Return the question of a row."""
     question = record.text("question", "problem")
-    options = record.options("options", "candidates")
+    options = record.choices("options", "candidates")
     video = record.text("videoID", "video")
     names = [
         f"{folder}{video}{end}" for folder in ("", "video/", "videos/", "data/") for end in (".mp4", ".MP4", ".mkv")
@@ -37,7 +37,7 @@ def read(record: Record) -> list[Question]:
             videos=(record.video("videoID", [*names, record.get("path")]),),
             options=options,
             answer=record.letter(options, "answer", "solution"),
-            prompt=_PROMPT.format(question=question, options="\n".join(lettered(options or ()))),
+            prompt=_PROMPT.format(question=question, options="\n".join(lettered(options))),
             meta={
                 "groups": record.groups(
                     duration=record.label("duration"),

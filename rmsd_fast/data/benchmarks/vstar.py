@@ -76,9 +76,8 @@ def read(record: Record) -> list[Question]:
         "seconds": seconds,
         "first": seconds[0],
     }
-    relative = [
-        [round(1000 * value / size, 1) for value, size in zip(box, (width, height) * 2, strict=True)] for box in corners
-    ]
+    sizes = (width, height) * 2
+    relative = [[round(1000 * value / size) for value, size in zip(box, sizes, strict=True)] for box in corners]
     interval = f"{start:.10g} to {end:.10g}"
     truth = _truth(boxes, (width, height))
     # Question in this package's words, task type, answer, the benchmark's prompt.

@@ -42,7 +42,7 @@ def _question(video: Record, asked: Record, identity: str | None) -> Question:
     """
     name = str(video.get("video", "key") or "")
     question = asked.text("question")
-    options = asked.options("candidates", "options")
+    options = asked.choices("candidates", "options")
     paths = [video.get("video_path"), f"videos/{name}.mp4", f"{name}.mp4"]
     path = video.video("video_path", paths if name else paths[:1])
     return asked.question(
@@ -52,7 +52,7 @@ def _question(video: Record, asked: Record, identity: str | None) -> Question:
         videos=(path,),
         options=options,
         answer=asked.letter(options, "answer"),
-        prompt=_PROMPT.format(question=question, options="\n".join(lettered(options or ()))),
+        prompt=_PROMPT.format(question=question, options="\n".join(lettered(options))),
         meta={
             "groups": asked.groups(
                 task_domain=asked.label("task_domain"),
