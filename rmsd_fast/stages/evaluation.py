@@ -23,7 +23,7 @@ from rmsd_fast.data.records import TASK_TYPES, Question
 from rmsd_fast.files import write_text_atomic
 from rmsd_fast.made.meaning import has_content, meaning_score
 from rmsd_fast.method.answers import parse_answer
-from rmsd_fast.method.natural import canonical_response
+from rmsd_fast.method.lenient import lenient_response
 from rmsd_fast.method.quality import quality_score
 from rmsd_fast.models.students import Student
 from rmsd_fast.rollout.base import Sampling
@@ -200,7 +200,7 @@ def _record(
         return {"id": question.id, "task_type": task, "response": response, **nothing, **_meaning(question, None)}
     read = response
     if settings.evaluate.parse == "natural" and not truncated:
-        read = canonical_response(response, task, options=options, finish_reason="stop") or response
+        read = lenient_response(response, task, options=options) or response
     return {
         "id": question.id,
         "task_type": task,
