@@ -17,6 +17,7 @@ Source of the order of places: extract_mcq_answer of lmms-eval 0.7.3.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Sequence
@@ -26,6 +27,8 @@ from .benchmark_tasks import Boxes, boxes_of
 from .natural import canonical_response
 from .natural.tags import one_spelling, without_tags
 
+# Brackets at which JSON is tried, since every attempt may read the whole text.
+MOST_STARTS = 20
 _ANSWER = re.compile(r"<answer>(.*?)(?:</answer>|\Z)", re.DOTALL)
 _BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 _EDGES = " \t\r\n,.!?;:'\"*"
@@ -37,8 +40,8 @@ _PLACES = tuple(
     rf"(?<![^\W_]){place}" for place in (r"\(([{0}])\)", r"([{0}])\.", r"([{0}]):", r"([{0}])\)", r"([{0}])\s")
 )
 _TIME = re.compile(r"(?<![\w.:])(?:(\d+):)?(\d+):(\d{2}(?:\.\d+)?)(?![\d:])|(?<![\w.:-])(\d+(?:\.\d+)?)(?![\d:])")
-_NUMBER = r"\s*([+-]?\d+(?:\.\d+)?)\s*"
-_FOUR = re.compile(rf"[\[(]{_NUMBER},{_NUMBER},?(?:\s*\)\s*,\s*\()?{_NUMBER},{_NUMBER}[\])]")
+_NUMBER = r"\s{0,9}([+-]?\d+(?:\.\d+)?)\s{0,9}"
+_FOUR = re.compile(rf"[\[(]{_NUMBER},{_NUMBER},?(?:\)\s{0, 9},\s{0, 9}\()?{_NUMBER},{_NUMBER}[\])]")
 _JSON = json.JSONDecoder()
 _SECOND = re.compile(rf"""["']?(\d+)["']?\s*:\s*\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]""")
 
@@ -131,7 +134,7 @@ def _box(text: str, options: object) -> str | None:
 
 def _boxes(text: str, options: object) -> str | None:
     boxes: Boxes | None = None
-    for start in re.finditer(r"[{\[]", text):
+    for start in itertools.islice(re.finditer(r"[{\[]", text), MOST_STARTS):
         try:
             boxes = _boxes_in(_JSON.raw_decode(text, start.start())[0])
         except (ValueError, RecursionError):
