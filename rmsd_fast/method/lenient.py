@@ -41,7 +41,7 @@ _PLACES = tuple(
 )
 _TIME = re.compile(r"(?<![\w.:])(?:(\d+):)?(\d+):(\d{2}(?:\.\d+)?)(?![\d:])|(?<![\w.:-])(\d+(?:\.\d+)?)(?![\d:])")
 _NUMBER = r"\s{0,9}([+-]?\d+(?:\.\d+)?)\s{0,9}"
-_FOUR = re.compile(rf"[\[(]{_NUMBER},{_NUMBER},?(?:\)\s{0, 9},\s{0, 9}\()?{_NUMBER},{_NUMBER}[\])]")
+_FOUR = re.compile(rf"[\[(]{_NUMBER},{_NUMBER},?(?:\)\s?,\s?\()?{_NUMBER},{_NUMBER}[\])]")
 _JSON = json.JSONDecoder()
 _SECOND = re.compile(rf"""["']?(\d+)["']?\s*:\s*\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]""")
 

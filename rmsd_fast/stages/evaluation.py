@@ -19,10 +19,10 @@ from rmsd_fast.config import DIFFERENCES, STUDENTS, RunConfig
 from rmsd_fast.data.media import MediaReader
 from rmsd_fast.data.media_file import MediaError
 from rmsd_fast.data.prompts import Prompt, PromptBuilder, PromptError
-from rmsd_fast.data.records import TASK_TYPES, Question
+from rmsd_fast.data.records import Question
 from rmsd_fast.files import write_text_atomic
 from rmsd_fast.made.meaning import has_content, meaning_score
-from rmsd_fast.method.answers import parse_answer
+from rmsd_fast.method.answers import ALL_TASKS, parse_answer
 from rmsd_fast.method.lenient import lenient_response
 from rmsd_fast.method.quality import quality_score
 from rmsd_fast.models.students import Student
@@ -258,14 +258,14 @@ def write_evaluation(run_folder: Path, questions: list[Question], settings: RunC
 
 def _spread(records: list[dict], count: int) -> list[dict]:
     """Return up to `count` records, taken from each task type in turn so that all of them appear."""
-    by_task = [[r for r in records if r["task_type"] == task] for task in TASK_TYPES]
+    by_task = [[r for r in records if r["task_type"] == task] for task in ALL_TASKS]
     turns = [rows[i] for i in range(max(map(len, by_task), default=0)) for rows in by_task if i < len(rows)]
     return turns[:count]
 
 
 def floors_of(questions: list[Question], settings: RunConfig) -> dict[str, dict]:
     """Return, per task type, the score of the best constant answer to all questions."""
-    counts = {task: sum(question.task_type == task for question in questions) for task in TASK_TYPES}
+    counts = {task: sum(question.task_type == task for question in questions) for task in ALL_TASKS}
     floors = best_constant_floor(questions, settings.teacher)
     return {task: {"score": score, "answer": answer, "n": counts[task]} for task, (score, answer) in floors.items()}
 
@@ -308,7 +308,7 @@ def format_table(result: dict) -> str:
     """Return the accuracy table as text: one line per task type, then the meaning of open answers, then all closed."""
     students = result["students"]
     lines = ["task      floor  " + "  ".join(f"{name:>20}" for name in students)]
-    for task in [*TASK_TYPES, "meaning", "closed", "sampled"]:
+    for task in [*ALL_TASKS, "meaning", "closed", "sampled"]:
         rows = {n: _row(s, task) for n, s in students.items()}
         if not any(rows.values()):
             continue

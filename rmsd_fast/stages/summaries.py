@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from rmsd_fast.bootstrap import mean_interval
-from rmsd_fast.data.records import CLOSED_TASKS, TASK_TYPES
+from rmsd_fast.method.answers import ALL_TASKS, GRADED_TASKS
 
 
 def summarize(records: list[dict]) -> dict:
@@ -71,8 +71,8 @@ def _of_samples(records: list[dict]) -> list[dict]:
 
 
 def _by_task(records: list[dict], measure: Callable[[list[dict]], dict]) -> dict:
-    tasks = {task: [r for r in records if r["task_type"] == task] for task in TASK_TYPES}
-    closed = [r for r in records if r["task_type"] in CLOSED_TASKS]
+    tasks = {task: [r for r in records if r["task_type"] == task] for task in ALL_TASKS}
+    closed = [r for r in records if r["task_type"] in GRADED_TASKS]
     result = {"tasks": {task: measure(rows) for task, rows in tasks.items() if rows}, "all": measure(records)}
     if closed:
         result["closed"] = measure(closed)
