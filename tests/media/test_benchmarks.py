@@ -307,6 +307,8 @@ def test_worldsense(tmp_path):
         "duration": "1-2min",
         "audio_class": "Speech, Music",
     }
+    assert first.prompt.startswith("Carefully watch this video and pay attention to every detail. Based on")
+    assert "addresses the question.<video>\nThese are the frames of a video. Select" in first.prompt
     assert first.prompt.endswith("of the correct option.\nQuestion: Who speaks?\nA. He.\nB. She.\nC. Both.\nAnswer: ")
     rows = [
         asked | {"index": n, "video_path": f"./videos/v{n}.mp4", "duration": 65, "audio_class": "['Speech']"}

@@ -31,10 +31,12 @@ def test_a_student_answers_vstar_and_a_missing_video_stays(made, tmp_path, promp
     record |= {"spatial_question": "Where?", "spatial_question_2": "Where?"}
     annotation = tmp_path / "V_STaR_test.json"
     annotation.write_text(json.dumps([record, record | {"vid": "missing"}]))
-    overrides = [f"data.heldout={annotation}", f"data.media_root={clip.rpartition('/')[0]}", "data.max_bad_share=1"]
+    overrides = [f"data.heldout={tmp_path}", f"data.media_root={clip.rpartition('/')[0]}", "data.max_bad_share=1"]
     overrides += ["evaluate.benchmark=vstar", f"evaluate.prompt={prompt}", "evaluate.parse=natural"]
     settings = tiny_settings(folder, *overrides, "evaluate.max_new_tokens=4", "data.max_prompt_tokens=4096")
-    questions = prepare_material(settings, WORLD, training=False).heldout
+    read = prepare_material(settings, WORLD, training=False)
+    questions = read.heldout
+    assert set(read.fingerprints()) == {"heldout/V_STaR_test.json", "model"}
     assert len(questions) == 10
     student = load_student(material.model_path, dtype="float32")
     with MediaReader(settings.data, WORLD.device) as media:

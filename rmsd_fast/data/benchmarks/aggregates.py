@@ -75,7 +75,7 @@ def vstar(rows: Rows) -> dict[str, float | dict]:
         if len(values) == 2 and "what" in means:
             three = (means["what"], *values.values())
             values["am"] = _mean(list(three))
-            values["lgm"] = -_mean([math.log(1 - min(value, 1 - 1e-9)) for value in three])
+            values["lgm"] = _mean([math.log(1 / (1 - min(value, 1 - 1e-9))) for value in three])
         if values:
             chains[f"chain{chain}"] = values
     result |= chains

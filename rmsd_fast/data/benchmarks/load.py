@@ -38,6 +38,15 @@ _READERS = {
 }
 
 
+def benchmark_files(name: str, path: str | os.PathLike) -> list[Path]:
+    """Return the annotation files that `load_benchmark` reads.
+
+    Raises:
+        DataError: the path is wrong.
+    """
+    return annotation_files(Path(path), _READERS[name].PATTERNS)
+
+
 def load_benchmark(
     name: str,
     path: str | os.PathLike,
@@ -81,7 +90,7 @@ def load_benchmark(
     unknown: Counter[str] = Counter()
     places: dict[str, str] = {}
     seen: Counter[str] = Counter()
-    for where, file, row in read_rows(annotation_files(path, reader.PATTERNS)):
+    for where, file, row in read_rows(benchmark_files(name, path)):
         record = Record(where, file, row, media, seen)
         try:
             for question in reader.read(record):

@@ -1,7 +1,7 @@
 """WorldSense (arXiv 2502.04326): three or four options about videos with sound, which the students do not hear.
 
 Annotations: parquet of lmms-lab/worldsense, `WorldSense.tsv` of VLMEvalKit, or the authors' `worldsense_qa.json`.
-Source of the prompt: VLMEvalKit e8e78f0, frames without subtitles and sound.
+Source of the prompt, whose first sentences come before the video: VLMEvalKit e8e78f0, without subtitles and sound.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ COUNTS = (3172,)
 IGNORED = {"index", "subtitle_path", "audio_path", "video_caption", "video_duration"}
 _PROMPT = (
     "Carefully watch this video and pay attention to every detail. Based on your observations, select the best option "
-    "that accurately addresses the question.\nThese are the frames of a video. Select the best answer to the following "
-    "multiple-choice question based on the video. Respond with only the letter (A, B, C, or D) of the correct option.\n"
+    "that accurately addresses the question.<video>\nThese are the frames of a video. Select the best answer to the "
+    "following multiple-choice question based on the video. Respond with only the letter (A, B, C, or D) of the "
+    "correct option.\n"
     "Question: {question}\n{options}\nAnswer: "
 )
 
