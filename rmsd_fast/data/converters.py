@@ -35,9 +35,10 @@ import re
 from typing import Any
 
 from rmsd_fast.data.errors import DataError
+from rmsd_fast.data.evaluation_records import groups_of, tagged_letter, with_video_marks, without_copies
 from rmsd_fast.data.ground_truths import GroundTruthError, read_ground_truth
-from rmsd_fast.data.marks import mark_kinds, with_video_mark
-from rmsd_fast.data.option_lists import MOST_OPTIONS, find_options, shows_options
+from rmsd_fast.data.marks import with_video_mark
+from rmsd_fast.data.option_lists import find_options, shows_options
 from rmsd_fast.data.task_types import (
     infer_task,
     is_yes_or_no,
@@ -45,7 +46,7 @@ from rmsd_fast.data.task_types import (
     looks_like_a_letter,
     names_an_option,
 )
-from rmsd_fast.method.answers import TASK_TYPES, bare_options, option_letters, parse_answer_body
+from rmsd_fast.method.answers import bare_options, parse_answer_body
 from rmsd_fast.method.quality import fold_text
 
 # Keys that identify a format, in order of precedence.
@@ -81,21 +82,6 @@ _PROBLEM_TYPES = {
     "math": _MATH,
     "mathematics": _MATH,
 }
-# Keys of evaluation records whose values are groups of a breakdown.
-GROUP_KEYS = (
-    "duration_group",
-    "domain",
-    "sub_category",
-    "original_task_type",
-    "original_question_type",
-    "question_category",
-    "category",
-    "difficulty",
-    "length",
-    "ovo_task",
-    "ovo_category",
-    "q_type_livesports",
-)
 # Possible task types of problem types that are not task types themselves.
 _TASKS_OF = {_YES_NO: ("mcq",), _MATH: ("mcq", "numeric")}
 _USER, _ASSISTANT = ("user", "human"), ("assistant", "gpt")
@@ -165,7 +151,7 @@ def convert(record: dict[str, Any], format: str, where: str, fallback_id: str, t
         DataError: the record lacks required keys of its format, or holds a value that cannot be used.
     """
     if format == "video-r1":
-        record = _without_copies(record)
+        record = without_copies(record)
     first, *others = [key for key in RECORD_KEYS if record.get(key) not in (None, [], "")] or [""]
     if others:
         raise DataError.at(where, others[0], f"no value next to '{first}'", record[others[0]], "keep one of the two")
@@ -188,7 +174,7 @@ def convert(record: dict[str, Any], format: str, where: str, fallback_id: str, t
         expected = f"no answer in it, or the same as '{names['answer']}' ({raw['answer']!r:.60})"
         raise DataError.at(where, names["reply"], expected, reply, "keep one of the two")
     others = {key: value for key, value in record.items() if key not in used}
-    groups = _groups(record, used) if format == "video-r1" else {}
+    groups = groups_of(record, used) if format == "video-r1" else {}
     raw["meta"] = meta | ({"source": others} if others else {}) | ({"groups": groups} if groups else {})
     return raw, names
 
@@ -387,34 +373,6 @@ def _part(part: Any, where: str, name: str, media: dict[str, list[Any]]) -> str:
     raise DataError.at(where, name, "a part of type text, video or image with its content", part, "fix the part")
 
 
-def _without_copies(record: dict[str, Any]) -> dict[str, Any]:
-    """Return a record without values that EasyVideoR1's evaluation files keep from the original next to their own.
-
-    These are a `question` equal to `problem`, and a duration in words. A `task_type` of the original is renamed.
-    """
-    record = dict(record)
-    if isinstance(record.get("question"), str) and record["question"] == record.get("problem"):
-        del record["question"]
-    if record.get("problem_type") is not None and record.get("task_type") not in (None, *TASK_TYPES):
-        record["original_task_type"] = record.pop("task_type")
-    if isinstance(record.get("duration"), str):
-        record["duration_group"] = record.pop("duration")
-    return record
-
-
-def _groups(record: dict[str, Any], used: set[str]) -> dict[str, str]:
-    """Return the breakdown groups of an evaluation record: short texts under the names that benchmarks use."""
-    values = {name: record[name] for name in GROUP_KEYS if name not in used and record.get(name) not in (None, "", [])}
-    return {name: str(value) for name, value in values.items() if isinstance(value, str | int | float)}
-
-
-def _with_video_marks(problem: str, videos: int, images: int) -> str:
-    """Return the text with marks for its videos in front if it has a mark only for each image."""
-    if videos and images and mark_kinds(problem) == ["image"] * images:
-        return "<video>" * videos + problem
-    return problem
-
-
 def _problem(record: dict[str, Any], where: str) -> tuple[dict[str, Any], dict[str, str], set[str]]:
     problem, kind, data_type = (record.get(name) for name in ("problem", "problem_type", "data_type"))
     if not isinstance(problem, str):
@@ -427,7 +385,7 @@ def _problem(record: dict[str, Any], where: str) -> tuple[dict[str, Any], dict[s
         raise DataError.at(where, names["answer"], "text such as '<answer>B</answer>'", answer, "fix it")
     raw: dict[str, Any] = {"question": problem, "answer": _inside_answer(answer)}
     raw |= {name: record[name] for name in _EXTRA if name in record}
-    raw["answer"] = _tagged_letter(answer, raw.get("options")) or raw["answer"]
+    raw["answer"] = tagged_letter(answer, raw.get("options")) or raw["answer"]
     # If there is a `problem_id`, `id` has a different meaning and is stored in the meta.
     names["id"] = "problem_id" if "problem_id" in record else "id"
     if names["id"] in record:
@@ -447,7 +405,7 @@ def _problem(record: dict[str, Any], where: str) -> tuple[dict[str, Any], dict[s
     for ours, theirs in keys.items():
         if name := _agreed_key(record, theirs, where, _listed):
             raw[ours], names[ours] = _listed(record[name]), name
-    raw["question"] = _with_video_marks(problem, len(raw.get("videos", ())), len(raw.get("images", ())))
+    raw["question"] = with_video_marks(problem, len(raw.get("videos", ())), len(raw.get("images", ())))
     if task := _task_of(kind, record.get("task_type"), where):
         raw["task_type"] = task
     return raw, names, used
@@ -478,17 +436,6 @@ def _no_task(where: str, name: str, kind: object) -> DataError:
     )
     todo = "leave out questions that no task type can grade, or name the type"
     return DataError.at(where, name, expected, kind, todo)
-
-
-def _tagged_letter(answer: Any, options: Any) -> str | None:
-    """Return `<answer>C</answer>` as "C. text of option C", since its letter cannot be the text of another option."""
-    tagged = re.fullmatch(r"\s*<answer>\s*([A-Z])\s*</answer>\s*", answer) if isinstance(answer, str) else None
-    if not tagged or not isinstance(options, list) or not 1 <= len(options) <= MOST_OPTIONS:
-        return None
-    letter, all_texts = tagged[1], all(isinstance(option, str) for option in options)
-    if not all_texts or letter not in (letters := option_letters(options)):
-        return None
-    return f"{letter}. {bare_options(options)[letters.index(letter)]}"
 
 
 def _inside_answer(text: Any) -> Any:

@@ -608,6 +608,27 @@ def test_evaluation_records_keep_their_breakdowns(tmp_path):
     assert "groups" not in load(tmp_path, VIDEO_R1)[0].meta
 
 
+def test_copies_of_the_original_that_say_the_same(tmp_path):
+    # EasyVideoR1's file of MVBench has the option's text as the answer, and the video in its first container.
+    record = VIDEO_R1 | {"question": "Which one?", "answer": "Dog", "video": "v.webm"}
+    (question,) = load(tmp_path, record)
+    assert question.answer == "B" and question.videos == (str(tmp_path.resolve() / "clips" / "v.mp4"),)
+    with pytest.raises(DataError, match="field 'answer': expected the same as 'solution'"):
+        load(tmp_path, record | {"answer": "cat"})
+    with pytest.raises(DataError, match="field 'videos?': expected the same as"):
+        load(tmp_path, record | {"video": "w.webm"})
+    with pytest.raises(DataError, match="field 'duration': expected a number of seconds"):
+        load(tmp_path, record | {"duration": "12 s"})
+
+
+def test_an_interval_next_to_empty_boxes(tmp_path):
+    record = VIDEO_R1 | {"problem_type": "temporal grounding", "options": []}
+    (question,) = load(tmp_path, record | {"solution": '<answer>{"time": [3.5, 10], "boxes": {}}</answer>'})
+    assert (question.task_type, question.answer) == ("temporal", "3.5 to 10")
+    with pytest.raises(DataError, match="field 'solution': expected '<start> to <end>' in seconds"):
+        load(tmp_path, record | {"solution": '<answer>{"time": [3.5, 10], "boxes": {"4": [1, 2, 3, 4]}}</answer>'})
+
+
 def test_an_image_mark_next_to_a_video_without_one(tmp_path):
     (question,) = load(tmp_path, VIDEO_R1 | {"problem": "What is <image 1>?", "image_path": "i.png"})
     assert question.question == "<video>What is <image>?"

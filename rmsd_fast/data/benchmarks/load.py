@@ -107,6 +107,12 @@ def load_benchmark(
         raise several_faults(path, faults, len(faults) + len(questions))
     if not questions:
         raise DataError(f"{path}: expected the annotation of {name}, got a file without rows; download it again")
+    _warn(name, path, unknown, len(questions) if check_count else None)
+    return questions
+
+
+def _warn(name: str, path: Path, unknown: Counter[str], count: int | None) -> None:
+    """Warn of fields that the reader does not know, and of a number of questions other than the published one."""
     if unknown:
         log.warning(
             "%s: the reader of %s does not know the fields %s; the annotation may be newer, and other fields may have "
@@ -115,15 +121,15 @@ def load_benchmark(
             name,
             ", ".join(map(repr, sorted(unknown))),
         )
-    if check_count and len(questions) not in reader.COUNTS:
+    published = _READERS[name].COUNTS
+    if count is not None and count not in published:
         log.warning(
             "%s: %s has %s questions, got %s; scores are not comparable with published ones",
             path,
             name,
-            " or ".join(f"{count:,}" for count in reader.COUNTS),
-            f"{len(questions):,}",
+            " or ".join(f"{number:,}" for number in published),
+            f"{count:,}",
         )
-    return questions
 
 
 def _cache_folder() -> Path:

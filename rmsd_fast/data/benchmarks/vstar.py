@@ -19,6 +19,7 @@ PATTERNS = ("**/V_STaR_test.json", "**/V*STaR*.json")
 # Records; each is five questions.
 COUNTS = (2094 * 5,)
 IGNORED = {"chain", "object"}
+_CORNERS = ("xmin", "ymin", "xmax", "ymax")
 ASKS = ("what", "when1", "where1", "where2", "when2")
 _INDENT = " " * 20
 _WHAT = (
@@ -58,53 +59,11 @@ _WHERE_2 = (
 def read(record: Record) -> list[Question]:
     """Return the five questions of a record, with ids `<vid>#<n>/what` and so on."""
     video = str(record.need("vid"))
-    path = record.video("vid", [f"{video}.mp4", f"videos/{video}.mp4", f"{record.get('domain')}/{video}.mp4"])
+    domain = record.label("domain")
+    path = record.video("vid", [f"{video}.mp4", f"videos/{video}.mp4", f"{domain}/{video}.mp4"])
     length = round(record.number("frame_count") / record.number("fps"), 2)
-    width, height = int(record.number("width")), int(record.number("height"))
-    start, end = _times(record)
-    seconds = list(range(math.ceil(start), math.floor(end) + 1)) or [math.ceil(start)]
-    boxes = _boxes(record)
-    corners = [[box[name] for name in ("xmin", "ymin", "xmax", "ymax")] for box in boxes]
-    when, what = record.text("temporal_question"), record.text("question")
-    where = record.text("spatial_question"), record.text("spatial_question_2")
-    shown = {
-        "length": length,
-        "width": width,
-        "height": height,
-        "count": len(boxes),
-        "boxes": corners,
-        "seconds": seconds,
-        "first": seconds[0],
-    }
-    sizes = (width, height) * 2
-    relative = [[round(1000 * value / size) for value, size in zip(box, sizes, strict=True)] for box in corners]
-    interval = f"{start:.10g} to {end:.10g}"
-    truth = _truth(boxes, (width, height))
-    # Question in this package's words, task type, answer, the benchmark's prompt.
-    asks = {
-        "what": (what, "exact", record.plain_answer("answer"), _WHAT.format(question=what)),
-        "when1": (when, "temporal", interval, _WHEN_1.format(question=when, **shown)),
-        "where1": (
-            f"{where[0]} Give one box for each of the seconds {seconds}.",
-            "boxes",
-            truth,
-            _WHERE_1.format(question=where[0], **shown),
-        ),
-        "where2": (
-            f"{where[1]} Give {len(boxes)} boxes, each with its whole second.",
-            "boxes",
-            truth,
-            _WHERE_2.format(question=where[1], **shown),
-        ),
-        "when2": (
-            f"{when} These are boxes of the object, from 0 to 1000 and without their times: {relative}.",
-            "temporal",
-            interval,
-            _WHEN_2.format(question=when, **shown),
-        ),
-    }
-    domain = record.groups(domain=record.label("domain"))
-    spread = "short" if length < 60 else "medium" if length < 180 else "long"
+    groups = {"duration": "short" if length < 60 else "medium" if length < 180 else "long"}
+    groups |= record.groups(domain=domain)
     identity = record.nth(video)
     return [
         record.question(
@@ -115,10 +74,42 @@ def read(record: Record) -> list[Question]:
             answer=answer,
             duration=length,
             prompt=prompt,
-            meta={"groups": {"ask": ask, "duration": spread, **domain}},
+            meta={"groups": {"ask": ask, **groups}},
         )
-        for ask, (text, task, answer, prompt) in asks.items()
+        for ask, (text, task, answer, prompt) in _asks(record, length).items()
     ]
+
+
+def _asks(record: Record, length: float) -> dict[str, tuple[str, str, str, str]]:
+    """Return, for each ask, the question in this package's words, its task type, its answer and the benchmark's prompt.
+
+    Args:
+        record: the record.
+        length: duration of the video, in seconds.
+    """
+    size = int(record.number("width")), int(record.number("height"))
+    start, end = _times(record)
+    seconds = list(range(math.ceil(start), math.floor(end) + 1)) or [math.ceil(start)]
+    boxes = _boxes(record)
+    corners = [[box[name] for name in _CORNERS] for box in boxes]
+    relative = [[round(1000 * value / side) for value, side in zip(box, size * 2, strict=True)] for box in corners]
+    what, when = record.text("question"), record.text("temporal_question")
+    where_1, where_2 = record.text("spatial_question"), record.text("spatial_question_2")
+    shown = {"length": length, "width": size[0], "height": size[1], "seconds": seconds, "first": seconds[0]}
+    shown |= {"count": len(boxes), "boxes": corners}
+    interval, truth = f"{start:.10g} to {end:.10g}", _truth(boxes, size)
+    own = {
+        "where1": f"{where_1} Give one box for each of the seconds {seconds}.",
+        "where2": f"{where_2} Give {len(boxes)} boxes, each with its whole second.",
+        "when2": f"{when} These are boxes of the object, from 0 to 1000 and without their times: {relative}.",
+    }
+    return {
+        "what": (what, "exact", record.plain_answer("answer"), _WHAT.format(question=what)),
+        "when1": (when, "temporal", interval, _WHEN_1.format(question=when, **shown)),
+        "where1": (own["where1"], "boxes", truth, _WHERE_1.format(question=where_1, **shown)),
+        "where2": (own["where2"], "boxes", truth, _WHERE_2.format(question=where_2, **shown)),
+        "when2": (own["when2"], "temporal", interval, _WHEN_2.format(question=when, **shown)),
+    }
 
 
 def _times(record: Record) -> tuple[float, float]:
@@ -130,7 +121,7 @@ def _times(record: Record) -> tuple[float, float]:
 
 def _boxes(record: Record) -> list[dict]:
     boxes = record.list("bboxes") or []
-    keys = {"timestamp", "xmin", "ymin", "xmax", "ymax"}
+    keys = {"timestamp", *_CORNERS}
     if not boxes or not all(isinstance(box, dict) and keys <= set(box) for box in boxes):
         raise record.fail("bboxes", f"boxes with {', '.join(sorted(keys))}", boxes, "download the annotation again")
     return boxes
@@ -140,6 +131,6 @@ def _truth(boxes: list[dict], size: tuple[int, int]) -> str:
     """Return the boxes by second as JSON, from 0 to 1000. A second may have several boxes."""
     by_second: dict[str, list] = {}
     for box in boxes:
-        corners = zip(("xmin", "ymin", "xmax", "ymax"), size * 2, strict=True)
+        corners = zip(_CORNERS, size * 2, strict=True)
         by_second.setdefault(str(box["timestamp"]), []).append([1000 * box[name] / length for name, length in corners])
     return json.dumps(by_second)
