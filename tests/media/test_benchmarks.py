@@ -496,7 +496,12 @@ def test_vstar(tmp_path):
     [
         ({"timestamps": [5, 3]}, r"field 'timestamps': expected \[start, end\] in seconds, got \[5, 3\]"),
         ({"bboxes": []}, "field 'bboxes': expected boxes with timestamp, xmax"),
-        ({"fps": "fast"}, "field 'fps': expected a number, got 'fast'"),
+        (
+            {"bboxes": [{"timestamp": 1, "xmin": 0, "ymin": None, "xmax": 1, "ymax": 1}]},
+            "field 'bboxes': expected boxes",
+        ),
+        ({"timestamps": [1, math.nan]}, "field 'timestamps': expected"),
+        ({"fps": "fast"}, "field 'fps': expected a number of at least 0.001, got 'fast'"),
         ({"spatial_question_2": None}, "expected a field 'spatial_question_2', got the fields 'vid', 'domain'"),
     ],
 )
@@ -599,6 +604,79 @@ def test_damaged_files_are_named(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"PAR1 damaged")
     with pytest.raises(DataError, match="a.parquet: expected parquet, got a file that cannot be read"):
         load("videomme", tmp_path / "a.parquet")
+
+
+ASKED = {"question": "Which?", "answer": "B", "candidates": ["A. x", "B. y"]}
+ROWS = {
+    "videomme": videomme_rows()[0],
+    "worldsense": ASKED | {"video": "a", "video_path": "a.mp4", "task_type": "x", "audio_class": ["x"]},
+    "longvideobench": {
+        "id": "a",
+        "question": "Which?",
+        "video_path": "v.mp4",
+        "correct_choice": 1,
+        "duration_group": 60,
+    }
+    | {"option0": "x", "option1": "y"},
+    "mlvu": {"video_name": "a.mp4", "question": "Which?\n(A) x\n(B) y", "answer": "B", "task_type": "count"},
+    "videommmu": {
+        "id": "dev_Art_1",
+        "question": "Which?",
+        "options": ["x", "y"],
+        "answer": "B",
+        "category": "Perception",
+    },
+    "mathvista": {
+        "pid": "1",
+        "question": "Which?",
+        "choices": ["x", "y"],
+        "answer": "y",
+        "question_type": "multi_choice",
+    }
+    | {"answer_type": "text", "query": "Which?", "image": "i.png", "metadata": {"task": "x", "skills": ["a"]}},
+    "mathverse": {
+        "sample_index": "1",
+        "problem_version": "Text Lite",
+        "question": "x?",
+        "answer": "B",
+        "image": "i.png",
+    }
+    | {"question_type": "multi-choice", "query_wo": "P", "metadata": {"subject": "x"}},
+    "vstar": vstar_record(),
+}
+ODD = (
+    None,
+    3,
+    -1.5,
+    math.nan,
+    10**400,
+    "",
+    "x" * 5000,
+    "\ud800",
+    "a\0b",
+    "[1,",
+    "../../x",
+    [],
+    [None],
+    [[1]],
+    {},
+    {"a": 1},
+    True,
+)
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_damaged_fields_never_raise_other_errors(tmp_path, name):
+    assert all(question.answer for question in load(name, write_json(tmp_path / "rows.json", [ROWS[name]])))
+    for field in ROWS[name]:
+        for value in ODD:
+            path = write_json(tmp_path / "rows.json", [ROWS[name] | {field: value}])
+            try:
+                questions = load(name, path, image_cache=tmp_path / "cache")
+            except DataError as error:
+                assert "rows.json: item 1" in str(error)
+            else:
+                assert all(q.id and q.question and q.answer and q.prompt for q in questions)
 
 
 def test_parquet_needs_pyarrow(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import ast
 import base64
 import binascii
 import hashlib
+import math
 import os
 import re
 from collections import Counter
@@ -59,7 +60,8 @@ class MediaFolder:
         Raises:
             DataError: the path is outside the root, or several files have the name.
         """
-        exists = next((path for path in candidates if (self.root / path).is_file()), None)
+        # Unlike Path.is_file, os.path.isfile accepts names that are too long.
+        exists = next((path for path in candidates if os.path.isfile(self.root / path)), None)
         if exists is None:
             found = [file for path in candidates for file in self._by_name.get(os.path.basename(path), ())]
             if len(set(found)) > 1:
@@ -240,15 +242,17 @@ class Record:
             raise self.fail(name, "the name of a file", self.row.get(name), "download the annotation again")
         return self.media.find(self.where, name, [os.path.normpath(path) for path in paths])
 
-    def number(self, name: str) -> float:
-        """Return a required number, also if a table stores it as text."""
+    def number(self, name: str, *, least: float = -math.inf) -> float:
+        """Return a required finite number of at least `least`, also if a table stores it as text."""
         value = self.need(name)
         try:
-            if isinstance(value, bool):
-                raise ValueError
-            return float(value)
-        except (TypeError, ValueError):
-            raise self.fail(name, "a number", value, "download the annotation again") from None
+            number = math.nan if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        if not math.isfinite(number) or number < least:
+            expected = "a number" if least == -math.inf else f"a number of at least {least:g}"
+            raise self.fail(name, expected, value, "download the annotation again")
+        return number
 
     def question(self, identity: object, text: str, task: str, **fields: Any) -> Question:
         """Return a question of this row.

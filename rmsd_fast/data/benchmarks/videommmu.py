@@ -28,7 +28,7 @@ def read(record: Record) -> list[Question]:
     question = record.text("question", "problem")
     options = record.options("options")
     path = record.get("path", "video")
-    video = record.get("id") or str(path).rpartition("/")[2].removesuffix(".mp4")
+    video = str(record.get("id") or path).rpartition("/")[2].removesuffix(".mp4")
     subject = "_".join(video.split("_")[1:-1])
     image = record.image("image", "image_path")
     track = _track(record, image)

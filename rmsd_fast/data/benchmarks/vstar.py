@@ -13,6 +13,7 @@ import json
 import math
 
 from rmsd_fast.data.benchmarks.record import Record
+from rmsd_fast.data.media_paths import is_number
 from rmsd_fast.data.records import Question
 
 PATTERNS = ("**/V_STaR_test.json", "**/V*STaR*.json")
@@ -61,7 +62,7 @@ def read(record: Record) -> list[Question]:
     video = str(record.need("vid"))
     domain = record.label("domain")
     path = record.video("vid", [f"{video}.mp4", f"videos/{video}.mp4", f"{domain}/{video}.mp4"])
-    length = round(record.number("frame_count") / record.number("fps"), 2)
+    length = round(record.number("frame_count", least=1) / record.number("fps", least=1e-3), 2)
     groups = {"duration": "short" if length < 60 else "medium" if length < 180 else "long"}
     groups |= record.groups(domain=domain)
     identity = record.nth(video)
@@ -87,7 +88,7 @@ def _asks(record: Record, length: float) -> dict[str, tuple[str, str, str, str]]
         record: the record.
         length: duration of the video, in seconds.
     """
-    size = int(record.number("width")), int(record.number("height"))
+    size = int(record.number("width", least=1)), int(record.number("height", least=1))
     start, end = _times(record)
     seconds = list(range(math.ceil(start), math.floor(end) + 1)) or [math.ceil(start)]
     boxes = _boxes(record)
@@ -114,7 +115,7 @@ def _asks(record: Record, length: float) -> dict[str, tuple[str, str, str, str]]
 
 def _times(record: Record) -> tuple[float, float]:
     times = record.list("timestamps") or []
-    if len(times) != 2 or not all(isinstance(time, int | float) for time in times) or times[1] <= times[0]:
+    if len(times) != 2 or not all(map(is_number, times)) or times[1] <= times[0]:
         raise record.fail("timestamps", "[start, end] in seconds", times, "download the annotation again")
     return float(times[0]), float(times[1])
 
@@ -122,7 +123,9 @@ def _times(record: Record) -> tuple[float, float]:
 def _boxes(record: Record) -> list[dict]:
     boxes = record.list("bboxes") or []
     keys = {"timestamp", *_CORNERS}
-    if not boxes or not all(isinstance(box, dict) and keys <= set(box) for box in boxes):
+    if not boxes or not all(
+        isinstance(box, dict) and keys <= set(box) and all(is_number(box[name]) for name in _CORNERS) for box in boxes
+    ):
         raise record.fail("bboxes", f"boxes with {', '.join(sorted(keys))}", boxes, "download the annotation again")
     return boxes
 

@@ -6,12 +6,15 @@ Source of the prompt, whose first sentences come before the video: VLMEvalKit e8
 
 from __future__ import annotations
 
+import re
+
 from rmsd_fast.data.benchmarks.record import Record, lettered
 from rmsd_fast.data.records import Question
 
 PATTERNS = ("**/test*.parquet", "**/WorldSense.tsv", "**/worldsense_qa.json", "**/worldsense*.json*")
 COUNTS = (3172,)
 IGNORED = {"index", "subtitle_path", "audio_path", "video_caption", "video_duration"}
+_TASK = re.compile(r"task[0-9]+")
 _PROMPT = (
     "Carefully watch this video and pay attention to every detail. Based on your observations, select the best option "
     "that accurately addresses the question.<video>\nThese are the frames of a video. Select the best answer to the "
@@ -23,13 +26,13 @@ _PROMPT = (
 
 def read(record: Record) -> list[Question]:
     """Return the questions of a row: one, or those of a video in the authors' file, where they are nested."""
-    tasks = [name for name in record.row if name.startswith("task") and isinstance(record.row[name], dict)]
+    tasks = [name for name in record.row if _TASK.fullmatch(name) and isinstance(record.row[name], dict)]
     if not tasks:
         index = record.get("index")
         return [_question(record, record, None if index is None else f"{index}")]
     questions = []
     for name in tasks:
-        questions.append(_question(record, record.inner(name), f"{record.row['key']}/{name}"))
+        questions.append(_question(record, record.inner(name), f"{record.text('key')}/{name}"))
     return questions
 
 
