@@ -23,6 +23,16 @@ MEASURES = ("closed", "meaning")
 DIFFERENCES = (("stage1", "untrained"), ("stage2", "stage1"), ("control", "stage1"), ("stage2", "control"))
 # Steps over which `discriminator.warm_up_accuracy` averages.
 ACCURACY_STEPS = 8
+BENCHMARKS = (
+    "videomme",
+    "videommmu",
+    "worldsense",
+    "longvideobench",
+    "mlvu",
+    "mathvista",
+    "mathverse",
+    "vstar",
+)
 FORMATS = ("auto", "rmsd", "ms-swift", "llava", "video-r1")
 TEACHERS = ("noisy", "reported", "biased", "imprecise", "blind")
 WORDINGS = ("reference", "paraphrased")
@@ -469,6 +479,13 @@ class CheckpointConfig:
 class EvaluateConfig:
     """Evaluation on the held-out questions."""
 
+    benchmark: str = choice("", of=("", *BENCHMARKS))
+    """Benchmark that `data.heldout` is the annotation of, a file or a folder (docs/evaluation.md): `videomme`,
+    `videommmu`, `worldsense`, `longvideobench`, `mlvu`, `mathvista`, `mathverse` or `vstar`; empty = a question file of
+    `data.format`."""
+    prompt: str = choice("rmsd", of=("rmsd", "benchmark"))
+    """`rmsd` = the held-out questions are shown as in training, with the answer format, or `benchmark` = the prompt of
+    `evaluate.benchmark`, verbatim."""
     num_frames: int | None = number(None, least=2)
     """Frames per video in evaluation instead of `video.num_frames` or `video.fps` (2603.11423: 64)."""
     max_questions: int = number(0, least=0)

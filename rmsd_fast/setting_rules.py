@@ -84,6 +84,11 @@ def check_together(settings: RunConfig) -> None:
             "stages: warm_up trains the discriminator, which reward.alpha=0 does not use; leave warm_up out, e.g. "
             "stages=[sft,distill]"
         )
+    if settings.evaluate.prompt == "benchmark" and not settings.evaluate.benchmark:
+        raise SettingsError(
+            "evaluate.prompt=benchmark: expected evaluate.benchmark, since only questions of a benchmark have its "
+            "prompt, got none; set evaluate.benchmark, or evaluate.prompt=rmsd"
+        )
     video = settings.video
     if (video.num_frames is None) == (video.fps is None):
         raise SettingsError(
@@ -409,6 +414,11 @@ def refuse_useless(settings: RunConfig, written_keys: list[str], where: str) -> 
             ["evaluate."],
             not settings.data.heldout and not settings.made.enabled,
             "there are no held-out questions; set data.heldout",
+        ),
+        (
+            ["data.format", "data.task_type"],
+            settings.evaluate.benchmark and not settings.data.train,
+            "evaluate.benchmark says how to read the questions",
         ),
         (
             ["data.task_type"],

@@ -35,6 +35,7 @@ import re
 from typing import Any
 
 from rmsd_fast.data.errors import DataError
+from rmsd_fast.data.evaluation_records import groups_of, tagged_letter, with_video_marks, without_copies
 from rmsd_fast.data.ground_truths import GroundTruthError, read_ground_truth
 from rmsd_fast.data.marks import with_video_mark
 from rmsd_fast.data.option_lists import find_options, shows_options
@@ -74,6 +75,10 @@ _PROBLEM_TYPES = {
     "spatial grounding": "spatial",
     "boolean": _YES_NO,
     "binary classification": _YES_NO,
+    # OVO-Bench: repeated events are counted, steps and clues are confirmed or denied.
+    "rec": "numeric",
+    "ssr": _YES_NO,
+    "crr": _YES_NO,
     "math": _MATH,
     "mathematics": _MATH,
 }
@@ -145,6 +150,8 @@ def convert(record: dict[str, Any], format: str, where: str, fallback_id: str, t
     Raises:
         DataError: the record lacks required keys of its format, or holds a value that cannot be used.
     """
+    if format == "video-r1":
+        record = without_copies(record)
     first, *others = [key for key in RECORD_KEYS if record.get(key) not in (None, [], "")] or [""]
     if others:
         raise DataError.at(where, others[0], f"no value next to '{first}'", record[others[0]], "keep one of the two")
@@ -167,7 +174,8 @@ def convert(record: dict[str, Any], format: str, where: str, fallback_id: str, t
         expected = f"no answer in it, or the same as '{names['answer']}' ({raw['answer']!r:.60})"
         raise DataError.at(where, names["reply"], expected, reply, "keep one of the two")
     others = {key: value for key, value in record.items() if key not in used}
-    raw["meta"] = meta | ({"source": others} if others else {})
+    groups = groups_of(record, used) if format == "video-r1" else {}
+    raw["meta"] = meta | ({"source": others} if others else {}) | ({"groups": groups} if groups else {})
     return raw, names
 
 
@@ -377,6 +385,7 @@ def _problem(record: dict[str, Any], where: str) -> tuple[dict[str, Any], dict[s
         raise DataError.at(where, names["answer"], "text such as '<answer>B</answer>'", answer, "fix it")
     raw: dict[str, Any] = {"question": problem, "answer": _inside_answer(answer)}
     raw |= {name: record[name] for name in _EXTRA if name in record}
+    raw["answer"] = tagged_letter(answer, raw.get("options")) or raw["answer"]
     # If there is a `problem_id`, `id` has a different meaning and is stored in the meta.
     names["id"] = "problem_id" if "problem_id" in record else "id"
     if names["id"] in record:
@@ -396,6 +405,7 @@ def _problem(record: dict[str, Any], where: str) -> tuple[dict[str, Any], dict[s
     for ours, theirs in keys.items():
         if name := _agreed_key(record, theirs, where, _listed):
             raw[ours], names[ours] = _listed(record[name]), name
+    raw["question"] = with_video_marks(problem, len(raw.get("videos", ())), len(raw.get("images", ())))
     if task := _task_of(kind, record.get("task_type"), where):
         raw["task_type"] = task
     return raw, names, used

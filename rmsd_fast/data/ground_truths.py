@@ -159,6 +159,8 @@ def _number(value: object) -> str:
 def _interval(value: object) -> str:
     todo = "write '<start> to <end>' in seconds, or times as mm:ss or hh:mm:ss"
     if isinstance(value, dict):
+        # EasyVideoR1 writes {"time": [3.5, 10], "boxes": {}}.
+        value = {key: item for key, item in value.items() if key != "boxes" or item}
         names = [names for names in (*_START_END, ("time",)) if set(value) == set(names)]
         if not names:
             raise GroundTruthError(todo)

@@ -23,7 +23,7 @@ def read_records(path: Path) -> Iterator[Located]:
     A list may be the only value of an object, on one line or on several: `{"data": []}`. Other keys next to it are
     rejected, because their values would be lost.
     """
-    text = _read_text(path)
+    text = read_text(path)
     # splitlines() would also split at U+2028, which JSON strings may contain.
     lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if lines and lines[0][1].lstrip().startswith("["):
@@ -55,7 +55,7 @@ def parse_record(line: str, where: str) -> dict[str, Any]:
     return record
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
     try:
         data = path.read_bytes()
     except OSError as error:

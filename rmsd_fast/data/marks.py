@@ -31,6 +31,11 @@ def is_unicode(text: str) -> bool:
     return True
 
 
+def mark_kinds(text: str) -> list[str]:
+    """Return the kinds of the marks in a text, in any spelling, in order."""
+    return [(match["token"] or match["name"]).lower() for match in _SPELLINGS.finditer(text)]
+
+
 class MarkError(ValueError):
     """The marks do not match the files. The message lists the marks and says what to do."""
 

@@ -31,8 +31,10 @@ class OptionsError(ValueError):
     """Ambiguous options. The message gives the expected value, the actual value and what to do."""
 
 
-def check_options(options: Sequence[str]) -> None:
+def check_options(options: Sequence[str], *, distinct: bool = True) -> None:
     """Reject options if a letter could refer to two of them, or if two of them are equal.
+
+    distinct: whether equal texts are rejected.
 
     Raises:
         OptionsError: the options' letters contradict their order, two options have the same text, or one option is only
@@ -56,7 +58,7 @@ def check_options(options: Sequence[str]) -> None:
         raise OptionsError(f"expected a text after each letter, got {options[index]!r}; add it or remove the option")
     bare = [" ".join(option.split()) for option in bare_options(options)]
     # Media options differ although their marks are the same.
-    if repeated := [option for option in bare if bare.count(option) > 1 and not MARK.search(option)]:
+    if distinct and (repeated := [option for option in bare if bare.count(option) > 1 and not MARK.search(option)]):
         raise OptionsError(f"expected different options, got {repeated[0]!r} twice; remove one of the two")
 
 

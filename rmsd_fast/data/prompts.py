@@ -77,6 +77,7 @@ class PromptBuilder:
             `preprocessor`.
         video: frames and pixel budgets.
         media: a `rmsd_fast.data.media.MediaReader`; None reads each file in the calling thread, without caches.
+        prompt: "rmsd" shows question, options and answer format; "benchmark" shows `Question.prompt` verbatim.
     Raises:
         SettingsError: `video` could choose fewer frames than a temporal patch has.
     Attributes:
@@ -87,10 +88,11 @@ class PromptBuilder:
             embedding rows beyond the tokenizer's vocabulary.
     """
 
-    def __init__(self, student: Any, video: VideoConfig, media: Any = None) -> None:
+    def __init__(self, student: Any, video: VideoConfig, media: Any = None, *, prompt: str = "rmsd") -> None:
         self.tokenizer = student.tokenizer
         self.preprocessor = student.preprocessor
         self.video = video
+        self.prompt = prompt
         check_frame_counts(video, self.preprocessor)
         self._read, self._layout = (media.read, media.layout) if media else (read_media, read_layout)
         self._family, self._model = student.family, student.model
@@ -132,7 +134,23 @@ class PromptBuilder:
 
     def media_requests(self, question: Question) -> list[MediaRequest]:
         """Return requests for the question's media, in the order of their placeholders."""
-        return [MediaRequest(path, kind, self.video, self.preprocessor, span) for kind, path, span in question.media]
+        media = question.media_in(self.text(question)) if self.prompt == "benchmark" else question.media
+        return [MediaRequest(path, kind, self.video, self.preprocessor, span) for kind, path, span in media]
+
+    def text(self, question: Question) -> str:
+        """Return the user's turn, with the marks of media.
+
+        Raises:
+            PromptError: `prompt` is "benchmark", and the question has no prompt of a benchmark.
+        """
+        if self.prompt != "benchmark":
+            return question_text(question)
+        if question.prompt is None:
+            raise PromptError(
+                f"question {question.id!r}: expected a prompt of its benchmark, got none; set evaluate.benchmark, or "
+                "evaluate.prompt=rmsd"
+            )
+        return question.prompt
 
     def _length(self, question: Question, layouts: list[MediaLayout]) -> int:
         """Return the number of tokens of the prompt.
@@ -145,13 +163,13 @@ class PromptBuilder:
         return len(self._prompt_ids(question, short)) + vision
 
     def _prompt_ids(self, question: Question, media: Sequence[Frames | MediaLayout]) -> torch.Tensor:
-        text = question_text(question)
+        text = self.text(question)
         self._refuse_special(question, f"{question.system or ''}{text}")
         rendered = render(self.tokenizer, content_parts(text, [frames.kind for frames in media]), question.system)
         return self._encode(self._expand(rendered, media, question))
 
     def build_from_media(self, question: Question, media: tuple[Frames, ...]) -> Prompt:
-        """Build the prompt from media that are already decoded, in the order of `question.media`."""
+        """Build the prompt from media that are already decoded, in the order of `media_requests`."""
         ids = self._prompt_ids(question, media)
         types = torch.zeros_like(ids)
         types[ids == self._image_id] = IMAGE_TYPE

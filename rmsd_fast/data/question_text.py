@@ -18,13 +18,18 @@ ANSWER_FORMAT = {
     "ocr": _REPLY.format(answer="text read"),
     "open": _REPLY.format(answer="text"),
 }
+_BENCHMARK_FORMAT = {
+    "exact": _REPLY.format(answer="answer"),
+    "boxes": _REPLY.format(answer='{"second": [x1,y1,x2,y2], …}') + ", from 0 to 1000",
+}
 
 
 def question_text(question: Question) -> str:
     """Return the user's turn: question, one line per option (`A. text`), answer format. Media marks stay in it."""
     options = bare_options(question.options) if question.options else []
     lines = [f"{chr(ord('A') + index)}. {option}" for index, option in enumerate(options)]
-    return "\n".join([question.question.strip(), *lines, ANSWER_FORMAT[question.task_type]])
+    reply = (ANSWER_FORMAT | _BENCHMARK_FORMAT)[question.task_type]
+    return "\n".join([question.question.strip(), *lines, reply])
 
 
 def content_parts(text: str, kinds: Sequence[str]) -> list[dict[str, str]]:

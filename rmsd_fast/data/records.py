@@ -34,7 +34,15 @@ from rmsd_fast.data.marks import MARK, SPECIAL_TOKEN, MarkError, is_unicode, pla
 from rmsd_fast.data.media_paths import Span, is_number, media_paths, split_spans, with_span
 from rmsd_fast.data.option_lists import MOST_OPTIONS, OptionsError, check_options, shows_options, without_options
 from rmsd_fast.files import write_text_atomic
-from rmsd_fast.method.answers import CLOSED_TASKS, EXPECTED_FORMAT, TASK_TYPES, option_letters, parse_answer_body
+from rmsd_fast.method.answers import (
+    BENCHMARK_TASKS,
+    CLOSED_TASKS,
+    EXPECTED_FORMAT,
+    GRADED_TASKS,
+    TASK_TYPES,
+    option_letters,
+    parse_answer_body,
+)
 
 _FIELDS = ("id", "videos", "images", "question", "task_type", "options", "answer", "system", "duration", "meta")
 
@@ -47,7 +55,7 @@ class Question:
     question: str
     """The text. `<video>` and `<image>` in it and in the options mark the positions of the media."""
     task_type: str
-    """One of TASK_TYPES."""
+    """One of TASK_TYPES, or of BENCHMARK_TASKS for questions of a benchmark."""
     videos: tuple[str, ...] = ()
     """Absolute paths inside the media root after loading."""
     images: tuple[str, ...] = ()
@@ -63,12 +71,16 @@ class Question:
     duration: float | None = None
     """Duration of the video in seconds; if there are several videos, of the longest one."""
     meta: dict[str, Any] = field(default_factory=dict)
-    """Any other data. Training does not read it."""
+    """Any other data. Training does not read it. For questions of a benchmark, `benchmark` is its name, and `groups`
+    has the values of its breakdowns by name, such as {"duration": "short"}."""
+    prompt: str | None = None
+    """The benchmark's own prompt, which `evaluate.prompt=benchmark` shows in place of question, options and answer
+    format. Marks of media have the same meaning as in `question`. Question files do not contain it."""
 
     @property
     def has_truth(self) -> bool:
-        """Return whether a metric can compare answers with a ground truth: the task is closed, and has an answer."""
-        return self.task_type in CLOSED_TASKS and self.answer is not None
+        """Return whether a metric can compare answers with a ground truth: the task is graded, and has an answer."""
+        return self.task_type in GRADED_TASKS and self.answer is not None
 
     @property
     def is_unlabeled(self) -> bool:
@@ -78,12 +90,16 @@ class Question:
     @property
     def media(self) -> list[tuple[str, str, Span]]:
         """Return kind, path and span of each medium, in the order in which the prompt shows them."""
+        return self.media_in("\n".join((self.question, *(self.options or ()))))
+
+    def media_in(self, text: str) -> list[tuple[str, str, Span]]:
+        """Return kind, path and span of each medium, in the order of the marks in a text."""
         spans = self.spans or (None,) * len(self.videos)
         by_kind = {
             "video": [("video", path, span) for path, span in zip(self.videos, spans, strict=True)],
             "image": [("image", path, None) for path in self.images],
         }
-        marks = MARK.findall("\n".join((self.question, *(self.options or ()))))
+        marks = MARK.findall(text)
         if not marks:
             return by_kind["video"] + by_kind["image"]
         return [by_kind[kind].pop(0) for kind in marks]
@@ -97,6 +113,7 @@ def load_questions(
     task_type: str = "auto",
     require_answer: bool = True,
     follow_symlinks: bool = False,
+    held_out: bool = False,
 ) -> list[Question]:
     """Read and validate a question file.
 
@@ -108,6 +125,8 @@ def load_questions(
             answer.
         require_answer: whether to reject closed tasks without ground truth.
         follow_symlinks: whether symbolic links in the media root may point outside it.
+        held_out: whether the questions are only for evaluation. Published benchmarks have a few questions with equal
+            options or only one; they are accepted, because the letter of the answer decides.
     Raises:
         DataError: the message names the file, the line, the field, the expected and the actual value. Several errors in
             a file are reported together.
@@ -138,6 +157,7 @@ def load_questions(
                 media_root=root,
                 require_answer=require_answer,
                 follow_symlinks=follow_symlinks,
+                held_out=held_out,
                 names=names,
                 inferred=format != "rmsd" and "inferred" in raw["meta"],
             )
@@ -186,6 +206,7 @@ def parse_question(
     media_root: Path,
     require_answer: bool = True,
     follow_symlinks: bool = False,
+    held_out: bool = False,
     names: dict[str, str] | None = None,
     inferred: bool = False,
 ) -> Question:
@@ -195,7 +216,7 @@ def parse_question(
         raw: the record.
         where: "<file>:<line>".
         media_root: absolute path of the folder that must contain the media.
-        require_answer, follow_symlinks: as in load_questions.
+        require_answer, follow_symlinks, held_out: as in load_questions.
         names: field names of the source, for messages.
         inferred: whether the task type was inferred from the answer. It may be wrong if the answer is wrong.
     """
@@ -215,6 +236,9 @@ def parse_question(
             raise fail(name, "non-empty text", value, "add it")
     _check_text("id", identity, fail)
     task = raw.get("task_type")
+    if task in BENCHMARK_TASKS:
+        todo = "only the readers of evaluate.benchmark make such questions; choose another task_type"
+        raise fail("task_type", f"one of {', '.join(TASK_TYPES)}", task, todo)
     if task not in TASK_TYPES:
         raise fail("task_type", f"one of {', '.join(TASK_TYPES)}", task, "name the type of the answer")
     listed, spans = split_spans(raw.get("videos"), fail)
@@ -225,7 +249,7 @@ def parse_question(
     if not videos and not images and not (raw.get("videos") == [] == raw.get("images")):
         todo = "add it, or use this package's own format with both lists empty for a question about text alone"
         raise fail("videos", "at least one path under 'videos' or 'images'", raw.get("videos"), todo)
-    options = _options(raw.get("options"), task, fail)
+    options = _options(raw.get("options"), task, fail, fewest=1 if held_out else 2)
     if task == "mcq" and options is None and not shows_options(raw["question"]):
         expected = "the options of an mcq question, here or as a list 'A. …', 'B. …' in the question"
         todo = 'add them, or choose another task_type; write ["A", "B"] if the picture shows the letters'
@@ -250,7 +274,7 @@ def parse_question(
         raise DataError(f"{where}: field '{names.get('question', 'question')}': {error}") from None
     checked = "options"
     try:
-        check_options(marked)
+        check_options(marked, distinct=not held_out)
         checked = "question"
         question = without_options(question, marked)
     except OptionsError as error:
@@ -318,7 +342,7 @@ def write_questions(path: str | os.PathLike, questions: Iterable[Question], *, m
     write_text_atomic(path, "".join(line + "\n" for line in lines))
 
 
-def _options(value: object, task: str, fail) -> tuple[str, ...] | None:
+def _options(value: object, task: str, fail, *, fewest: int) -> tuple[str, ...] | None:
     if value is None or value == [] or value == {}:
         return None
     if task != "mcq":
@@ -326,15 +350,15 @@ def _options(value: object, task: str, fail) -> tuple[str, ...] | None:
     if isinstance(value, dict):
         value = {key: option for key, option in value.items() if option is not None}
         letters = [str(key).strip().strip("().").upper() for key in value]
-        if not 2 <= len(value) <= MOST_OPTIONS or letters != list(option_letters(list(value))):
+        if not fewest <= len(value) <= MOST_OPTIONS or letters != list(option_letters(list(value))):
             raise fail("options", "the letters A, B, C, … in order as keys", value, 'write ["red", "green"]')
         value = list(value.values())
     if isinstance(value, list):
         value = [str(item) if is_number(item) else item for item in value]
     if not isinstance(value, list) or not all(isinstance(item, str) and item.strip() for item in value):
         raise fail("options", "a list of non-empty texts", value, 'write ["red", "green"]')
-    if not 2 <= len(value) <= MOST_OPTIONS:
-        raise fail("options", "2 to 26 options", value, "fix the list")
+    if not fewest <= len(value) <= MOST_OPTIONS:
+        raise fail("options", f"{fewest} to 26 options", value, "fix the list")
     return tuple(value)
 
 

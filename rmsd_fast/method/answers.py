@@ -14,6 +14,9 @@ ocr       text                                        the text
 open      text                                        the text
 ========  ==========================================  =====================
 
+Benchmarks have two more task types (`method.benchmark_tasks`): `exact`, a short text or number, and `boxes`, a JSON
+object of seconds and boxes such as ``{"3": [x1, y1, x2, y2]}``.
+
 Parsing is strict: the whole content must match, and answers inside sentences are not found. Numbers are ASCII decimals
 (``3``, ``-2.5``, ``.5``, ``1e3``). Units, percent signs, thousands separators, underscores, hexadecimal, digits of
 other scripts, ``nan``, ``inf`` and numbers that overflow to infinity (``1e400``) do not parse.
@@ -26,10 +29,18 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
+from .benchmark_tasks import BENCHMARK_FORMAT, Boxes, parse_boxes
+
 TASK_TYPES = ("mcq", "temporal", "spatial", "numeric", "ocr", "open")
 CLOSED_TASKS = ("mcq", "temporal", "spatial", "numeric", "ocr")
 
-ParsedAnswer = str | float | tuple[float, ...]
+# Task types of benchmark questions only; training refuses them.
+BENCHMARK_TASKS = tuple(BENCHMARK_FORMAT)
+ALL_TASKS = (*TASK_TYPES, *BENCHMARK_TASKS)
+# Tasks whose answers a metric compares with a ground truth.
+GRADED_TASKS = (*CLOSED_TASKS, *BENCHMARK_TASKS)
+
+ParsedAnswer = str | float | tuple[float, ...] | Boxes
 
 EXPECTED_FORMAT = {
     "mcq": "one option letter such as 'B'",
@@ -38,6 +49,7 @@ EXPECTED_FORMAT = {
     "numeric": "one finite number such as '3' or '2.5'",
     "ocr": "text that is not empty",
     "open": "text that is not empty",
+    **BENCHMARK_FORMAT,
 }
 
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -60,7 +72,7 @@ def parse_answer(text: str, task_type: str, options: Sequence[str] | None = None
 
     Args:
         text: the whole response.
-        task_type: one of TASK_TYPES.
+        task_type: one of ALL_TASKS.
         options: the choices of an ``mcq`` question in order; a letter outside them does not parse. None allows any
             letter.
     Returns:
@@ -80,7 +92,7 @@ def parse_answer_body(body: str, task_type: str, options: Sequence[str] | None =
 
     Args:
         body: the text without tags.
-        task_type: one of TASK_TYPES.
+        task_type: one of ALL_TASKS.
         options: as in parse_answer.
     Returns:
         The parsed value, or None.
@@ -102,6 +114,8 @@ def parse_answer_body(body: str, task_type: str, options: Sequence[str] | None =
     if task_type == "numeric":
         values = _numbers(_NUMERIC.fullmatch(body))
         return None if values is None else values[0]
+    if task_type == "boxes":
+        return parse_boxes(body)
     return body or None
 
 
@@ -189,7 +203,7 @@ def _numbers(match: re.Match[str] | None) -> tuple[float, ...] | None:
 def _check_arguments(text: str, task_type: str, options: Sequence[str] | None) -> None:
     if not isinstance(text, str):
         raise TypeError(f"response text: expected str, got {type(text).__name__}")
-    if task_type not in TASK_TYPES:
-        raise ValueError(f"task_type: expected one of {', '.join(TASK_TYPES)}, got {task_type!r}")
+    if task_type not in ALL_TASKS:
+        raise ValueError(f"task_type: expected one of {', '.join(ALL_TASKS)}, got {task_type!r}")
     if options is not None and task_type == "mcq":
         option_letters(options)

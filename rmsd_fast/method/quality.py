@@ -21,7 +21,17 @@ from collections.abc import Sequence
 from fractions import Fraction
 from numbers import Real
 
-from .answers import CLOSED_TASKS, EXPECTED_FORMAT, ParsedAnswer, option_letters, parse_answer, parse_answer_body
+from .answers import (
+    BENCHMARK_TASKS,
+    CLOSED_TASKS,
+    EXPECTED_FORMAT,
+    GRADED_TASKS,
+    ParsedAnswer,
+    option_letters,
+    parse_answer,
+    parse_answer_body,
+)
+from .benchmark_tasks import Boxes
 
 GroundTruth = str | float | Sequence[float]
 
@@ -32,6 +42,12 @@ _UNSPACED = (
     "\U00020000-\U0003ffff"
 )
 _WORD = re.compile(f"[{_UNSPACED}]|[^\\s{_UNSPACED}]+")
+# An exact answer: numbers, exponents and indices, LaTeX's marks, operators, and words that deny or add another answer.
+_NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?!\.?\d)")
+_POWER = re.compile(r"[\^_]\{?[-+]?\w+\}?")
+_LATEX = re.compile(r"\\[()\[\],;!]|\$|\\(?:left|right|text|mathrm|circ)\b|\^\{?\\circ\}?|°")
+_AROUND = re.compile(r"\s*([=+*/^<>,;:(){}\[\]-])\s*")
+_OTHERWISE = re.compile(r"\b(?:not|never|neither|nor|or)\b|n't\b")
 # Thresholds of mean relative accuracy: 0.50, 0.55, … 0.95.
 _MRA_THRESHOLDS = tuple(Fraction(step, 20) for step in range(10, 20))
 _LIST_LENGTHS = {"temporal": 2, "spatial": 4}
@@ -54,7 +70,7 @@ def quality_score(
 
     Args:
         text: the whole response.
-        task_type: one of TASK_TYPES.
+        task_type: one of ALL_TASKS.
         answer: ground truth, as the text that belongs inside ``<answer>``. A number (numeric, ocr) or a list of 2
             (temporal) or 4 (spatial) numbers is also accepted. Required for closed tasks, ignored for ``open``.
         options: choices of an ``mcq`` question in order.
@@ -79,7 +95,7 @@ def quality_score(
     """
     _check_settings(numeric_metric, numeric_eps, ocr_metric, anls_threshold, spatial_format, size)
     predicted = parse_answer(text, task_type, options)
-    if task_type not in CLOSED_TASKS:
+    if task_type not in GRADED_TASKS:
         return 0.0 if predicted is None else 1.0
     # Parse the ground truth first, so that bad data is reported for every response.
     truth = parse_ground_truth(answer, task_type, options)
@@ -195,6 +211,8 @@ def _metric(
         return float(predicted == truth)
     if task_type in ("temporal", "spatial"):
         return _iou(predicted, truth)
+    if task_type in BENCHMARK_TASKS:
+        return boxes_iou(predicted, truth) if task_type == "boxes" else exact_match(predicted, truth)
     if task_type == "numeric":
         return (
             _epsilon_accuracy(predicted, truth, numeric_eps) if numeric_metric == "epsilon" else _mra(predicted, truth)
@@ -207,8 +225,8 @@ def parse_ground_truth(
 ) -> ParsedAnswer:
     """Return the value of the ground truth of a closed task. Raise ValueError or TypeError if it is invalid."""
     expected = EXPECTED_FORMAT.get(task_type)
-    if task_type not in CLOSED_TASKS:
-        raise ValueError(f"ground truth: expected a closed task ({', '.join(CLOSED_TASKS)}), got {task_type!r}")
+    if task_type not in GRADED_TASKS:
+        raise ValueError(f"ground truth: expected a closed task ({', '.join(GRADED_TASKS)}), got {task_type!r}")
     if task_type == "mcq" and options is not None:
         expected += f" among {option_letters(options)}"
     if answer is None:
@@ -260,6 +278,51 @@ def _iou(predicted: tuple[float, ...], truth: tuple[float, ...]) -> float:
         area_predicted *= high_a - low_a
         area_truth *= high_b - low_b
     return float(overlap / (area_predicted + area_truth - overlap))
+
+
+def boxes_iou(predicted: Boxes, truth: Boxes) -> float:
+    """Return vIoU: the mean over annotated boxes of the best IoU with a predicted box of the same second.
+
+    A second without a predicted box counts 0, and predicted boxes of other seconds are ignored.
+
+    Args:
+        predicted, truth: boxes (x1, y1, x2, y2) by second; the seconds are compared as text.
+    Source: V-STaR (arXiv 2503.11495), spatial IoU.
+    """
+    scores = [
+        max((_iou(guess, box) for guess in predicted.get(second, ())), default=0.0)
+        for second, boxes in truth.items()
+        for box in boxes
+    ]
+    return math.fsum(scores) / len(scores) if scores else 0.0
+
+
+def exact_match(predicted: str, truth: str) -> float:
+    """Return 1 if an answer states the reference of an `exact` question, otherwise 0.
+
+    A reference that is a number must be the only number of the answer, after rounding to its decimals. Any other
+    reference must be the answer, or a phrase of it without a denial or an alternative ("not", "or") around it.
+    """
+    answer, reference = _plain(predicted), _plain(truth)
+    if answer == reference:
+        return 1.0
+    if _NUMBER.fullmatch(reference):
+        value = Fraction(reference.replace(",", ""))
+        decimals = len(reference.partition(".")[2])
+        found = {
+            round(Fraction(number.replace(",", "")), decimals) for number in _NUMBER.findall(_POWER.sub("", answer))
+        }
+        return float(found == {value})
+    phrase = re.compile(rf"(?<![\w.]){re.escape(reference)}(?!\w)")
+    around = phrase.sub(" ", answer)
+    stated = len(reference) > 1 and around != answer
+    return float(stated and not _OTHERWISE.search(around))
+
+
+def _plain(text: str) -> str:
+    """Return a text without case, LaTeX's marks for formulas, and spaces around operators and commas."""
+    text = _LATEX.sub("", fold_text(text))
+    return fold_text(_AROUND.sub(r"\1", text))
 
 
 def _epsilon_accuracy(predicted: float, truth: float, eps: float) -> float:

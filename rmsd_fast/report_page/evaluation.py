@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rmsd_fast.config import DIFFERENCES
-from rmsd_fast.method.answers import TASK_TYPES
+from rmsd_fast.method.answers import ALL_TASKS
 from rmsd_fast.report_page.curves import PAIR_ACCURACY
 from rmsd_fast.report_page.intervals import IntervalRow, Mark, interval_figure, interval_svg, mark_legend
 from rmsd_fast.report_page.run_folder import ReportedRun, ReportError
@@ -85,7 +85,7 @@ def _tasks(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
     seen: list[str] = []
     for result in results.values():
         seen.extend(task for task in result.get("tasks", {}) if task not in seen)
-    return in_order(seen, TASK_TYPES)
+    return in_order(seen, ALL_TASKS)
 
 
 def _entry(result: Mapping[str, Any], task: str) -> Mapping[str, Any] | None:

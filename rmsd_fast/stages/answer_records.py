@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from rmsd_fast.config import RunConfig
-from rmsd_fast.data.records import CLOSED_TASKS, Question
+from rmsd_fast.config import BENCHMARKS, RunConfig
+from rmsd_fast.data.records import Question
 from rmsd_fast.made.meaning import has_content, meaning_score
-from rmsd_fast.method.answers import ParsedAnswer, parse_answer
-from rmsd_fast.method.natural import canonical_response
+from rmsd_fast.method.answers import GRADED_TASKS, ParsedAnswer, parse_answer
+from rmsd_fast.method.lenient import lenient_response
 from rmsd_fast.method.quality import quality_score
 from rmsd_fast.teacher.scores import quality_settings
 
@@ -59,6 +59,12 @@ def reason_of(error: str, *, of_prompt: bool = False) -> str:
     return "missing_media" if "no such file" in error else "unreadable_media"
 
 
+def groups_of(question: Question) -> dict[str, str]:
+    """Return the groups of a question's breakdowns, or none if `meta.groups` is not an object of texts."""
+    groups = question.meta.get("groups")
+    return groups if isinstance(groups, dict) and all(isinstance(value, str) for value in groups.values()) else {}
+
+
 def answer_record(
     question: Question,
     cluster: str,
@@ -81,9 +87,10 @@ def answer_record(
         reason: key of REASONS; None finds it in the error's text.
     """
     record = {"id": question.id, "task_type": question.task_type, "cluster": cluster}
-    for name in ("groups", "benchmark"):
-        if question.meta.get(name):
-            record[name] = question.meta[name]
+    if groups := groups_of(question):
+        record["groups"] = groups
+    if question.meta.get("benchmark") in BENCHMARKS:
+        record["benchmark"] = question.meta["benchmark"]
     record["response"] = response
     if error:
         nothing = {"score": 0.0, "strict": 0.0, "lenient": 0.0, "valid": False, "readable": False}
@@ -105,7 +112,7 @@ def score_response(
 ) -> tuple[dict, ParsedAnswer | None]:
     """Return the scores of a response by name, and its parsed answer as read by `evaluate.parse`."""
     task, options = question.task_type, question.options
-    lenient_text = read_leniently(question, response, truncated=truncated)
+    lenient_text = lenient_response(response, task, options=options, truncated=truncated)
     texts = {"strict": response, "lenient": lenient_text or response}
     quality = quality_settings(settings.teacher)
     scores = {
@@ -124,13 +131,6 @@ def score_response(
     if _has_meaning(question):
         record["meaning"] = 0.0 if answer is None else meaning_score(answer, question.meta["made"])
     return record, answer
-
-
-def read_leniently(question: Question, response: str, *, truncated: bool) -> str | None:
-    """Return the response in the strict format, or None if no answer is clear. A truncated response has none."""
-    if truncated:
-        return None
-    return canonical_response(response, question.task_type, options=question.options, finish_reason="stop")
 
 
 def with_samples(
@@ -157,7 +157,7 @@ def with_samples(
     result = {**record, "sampled": _mean([scored["score"] for scored in scores])}
     if "meaning" in record:
         result["sampled_meaning"] = _mean([scored["meaning"] for scored in scores])
-    if question.task_type in CLOSED_TASKS:
+    if question.task_type in GRADED_TASKS:
         result["samples"] = {**samples, "answers": answers}
     return result
 

@@ -144,7 +144,7 @@ class Answering:
     ) -> None:
         evaluate, rollout = settings.evaluate, settings.rollout
         self._student, self._settings, self._clusters = student, settings, clusters
-        self._builder = PromptBuilder(student, video_of(settings), media)
+        self._builder = PromptBuilder(student, video_of(settings), media, prompt=evaluate.prompt)
         # As many rows at a time for sampled answers as for greedy ones.
         rows = max(1, evaluate.prompts_per_batch // max(1, evaluate.rollouts))
         self._greedy, self._sampler = (

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from rmsd_fast.config import UserError
-from rmsd_fast.stages.paper_numbers import PAPER, paper_lines
+from rmsd_fast.stages.evaluation_table import benchmark_lines
+from rmsd_fast.stages.paper_numbers import paper_lines
 from rmsd_fast.stages.protocol import differences_of
 from rmsd_fast.stages.summaries import READINGS, compare, summarize
 
@@ -142,15 +143,9 @@ def format_comparison(result: Mapping[str, Any]) -> str:
             + ", ".join(f"{name} {reading}" for name, reading in result["parse"].items())
             + "); compare the rows strict and lenient"
         )
-    return "\n".join([*lines, *paper_row(result), *paper_lines(result["benchmark"])])
-
-
-def paper_row(result: Mapping[str, Any]) -> list[str]:
-    """Return our scores on a benchmark of the paper in one line, to stand above the paper's."""
-    if result["benchmark"] not in PAPER:
-        return []
-    scores = ", ".join(f"{n} {100 * (s.get('closed') or s['all'])['mean']:.1f}" for n, s in result["students"].items())
-    return [f"ours on {PAPER[result['benchmark']][0]}, in percent: {scores}"]
+    for name, student in students.items():
+        lines += benchmark_lines(name, result["benchmark"], student)
+    return "\n".join([*lines, *paper_lines(result["benchmark"])])
 
 
 def _rows(students: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, tuple[str, ...]]]:

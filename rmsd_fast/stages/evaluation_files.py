@@ -7,8 +7,9 @@ import logging
 from pathlib import Path
 
 from rmsd_fast.config import DIFFERENCES, STUDENTS, RunConfig
-from rmsd_fast.data.records import TASK_TYPES, Question
+from rmsd_fast.data.records import Question
 from rmsd_fast.files import write_text_atomic
+from rmsd_fast.method.answers import ALL_TASKS
 from rmsd_fast.stages.answer_records import answer_record, clusters_of
 from rmsd_fast.stages.progress import interim_steps, measure_progress
 from rmsd_fast.stages.protocol import protocol_of
@@ -51,11 +52,10 @@ def write_evaluation(run_folder: Path, questions: list[Question], settings: RunC
 
 def evaluation_of(predictions: dict[str, list[dict]], questions: list[Question], settings: RunConfig) -> dict:
     """Return the content of an `evaluation.json` about some students, without their differences."""
-    benchmarks = {question.meta["benchmark"] for question in questions if question.meta.get("benchmark")}
     return {
         "questions": len(questions),
         "videos": len(set(clusters_of(questions).values())),
-        **({"benchmark": benchmarks.pop()} if len(benchmarks) == 1 else {}),
+        "benchmark": settings.evaluate.benchmark or None,
         "seed": settings.seed,
         "parse": settings.evaluate.parse,
         "protocol": protocol_of(settings),
@@ -68,14 +68,14 @@ def evaluation_of(predictions: dict[str, list[dict]], questions: list[Question],
 
 def _spread(records: list[dict], count: int) -> list[dict]:
     """Return up to `count` records, taken from each task type in turn so that all of them appear."""
-    by_task = [[r for r in records if r["task_type"] == task] for task in TASK_TYPES]
+    by_task = [[r for r in records if r["task_type"] == task] for task in ALL_TASKS]
     turns = [rows[i] for i in range(max(map(len, by_task), default=0)) for rows in by_task if i < len(rows)]
     return turns[:count]
 
 
 def floors_of(questions: list[Question], settings: RunConfig) -> dict[str, dict]:
     """Return, per task type, the score of the best constant answer to all questions."""
-    counts = {task: sum(question.task_type == task for question in questions) for task in TASK_TYPES}
+    counts = {task: sum(question.task_type == task for question in questions) for task in ALL_TASKS}
     floors = best_constant_floor(questions, settings.teacher)
     return {task: {"score": score, "answer": answer, "n": counts[task]} for task, (score, answer) in floors.items()}
 

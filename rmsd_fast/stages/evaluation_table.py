@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rmsd_fast.data.records import TASK_TYPES
+from rmsd_fast.method.answers import ALL_TASKS
 from rmsd_fast.stages.answer_records import REASONS
 from rmsd_fast.stages.paper_numbers import paper_lines
 from rmsd_fast.stages.summaries import READINGS, signed_interval
@@ -30,18 +30,31 @@ def format_table(result: Mapping[str, Any]) -> str:
             shown = "-" if floor is None else f"{floor:.3f}"
             lines.append(f"{label:<{width}} {shown:>5}  " + "  ".join(f"{_cell(entry):>20}" for entry in entries))
 
-    for task in [*TASK_TYPES, "meaning", "closed", "sampled", *READINGS, "usable"]:
+    for task in [*ALL_TASKS, "meaning", "closed", "sampled", *READINGS, "usable"]:
         floor = result["floors"].get(task, {}).get("score")
         add(task, [row_of(student, task) for student in students.values()], floor)
     for label, path in rows:
         add(label, [_at(student, *path) for student in students.values()])
     for name, student in students.items():
         lines += _remarks(name, student, result.get("unusable", {}).get(name))
+        lines += benchmark_lines(name, result.get("benchmark"), student)
     for name, difference in result["differences"].items():
         for row, label in (("closed", "closed tasks"), ("sampled", "closed tasks, sampled"), ("meaning", "meaning")):
             if entry := row_of(difference, row):
                 lines.append(f"{name}, {label}: {signed_interval(entry)}")
     return "\n".join([*lines, *paper_lines(result.get("benchmark"))])
+
+
+def benchmark_lines(name: str, benchmark: str | None, student: Entry) -> list[str]:
+    """Return a line per reading with a benchmark's own numbers, or nothing for other questions."""
+    return [f"{name}, {benchmark}, {reading}: {_numbers(own)}" for reading, own in student.get("benchmark", {}).items()]
+
+
+def _numbers(own: Mapping[str, Any]) -> str:
+    """Return the numbers of `benchmarks.aggregate` as text, those of its parts after a semicolon."""
+    single = ", ".join(f"{key} {value:.3f}" for key, value in own.items() if not isinstance(value, Mapping))
+    parts = (f"{key}: {_numbers(value)}" for key, value in own.items() if isinstance(value, Mapping))
+    return "; ".join(filter(None, [single, *parts]))
 
 
 def row_of(result: Entry, row: str) -> Entry | None:

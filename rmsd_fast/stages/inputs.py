@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rmsd_fast.config import ModelError, RunConfig, SettingsError, UserError
+from rmsd_fast.data.benchmarks import load_benchmark
 from rmsd_fast.data.errors import DataError, all_faults
 from rmsd_fast.data.records import Question, load_questions, question_format
 from rmsd_fast.made.teacher import is_simulated
@@ -127,19 +128,39 @@ def read_files(
             if role == "pool":
                 pool = load_pool(files[role])
             else:
-                questions[role] = load_questions(
-                    files[role],
-                    media_root=roots[role],
-                    format=settings.data.format,
-                    task_type=settings.data.task_type,
-                    require_answer=role == "heldout" or settings.teacher.unlabeled == "refuse",
-                    follow_symlinks=settings.data.follow_symlinks,
-                )
+                questions[role] = _load_questions(settings, role, files[role], roots[role])
         except DataError as error:
             faults.append(error)
     if faults:
         raise all_faults(faults)
     return questions, pool
+
+
+def _load_questions(settings: RunConfig, role: str, path: str, root: str) -> list[Question]:
+    data = settings.data
+    if role == "heldout" and (benchmark := settings.evaluate.benchmark):
+        if not data.heldout:
+            raise SettingsError(
+                f"evaluate.benchmark={benchmark}: expected data.heldout, the benchmark's annotation file or folder, "
+                "got nothing; set data.heldout and data.media_root"
+            )
+        return load_benchmark(
+            benchmark,
+            path,
+            media_root=root,
+            follow_symlinks=data.follow_symlinks,
+            image_cache=data.disk_cache,
+            check_count=not settings.evaluate.max_questions,
+        )
+    return load_questions(
+        path,
+        media_root=root,
+        format=data.format,
+        task_type=data.task_type,
+        require_answer=role == "heldout" or settings.teacher.unlabeled == "refuse",
+        follow_symlinks=data.follow_symlinks,
+        held_out=role == "heldout",
+    )
 
 
 def read_pool_files(
@@ -208,7 +229,8 @@ def _check_task_type(settings: RunConfig, files: dict[str, str]) -> None:
     data = settings.data
     if data.task_type == "auto" or data.format != "auto":
         return
-    paths = [files[role] for role in QUESTION_ROLES if role in files]
+    roles = ("train",) if settings.evaluate.benchmark else QUESTION_ROLES
+    paths = [files[role] for role in roles if role in files]
     try:
         formats = {question_format(path) for path in paths}
     except DataError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from errno import EACCES, EPERM, EROFS
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import torch
 
 from rmsd_fast.config import NotInstalled, RunConfig, SettingsError
+from rmsd_fast.data.benchmarks import benchmark_files
 from rmsd_fast.data.question_text import question_text
 from rmsd_fast.data.records import load_questions
 from rmsd_fast.files import FolderLock, file_digest, remove_leftovers
@@ -45,7 +47,7 @@ class Material(Inputs):
 
     Attributes:
         model_path: folder or Hub name of the model.
-        files: paths of the input files by role.
+        files: paths of the input files by role. Each file of a benchmark's folder has a role of its own.
     """
 
     model_path: str
@@ -89,6 +91,10 @@ def prepare_material(settings: RunConfig, world: World, *, training: bool = True
     files = {role: path for role, path in files.items() if path and (training or role == "heldout")}
     roots = {role: settings.data.media_root or ("" if named[role] else made["media_root"]) for role in files}
     inputs = read_inputs(settings, files, roots)
+    if settings.evaluate.benchmark and os.path.isdir(files.get("heldout", "")):
+        folder = files.pop("heldout")
+        annotation = benchmark_files(settings.evaluate.benchmark, folder)
+        files |= {f"heldout/{file.relative_to(folder)}": str(file) for file in annotation}
     # This is checked before a run folder is created. The main process downloads a Hub model, and the other processes
     # find it in the cache.
     on_main(world, lambda: bool(check_model(resolve_folder(model_path), settings, training=training)))

@@ -9,7 +9,8 @@ from collections import Counter
 from collections.abc import Callable
 
 from rmsd_fast.bootstrap import mean_interval, score_interval
-from rmsd_fast.data.records import CLOSED_TASKS, TASK_TYPES
+from rmsd_fast.data.benchmarks import aggregate
+from rmsd_fast.method.answers import ALL_TASKS, GRADED_TASKS
 from rmsd_fast.stages.sample_estimates import majority_at_k, pass_at_k, sizes_of
 
 # Both ways to read an answer; `evaluate.parse` chooses the one of `score`.
@@ -28,7 +29,8 @@ def summarize(records: list[dict], *, details: bool = True) -> dict:
     Args:
         records: the answers, as `stages.answer_records` writes them.
         details: whether to add the scores of both readings (`strict`, `lenient`), those of `groups` over the closed
-            questions, or over all if none is closed, and those over the `usable` questions, if some were not.
+            questions, or over all if none is closed, those over the `usable` questions, if some were not, and for the
+            questions of a benchmark its own numbers by reading (`benchmark`).
     """
     result = _measure(records, _mean_with_shares)
     if sampled := _of_samples(records):
@@ -40,6 +42,9 @@ def summarize(records: list[dict], *, details: bool = True) -> dict:
             result[reading] = _by_task(rows, mean_entry)
     if groups := _by_group(records, mean_entry):
         result["groups"] = groups
+    if len(names := {record.get("benchmark") for record in records}) == 1 and (name := names.pop()):
+        rows = {reading: [(record.get("groups", {}), record[reading]) for record in records] for reading in READINGS}
+        result["benchmark"] = {reading: aggregate(name, of_reading) for reading, of_reading in rows.items()}
     usable = [record for record in records if "error" not in record]
     if len(usable) < len(records):
         result["usable"] = _by_task(usable, mean_entry) if usable else {"tasks": {}}
@@ -139,7 +144,7 @@ def _of_samples(records: list[dict]) -> list[dict]:
 
 def _estimates(records: list[dict]) -> dict:
     """Return `pass` and `majority` by k over the closed questions, as read by `evaluate.parse`."""
-    rows = [record for record in records if record["task_type"] in CLOSED_TASKS]
+    rows = [record for record in records if record["task_type"] in GRADED_TASKS]
     # Predictions of earlier versions have no scores of single responses.
     if not rows or not all("samples" in row for row in rows):
         return {}
@@ -155,8 +160,8 @@ def _estimates(records: list[dict]) -> dict:
 
 
 def _by_task(records: list[dict], measure: Callable[[list[dict]], dict]) -> dict:
-    tasks = {task: [r for r in records if r["task_type"] == task] for task in TASK_TYPES}
-    closed = [r for r in records if r["task_type"] in CLOSED_TASKS]
+    tasks = {task: [r for r in records if r["task_type"] == task] for task in ALL_TASKS}
+    closed = [r for r in records if r["task_type"] in GRADED_TASKS]
     result = {"tasks": {task: measure(rows) for task, rows in tasks.items() if rows}, "all": measure(records)}
     if closed:
         result["closed"] = measure(closed)
@@ -165,7 +170,7 @@ def _by_task(records: list[dict], measure: Callable[[list[dict]], dict]) -> dict
 
 def _by_group(records: list[dict], measure: Callable[[list[dict]], dict]) -> dict[str, dict[str, dict]]:
     """Return the measure of each value of each breakdown, such as `duration` and `short`, in order of appearance."""
-    rows = [record for record in records if record["task_type"] in CLOSED_TASKS] or records
+    rows = [record for record in records if record["task_type"] in GRADED_TASKS] or records
     groups: dict[str, dict[str, list[dict]]] = {}
     for row in rows:
         for name, value in row.get("groups", {}).items():

@@ -14,7 +14,7 @@ from rmsd_fast.data.preprocess import Preprocessor, frame_rule
 from rmsd_fast.data.question_text import question_text
 from rmsd_fast.data.records import Question
 from rmsd_fast.data.task_types import looks_closed
-from rmsd_fast.method.answers import TASK_TYPES
+from rmsd_fast.method.answers import ALL_TASKS
 from rmsd_fast.method.finish_reasons import finish_reason_of, is_known
 from rmsd_fast.method.natural import REASONS
 from rmsd_fast.teacher.pool import ADAPTIVE, HINTED
@@ -248,7 +248,7 @@ def some_ids(ids: Sequence[str]) -> str:
 
 def _counts_by_task(questions: Sequence[Question]) -> str:
     counts = Counter(question.task_type for question in questions)
-    parts = [f"{task} {counts[task]:,}" for task in TASK_TYPES if counts[task]]
+    parts = [f"{task} {counts[task]:,}" for task in ALL_TASKS if counts[task]]
     inferred = sum("inferred" in question.meta for question in questions)
     by_answer = f"; the task types of {inferred:,} were inferred from options and answers" if inferred else ""
     return f"{len(questions):,} ({', '.join(parts)}){by_answer}"

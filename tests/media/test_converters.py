@@ -589,3 +589,87 @@ def test_a_record_of_verl_is_named(tmp_path):
             load(tmp_path, record | fields)
     (question,) = load(tmp_path, {"messages": record["prompt"], "solution": "3", "videos": ["v.mp4"]})
     assert (question.task_type, question.answer) == ("numeric", "3")
+
+
+def test_evaluation_records_keep_their_breakdowns(tmp_path):
+    # EasyVideoR1's file of VideoMME has the original's fields next to its own.
+    record = VIDEO_R1 | {"question": "Which one?", "answer": "B", "duration": "short", "domain": "Knowledge"}
+    record |= {"task_type": "Counting Problem", "sub_category": "Law", "url": "https://example.com"}
+    (question,) = load(tmp_path, record)
+    assert (question.task_type, question.answer, question.duration) == ("mcq", "B", None)
+    assert question.meta["groups"] == {
+        "duration_group": "short",
+        "domain": "Knowledge",
+        "sub_category": "Law",
+        "original_task_type": "Counting Problem",
+    }
+    with pytest.raises(DataError, match="field 'question': expected no value next to 'problem'"):
+        load(tmp_path, record | {"question": "Another one?"})
+    assert "groups" not in load(tmp_path, VIDEO_R1)[0].meta
+
+
+def test_copies_of_the_original_that_say_the_same(tmp_path):
+    # EasyVideoR1's file of MVBench has the option's text as the answer, and the video in its first container.
+    record = VIDEO_R1 | {"question": "Which one?", "answer": "Dog", "video": "v.webm"}
+    (question,) = load(tmp_path, record)
+    assert question.answer == "B" and question.videos == (str(tmp_path.resolve() / "clips" / "v.mp4"),)
+    with pytest.raises(DataError, match="field 'answer': expected the same as 'solution'"):
+        load(tmp_path, record | {"answer": "cat"})
+    with pytest.raises(DataError, match="field 'videos?': expected the same as"):
+        load(tmp_path, record | {"video": "w.webm"})
+    with pytest.raises(DataError, match="field 'duration': expected a number of seconds"):
+        load(tmp_path, record | {"duration": "12 s"})
+
+
+def test_an_interval_next_to_empty_boxes(tmp_path):
+    record = VIDEO_R1 | {"problem_type": "temporal grounding", "options": []}
+    (question,) = load(tmp_path, record | {"solution": '<answer>{"time": [3.5, 10], "boxes": {}}</answer>'})
+    assert (question.task_type, question.answer) == ("temporal", "3.5 to 10")
+    with pytest.raises(DataError, match="field 'solution': expected '<start> to <end>' in seconds"):
+        load(tmp_path, record | {"solution": '<answer>{"time": [3.5, 10], "boxes": {"4": [1, 2, 3, 4]}}</answer>'})
+
+
+def test_an_image_mark_next_to_a_video_without_one(tmp_path):
+    (question,) = load(tmp_path, VIDEO_R1 | {"problem": "What is <image 1>?", "image_path": "i.png"})
+    assert question.question == "<video>What is <image>?"
+    assert [kind for kind, _, _ in question.media] == ["video", "image"]
+    (question,) = load(tmp_path, VIDEO_R1 | {"problem": "<image 1> Which?", "image_path": "i.png"})
+    assert question.question == "Which?"
+    with pytest.raises(DataError, match="expected one mark for each of 1 video and 1 image, got 0 <video> and 2"):
+        load(tmp_path, VIDEO_R1 | {"problem": "<image 1> or <image 2>?", "image_path": "i.png"})
+
+
+def test_a_letter_in_answer_tags_is_a_letter(tmp_path):
+    options = ["A. C", "B. A", "C. B"]
+    (question,) = load(tmp_path, VIDEO_R1 | {"options": options, "solution": "<answer>C</answer>"})
+    assert question.answer == "C"
+    with pytest.raises(DataError, match="it may mean A or C"):
+        load(tmp_path, VIDEO_R1 | {"options": options, "solution": "C"})
+
+
+def test_held_out_questions_may_have_equal_options_or_one(tmp_path):
+    equal = VIDEO_R1 | {"options": ["A. cat", "B. dog", "C. cat"]}
+    one = VIDEO_R1 | {"options": ["A. cat"], "solution": "<answer>A</answer>", "problem_id": 13}
+    first, second = load(tmp_path, equal, one, held_out=True)
+    assert (first.answer, second.answer, second.options) == ("B", "A", ("A. cat",))
+    for record, says in ((equal, "expected different options, got 'cat' twice"), (one, "expected 2 to 26 options")):
+        with pytest.raises(DataError, match=says):
+            load(tmp_path, record)
+
+
+@pytest.mark.parametrize(
+    ("kind", "solution", "task", "answer"),
+    [("REC", "3", "numeric", "3"), ("SSR", "No", "mcq", "B"), ("CRR", "Yes", "mcq", "A")],
+)
+def test_problem_types_of_ovo_bench(tmp_path, kind, solution, task, answer):
+    record = VIDEO_R1 | {"problem_type": kind, "options": [], "solution": f"<answer>{solution}</answer>"}
+    (question,) = load(tmp_path, record)
+    assert (question.task_type, question.answer) == (task, answer)
+
+
+def test_tasks_of_benchmarks_are_refused_in_question_files(tmp_path):
+    record = {"id": "a", "question": "Where?", "videos": ["v.mp4"], "answer": "{}", "task_type": "boxes"}
+    with pytest.raises(
+        DataError, match="field 'task_type': .* got 'boxes'; only the readers of evaluate.benchmark make"
+    ):
+        load(tmp_path, record)

@@ -125,6 +125,27 @@ def test_prompts_name_all_vision_ids(folder: Path, builder: PromptBuilder, stude
         assert builder.build(question).vision_ids == tuple(student.tokenizer.convert_tokens_to_ids(names))
 
 
+def test_prompt_of_a_benchmark_is_shown_verbatim(folder: Path, student: Student) -> None:
+    builder = PromptBuilder(student, VideoConfig(num_frames=2), prompt="benchmark")
+    question = _question(folder, "a", "c", prompt="Watch this.\nA. red\nBest option: (", system="Be brief.")
+    text = student.tokenizer.decode(builder.build(question).input_ids)
+    assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n<|vision_start|>")
+    assert text.endswith("<|vision_end|>Watch this.\nA. red\nBest option: (<|im_end|>\n<|im_start|>assistant\n")
+    assert "blue" not in text and "Reply as" not in text
+    # The marks in the prompt decide, and not those in the question.
+    marked = replace(question, question="<video>, then <image>?", prompt="First <image>, then <video>.")
+    prompt = builder.build(marked)
+    assert [frames.kind for frames in prompt.media] == ["image", "video"]
+    own = PromptBuilder(student, VideoConfig(num_frames=2)).build(marked)
+    assert [frames.kind for frames in own.media] == ["video", "image"]
+    # The length that is planned from the headers is that of this prompt.
+    builder.build(marked, max_tokens=len(prompt.input_ids))
+    with pytest.raises(PromptError, match=f"a prompt of {len(prompt.input_ids)} tokens exceeds"):
+        builder.build(marked, max_tokens=len(prompt.input_ids) - 1)
+    with pytest.raises(PromptError, match="expected a prompt of its benchmark, got none; set evaluate.benchmark"):
+        builder.build(_question(folder))
+
+
 def test_prompt_from_previously_decoded_media_is_the_same(folder: Path, builder: PromptBuilder) -> None:
     prompt = builder.build(_question(folder, "ab", "c"))
     again = builder.build_from_media(prompt.question, prompt.media)

@@ -36,9 +36,12 @@ def records(scores, task="mcq"):
     [
         ("strict", "B. milk", False, 0.0),
         ("lenient", "B. milk", False, 1.0),
+        # The field reads the first of two letters.
         ("lenient", "A or B", False, 0.0),
-        # A truncated response has no answer, regardless of its content.
-        ("lenient", "B. milk", True, 0.0),
+        ("lenient", "B or A", False, 1.0),
+        # Of a truncated response, only a letter at its start counts.
+        ("lenient", "B. milk", True, 1.0),
+        ("lenient", "It is B", True, 0.0),
         ("strict", "<think>a</think><answer>B</answer>", False, 1.0),
         ("lenient", "<think>a</think><answer>B</answer>", False, 1.0),
     ],
@@ -51,8 +54,8 @@ def test_answers_are_read_strictly_and_leniently(parse, text, truncated, score):
     # Both scores are there, and whether the format is followed is a separate result.
     is_strict = text.startswith("<think>")
     assert record["valid"] == is_strict and record["strict"] == float(is_strict)
-    assert record["lenient"] == float(is_strict or (text == "B. milk" and not truncated))
-    assert record["readable"] == (record["lenient"] == 1.0)
+    assert record["lenient"] == float(is_strict or text[0] == "B")
+    assert record["readable"] == (text != "It is B")
 
 
 def test_wilson_interval_by_hand():

@@ -11,25 +11,34 @@ from rmsd_fast.stages.evaluation_files import predictions_path, write_records
 
 
 def write(
-    path, scores: dict[str, float], *, frames: int = 64, parse: str = "strict", task: str = "mcq", **facts
+    path,
+    scores: dict[str, float],
+    *,
+    frames: int = 64,
+    parse: str = "strict",
+    task: str = "mcq",
+    benchmark: str | None = None,
+    **facts,
 ) -> str:
     """Write an evaluation of questions about 10 videos each with its predictions, and return its path."""
     records = [
         {
             **{"id": name, "task_type": task, "cluster": f"{int(name) // 2}.mp4", "groups": {"duration": "short"}},
+            **({"benchmark": benchmark} if benchmark else {}),
             **{"score": score, "strict": score, "lenient": score, "valid": True, "readable": True},
         }
         for name, score in scores.items()
     ]
     write_records(path.with_suffix(".predictions.jsonl"), records)
-    path.write_text(json.dumps({"parse": parse, "protocol": {"video": {"num_frames": frames}}, **facts}))
+    own = {"parse": parse, "protocol": {"video": {"num_frames": frames}}, "benchmark": benchmark}
+    path.write_text(json.dumps(own | facts))
     return str(path)
 
 
 def test_differences_are_paired_and_other_questions_are_named(tmp_path, capsys):
     half = {str(i): float(i % 2) for i in range(20)}
     base = write(tmp_path / "base.json", half, benchmark="mlvu")
-    better = write(tmp_path / "better.json", dict.fromkeys(map(str, range(2, 24)), 1.0), frames=16)
+    better = write(tmp_path / "better.json", dict.fromkeys(map(str, range(2, 24)), 1.0), frames=16, benchmark="mlvu")
     out = tmp_path / "comparison.json"
     assert evaluate.main(["--compare", base, better, "--output", str(out)]) == 0
     (difference,) = json.loads(out.read_text())["differences"].values()
@@ -43,7 +52,7 @@ def test_differences_are_paired_and_other_questions_are_named(tmp_path, capsys):
     assert "100.0 [ 71.4, 100.0]  n=22, videos=11  +50.0 [+50.0, +50.0]" in text
     assert "2 questions are only in" in text and "not in the difference: 20, 21, 22, 23" in text
     assert "evaluated differently: video.num_frames: 16, not 64" in text
-    assert f"ours on MLVU-MCQ, in percent: {base} 50.0, {better} 100.0" in text
+    assert f"{base}, mlvu, strict: mean 0.500\n" in text and f"{better}, mlvu, lenient: mean 1.000\n" in text
     assert "on MLVU-MCQ, in percent: Qwen3-VL-4B 72.4; SFT+RL, same budget 73.1; R-MSD 73.2" in text
 
 

@@ -52,6 +52,24 @@ def test_all_inputs_are_read_and_summarized(folder):
     assert len(alone.heldout) == 4 and alone.train == [] and alone.statistics == {}
 
 
+def test_held_out_questions_of_a_benchmark(folder):
+    rows = [
+        {"question_id": f"{n}", "videoID": "b", "question": "What?", "options": ["A. x", "B. y"], "answer": "B"}
+        for n in range(4)
+    ]
+    (folder / "rows.json").write_text(json.dumps(rows))
+    files = {"heldout": str(folder / "rows.json")}
+    settings = RunConfig(data=DataConfig(heldout=files["heldout"]), evaluate=EvaluateConfig(benchmark="videomme"))
+    (first, *_) = read_inputs(settings, files, {"heldout": ""}).heldout
+    assert first.videos == (str(folder / "b.mp4"),) and first.meta["benchmark"] == "videomme"
+    settings.evaluate.max_questions = 2
+    assert len(read_inputs(settings, files, {"heldout": ""}).heldout) == 2
+    # Generated questions are not a benchmark.
+    settings.data.heldout = ""
+    with pytest.raises(SettingsError, match="evaluate.benchmark=videomme: expected data.heldout, the benchmark's"):
+        read_inputs(settings, files, {"heldout": ""})
+
+
 def test_faults_of_all_files_are_reported_at_once_in_order(folder):
     box = {"id": "b", "videos": ["a.mp4"], "question": "Where?", "task_type": "spatial"}
     write(folder / "train.jsonl", box | {"answer": [0, 0, 1920, 1080]}, box | {"id": "c", "answer": [0, 0, 0.5, 0.5]})

@@ -77,6 +77,12 @@ def test_help_documents_every_field():
         (["teacher.min_quality=5"], "expected 0 to 1"),
         (["distill.tis_cap=-1"], "a number above 0"),
         (["evaluate.num_frames=1"], "evaluate.num_frames: expected at least 2"),
+        (["evaluate.benchmark=mmbench"], "evaluate.benchmark: expected one of "),
+        (["evaluate.prompt=benchmark"], "evaluate.prompt=benchmark: expected evaluate.benchmark"),
+        (
+            ["data.heldout=a.json", "evaluate.benchmark=mlvu", "data.format=rmsd"],
+            "data.format has no effect: evaluate.benchmark says how to read the questions",
+        ),
         (["made.questions_per_clip=9"], "expected 1 to 6"),
         (["made.tasks=[]"], "made.tasks: expected some of ['mcq', 'temporal', 'spatial', 'numeric', 'ocr', 'open']"),
         (["made.tasks=[ocr,open,mcq,ocr]"], "each at most once, got ['ocr', 'open', 'mcq', 'ocr']; set e.g."),

@@ -1,0 +1,137 @@
+"""Load a benchmark: read its annotation, check it, and compare the number of its questions with the published one."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+from rmsd_fast.config import BENCHMARKS, SettingsError
+from rmsd_fast.data.benchmarks import (
+    longvideobench,
+    mathverse,
+    mathvista,
+    mlvu,
+    videomme,
+    videommmu,
+    vstar,
+    worldsense,
+)
+from rmsd_fast.data.benchmarks.record import MediaFolder, Record
+from rmsd_fast.data.benchmarks.tables import annotation_files, read_rows
+from rmsd_fast.data.errors import DataError, several_faults
+from rmsd_fast.data.records import Question
+
+log = logging.getLogger("rmsd_fast")
+
+_READERS = {
+    "videomme": videomme,
+    "videommmu": videommmu,
+    "worldsense": worldsense,
+    "longvideobench": longvideobench,
+    "mlvu": mlvu,
+    "mathvista": mathvista,
+    "mathverse": mathverse,
+    "vstar": vstar,
+}
+
+
+def benchmark_files(name: str, path: str | os.PathLike) -> list[Path]:
+    """Return the annotation files that `load_benchmark` reads.
+
+    Raises:
+        DataError: the path is wrong.
+    """
+    return annotation_files(Path(path), _READERS[name].PATTERNS)
+
+
+def load_benchmark(
+    name: str,
+    path: str | os.PathLike,
+    *,
+    media_root: str | os.PathLike | None = None,
+    follow_symlinks: bool = False,
+    image_cache: str | os.PathLike | None = None,
+    check_count: bool = True,
+) -> list[Question]:
+    """Return the questions of a benchmark, including those whose media are missing.
+
+    `meta["benchmark"]` is the name, and `meta["groups"]` has the values of the breakdown groups by name.
+
+    Args:
+        name: one of BENCHMARKS.
+        path: the annotation: a file (JSON, JSONL, TSV, CSV, parquet), or the folder of the download.
+        media_root: folder that must contain all media, in any subfolders; None or "" means the folder of the
+            annotation.
+        follow_symlinks: whether symbolic links in the media root may point outside it.
+        image_cache: folder for images that the annotation contains; None or "" means
+            `$XDG_CACHE_HOME/rmsd_fast/benchmarks`. Each image is written once.
+        check_count: whether to warn if the number of questions differs from the published one.
+    Raises:
+        DataError: the path is wrong, a required field is missing or damaged, an id occurs twice, or a medium's path is
+            outside the root. Several faults of a file are reported together.
+        NotInstalled: the annotation is parquet, and pyarrow is not installed.
+        SettingsError: the benchmark is unknown.
+    """
+    if name not in BENCHMARKS:
+        raise SettingsError(f"evaluate.benchmark: expected one of {', '.join(BENCHMARKS)}, got {name!r}")
+    reader, path = _READERS[name], Path(path)
+    root = Path(media_root).absolute() if media_root else (path if path.is_dir() else path.parent).absolute()
+    if not root.is_dir():
+        raise DataError(
+            f"data.media_root: expected the folder of the media of {name}, got {root}, which does not exist"
+        )
+    cache = Path(image_cache) / "benchmark_images" if image_cache else _cache_folder()
+    media = MediaFolder(root, follow_symlinks=follow_symlinks, image_cache=(cache / name).absolute())
+    questions: list[Question] = []
+    faults: list[DataError] = []
+    unknown: Counter[str] = Counter()
+    places: dict[str, str] = {}
+    seen: Counter[str] = Counter()
+    for where, file, row in read_rows(benchmark_files(name, path)):
+        record = Record(where, file, row, media, seen)
+        try:
+            for question in reader.read(record):
+                if question.id in places:
+                    todo = f"it was already used at {places[question.id]}; remove one of the two"
+                    raise DataError.at(where, "id", "an id that occurs once", question.id, todo)
+                places[question.id] = where
+                questions.append(replace(question, meta={**question.meta, "benchmark": name}))
+        except DataError as error:
+            faults.append(error)
+            continue
+        unknown.update(record.unknown(reader.IGNORED))
+    if faults:
+        raise several_faults(path, faults, len(faults) + len(questions))
+    if not questions:
+        raise DataError(f"{path}: expected the annotation of {name}, got a file without rows; download it again")
+    _warn(name, path, unknown, len(questions) if check_count else None)
+    return questions
+
+
+def _warn(name: str, path: Path, unknown: Counter[str], count: int | None) -> None:
+    """Warn of fields that the reader does not know, and of a number of questions other than the published one."""
+    if unknown:
+        log.warning(
+            "%s: the reader of %s does not know the fields %s; the annotation may be newer, and other fields may have "
+            "another meaning",
+            path,
+            name,
+            ", ".join(map(repr, sorted(unknown))),
+        )
+    published = _READERS[name].COUNTS
+    if count is not None and count not in published:
+        log.warning(
+            "%s: %s has %s questions, got %s; scores are not comparable with published ones",
+            path,
+            name,
+            " or ".join(f"{number:,}" for number in published),
+            f"{count:,}",
+        )
+
+
+def _cache_folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "rmsd_fast" / "benchmarks"

@@ -1,0 +1,70 @@
+"""LongVideoBench (arXiv 2407.15754), validation: two to five options about videos of up to an hour, without subtitles.
+
+Annotations: `lvb_val.json`, parquet of the split `validation`, VLMEvalKit's TSV, or EasyVideoR1's
+`longvideobench.json`.
+Source of the prompt: lmms-eval 0.7.3, tasks/longvideobench.
+"""
+
+from __future__ import annotations
+
+from rmsd_fast.data.benchmarks.record import Record, lettered
+from rmsd_fast.data.records import Question
+
+PATTERNS = ("lvb_val.json", "**/validation*.parquet", "**/LongVideoBench.tsv", "**/longvideobench*.json*")
+COUNTS = (1337,)
+IGNORED = {"video_id", "index", "video", "subtitle_path", "starting_timestamp_for_subtitles", "view_count", "level"}
+IGNORED |= {"data_source", "process", "data_type", "original_question_type", "problem_type", "duration"}
+
+
+def read(record: Record) -> list[Question]:
+    """Return the question of a row."""
+    question = record.text("question", "problem")
+    options = record.options("candidates", "options") or _numbered(record)
+    path = record.text("video_path", "path")
+    prompt = "\n".join(
+        [question, *lettered(options), "Answer with the option's letter from the given choices directly.\n"]
+    )
+    return [
+        record.question(
+            record.need("id", "problem_id"),
+            question,
+            "mcq",
+            videos=(record.video("video_path", [path, f"videos/{path}"]),),
+            options=options,
+            answer=_answer(record, options),
+            prompt=prompt,
+            meta={
+                "groups": record.groups(
+                    duration_group=record.label("duration_group"),
+                    question_category=record.label("question_category"),
+                    topic_category=record.label("topic_category"),
+                )
+            },
+        )
+    ]
+
+
+def _numbered(record: Record) -> tuple[str, ...]:
+    """Return the options of the fields option0, option1, …; "N/A" and missing fields end the list."""
+    options = []
+    for number in range(10):
+        option = record.get(f"option{number}")
+        if option is None or option == "N/A":
+            continue
+        if len(options) < number:
+            raise record.fail(
+                f"option{number}", "no option after a missing one", option, "download the annotation again"
+            )
+        options.append(str(option))
+    if not options:
+        record.need("candidates", "options", "option0")
+    return tuple(options)
+
+
+def _answer(record: Record, options: tuple[str, ...]) -> str:
+    """Return the letter of `correct_choice`, an index from 0 that tables store as text, or of `solution`."""
+    choice = record.get("correct_choice")
+    if choice is None:
+        return record.letter(options, "answer", "solution")
+    record.row["correct_choice"] = int(record.number("correct_choice"))
+    return record.letter(options, "correct_choice")

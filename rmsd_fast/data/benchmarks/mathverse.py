@@ -1,0 +1,50 @@
+"""MathVerse (arXiv 2403.14624), testmini: every problem in five versions, with more and more of its text in the image.
+
+Annotations: parquet of CaraJ/MathVerse-lmmseval, or the authors' `testmini.json`. The prompt is the field `query_wo`,
+which asks for a direct answer.
+
+The field lets a language model extract and score the answers. Here, rules do, so scores of free-form answers are lower.
+"""
+
+from __future__ import annotations
+
+import re
+
+from rmsd_fast.data.benchmarks.record import Record
+from rmsd_fast.data.records import Question
+
+PATTERNS = ("**/testmini-*.parquet", "**/testmini*.parquet", "**/testmini.json")
+COUNTS = (3940,)
+IGNORED = {"question_for_eval", "query_cot", "problem_index"}
+VERSIONS = ("Text Dominant", "Text Lite", "Vision Intensive", "Vision Dominant", "Vision Only")
+_LETTER = re.compile(r"\s*\(?([A-H])\)?[.:]?\s*")
+
+
+def read(record: Record) -> list[Question]:
+    """Return the question of a row. In the version Vision Only, the image shows the question and its options."""
+    question = record.get("question")
+    version = record.text("problem_version")
+    if version not in VERSIONS:
+        raise record.fail("problem_version", f"one of {', '.join(VERSIONS)}", version, "leave other versions out")
+    image = record.image("image")
+    is_choice = record.text("question_type") == "multi-choice"
+    answer = record.plain_answer("answer")
+    if is_choice:
+        letter = _LETTER.fullmatch(answer)
+        if letter is None:
+            raise record.fail("answer", "a letter from A to H", answer, "download the annotation again")
+        answer = letter[1]
+    metadata = record.get("metadata")
+    metadata = metadata if isinstance(metadata, dict) else {}
+    groups = {name: str(metadata[name]) for name in ("subject", "subfield") if metadata.get(name)}
+    return [
+        record.question(
+            record.need("sample_index"),
+            question if isinstance(question, str) and question.strip() else "Answer the question that the image shows.",
+            "mcq" if is_choice else "exact",
+            images=(image,) if image else (),
+            answer=answer,
+            prompt=record.text("query_wo"),
+            meta={"groups": {"version": version, "question_type": record.text("question_type"), **groups}},
+        )
+    ]

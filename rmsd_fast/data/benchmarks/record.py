@@ -1,0 +1,297 @@
+"""Access the fields of one annotation row, find its media, and write images that the row contains."""
+
+from __future__ import annotations
+
+import ast
+import base64
+import binascii
+import hashlib
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from rmsd_fast.data.errors import DataError, short
+from rmsd_fast.data.marks import MARK
+from rmsd_fast.data.media_paths import media_paths
+from rmsd_fast.data.records import Question, parse_id
+from rmsd_fast.files import replacing, write_all
+from rmsd_fast.method.answers import bare_options, option_letters
+
+_ANSWER_TAGS = re.compile(r"\s*<answer>(.*)</answer>\s*", re.DOTALL)
+_IMAGE_TYPES = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpg", b"GIF8": "gif", b"BM": "bmp", b"RIFF": "webp"}
+
+
+class MediaFolder:
+    """The folder of a benchmark's media, whatever subfolders its download made.
+
+    Args:
+        root: absolute path of the folder.
+        follow_symlinks: whether symbolic links in it may point outside.
+        image_cache: folder for images that annotations contain.
+    """
+
+    def __init__(self, root: Path, *, follow_symlinks: bool, image_cache: Path) -> None:
+        self.root, self.follow_symlinks, self.image_cache = root, follow_symlinks, image_cache
+
+    @cached_property
+    def _by_name(self) -> dict[str, list[str]]:
+        """Paths of all files below the root by file name, relative to it."""
+        files: dict[str, list[str]] = {}
+        for folder, _, names in os.walk(self.root, followlinks=self.follow_symlinks):
+            for name in names:
+                files.setdefault(name, []).append(os.path.relpath(os.path.join(folder, name), self.root))
+        return files
+
+    def find(self, where: str, name: str, candidates: Sequence[str]) -> str:
+        """Return the absolute path of a medium.
+
+        It is the first candidate that exists, otherwise the only file below the root with the name of a candidate,
+        otherwise the first candidate, as a missing file.
+
+        Args:
+            where: location of the row.
+            name: field that names the medium.
+            candidates: paths relative to the root.
+        Raises:
+            DataError: the path is outside the root, or several files have the name.
+        """
+        # Unlike Path.is_file, os.path.isfile accepts names that are too long.
+        exists = next((path for path in candidates if os.path.isfile(self.root / path)), None)
+        if exists is None:
+            found = [file for path in candidates for file in self._by_name.get(os.path.basename(path), ())]
+            if len(set(found)) > 1:
+                todo = "set data.media_root to the folder of one copy"
+                raise DataError.at(where, name, "one file of this name below data.media_root", sorted(found)[:3], todo)
+            exists = found[0] if found else candidates[0]
+
+        def fail(_: str, expected: str, got: object, todo: str) -> DataError:
+            return DataError.at(where, name, expected, got, todo)
+
+        return media_paths([exists], name, self.root, self.follow_symlinks, fail)[0]
+
+    def write_image(self, where: str, name: str, data: bytes) -> str:
+        """Write an image into the cache folder, if it is not there yet, and return its path."""
+        kind = next((kind for start, kind in _IMAGE_TYPES.items() if data.startswith(start)), None)
+        if kind is None:
+            raise DataError.at(where, name, "a PNG, JPEG, GIF, BMP or WebP image", data[:8], "download the file again")
+        path = self.image_cache / f"{hashlib.sha256(data).hexdigest()[:32]}.{kind}"
+        if not path.is_file() or path.stat().st_size != len(data):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path, sync=False) as file:
+                write_all(file, data)
+        return str(path)
+
+
+class Record:
+    """One row of an annotation, with the names of the fields that were read.
+
+    Args:
+        where: location for messages.
+        file: file that contains the row.
+        row: the row; null values are missing fields.
+        media: folder of the media.
+        seen: number of earlier rows by name; see `nth`.
+    """
+
+    def __init__(self, where: str, file: Path, row: dict[str, Any], media: MediaFolder, seen: Counter[str]) -> None:
+        self.where, self.file, self.media, self._seen = where, file, media, seen
+        self.row = {name: value for name, value in row.items() if value is not None}
+        self.read: set[str] = set()
+
+    def fail(self, name: str, expected: str, got: object, todo: str) -> DataError:
+        return DataError.at(self.where, name, expected, got, todo)
+
+    def get(self, *names: str) -> Any:
+        """Return the first present field of several spellings, or None. All of them count as read."""
+        self.read |= set(names)
+        return next((self.row[name] for name in names if name in self.row), None)
+
+    def need(self, *names: str) -> Any:
+        """Return a required field.
+
+        Raises:
+            DataError: it is missing. The message lists the fields of the row, since a newer annotation may have renamed
+                it.
+        """
+        value = self.get(*names)
+        if value is None:
+            got = f"the fields {', '.join(map(repr, self.row)) or 'none'}"
+            raise DataError(
+                f"{self.where}: expected a field {' or '.join(map(repr, names))}, got {got}; check evaluate.benchmark "
+                "and data.heldout: the file may belong to another benchmark, or be newer than this reader"
+            )
+        return value
+
+    def text(self, *names: str) -> str:
+        """Return a required field that must be a text with content."""
+        value = self.need(*names)
+        if not isinstance(value, str) or not value.strip():
+            raise self.fail(names[0], "non-empty text", value, "download the annotation again")
+        return value
+
+    def label(self, *names: str) -> str | None:
+        """Return an optional field as the name of a group; the items of a list are joined."""
+        value = self.get(*names)
+        if isinstance(value, str) and value.strip().startswith("["):
+            value = self._literal(names[0], value)
+        if isinstance(value, list):
+            value = ", ".join(map(str, value))
+        return None if value is None or value == "" else str(parse_id(value))
+
+    def inner(self, name: str) -> Record:
+        """Return a record inside this one, from a field that is an object."""
+        self.read.add(name)
+        return Record(f"{self.where}: '{name}'", self.file, self.row[name], self.media, self._seen)
+
+    def nth(self, name: str) -> str:
+        """Return an id for rows without one: the name and the number of the row among those of this name, from 1."""
+        self._seen[name] += 1
+        return f"{name}#{self._seen[name]}"
+
+    def groups(self, **names: str | None) -> dict[str, str]:
+        """Return the groups whose values are not None."""
+        return {name: value for name, value in names.items() if value is not None}
+
+    def list(self, *names: str) -> list[Any] | None:
+        """Return an optional field that is a list, also if a table stores it as text; [] is None."""
+        value = self.get(*names)
+        if isinstance(value, str):
+            value = self._literal(names[0], value)
+        if value is not None and not isinstance(value, list):
+            raise self.fail(names[0], "a list", value, "download the annotation again")
+        return value or None
+
+    def options(self, *names: str) -> tuple[str, ...] | None:
+        """Return the options as published, with or without letters; None if there are none."""
+        options = self.list(*names)
+        if options is None:
+            return None
+        options = [str(option) if isinstance(option, int | float) else option for option in options]
+        if not 1 <= len(options) <= 26 or not all(isinstance(option, str) for option in options):
+            raise self.fail(names[0], "1 to 26 texts", options, "download the annotation again")
+        return tuple(options)
+
+    def choices(self, *names: str) -> tuple[str, ...]:
+        """Return the options of a question that must have some."""
+        options = self.options(*names)
+        if options is None:
+            self.need(*names)
+            raise self.fail(names[0], "at least one option", self.get(*names), "download the annotation again")
+        return options
+
+    def letter(self, options: Sequence[str] | None, *names: str) -> str:
+        """Return the letter of the right option, given by its letter, by its text, or by its index from 0.
+
+        A single letter is always a letter, even if another option has this text.
+        """
+        value = self.need(*names)
+        letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if options is None else option_letters(options)
+        if isinstance(value, int) and not isinstance(value, bool):
+            if options is not None and 0 <= value < len(options):
+                return letters[value]
+            raise self.fail(names[0], f"an index from 0 to {len(letters) - 1}", value, "download the annotation again")
+        text = value.strip() if isinstance(value, str) else ""
+        if tagged := _ANSWER_TAGS.fullmatch(text):
+            text = tagged[1].strip()
+        alone = text.strip("().").upper()
+        if len(alone) == 1 and alone in letters:
+            return alone
+        texts = [option.strip() for option in options or ()]
+        same = [
+            text in (option, bare) for option, bare in zip(texts, bare_options(texts) if texts else [], strict=True)
+        ]
+        if any(same):
+            return letters[same.index(True)]
+        raise self.fail(names[0], f"a letter among {letters} or an option", value, "download the annotation again")
+
+    def plain_answer(self, *names: str) -> str:
+        """Return a required answer that is a text or a number, without `<answer>` tags."""
+        value = self.need(*names)
+        value = str(parse_id(value)) if isinstance(value, int | float) else value
+        if tagged := _ANSWER_TAGS.fullmatch(value if isinstance(value, str) else ""):
+            value = tagged[1]
+        if not isinstance(value, str) or not value.strip():
+            raise self.fail(names[0], "a text or a number", value, "download the annotation again")
+        return value.strip()
+
+    def image(self, *names: str) -> str | None:
+        """Return the path of an optional image: a path, the bytes of an image, or its base64 text."""
+        value = self.get(*names)
+        if isinstance(value, dict):
+            value = value.get("bytes") or value.get("path")
+        if isinstance(value, str) and len(value) > 256:
+            try:
+                value = base64.b64decode(value, validate=True)
+            except (binascii.Error, ValueError):
+                raise self.fail(names[0], "a path or an image in base64", value, "download the file again") from None
+        if isinstance(value, bytes):
+            return self.media.write_image(self.where, names[0], value)
+        if value is None or (isinstance(value, str) and not value.strip()):
+            return None
+        return self.video(names[0], [value])
+
+    def video(self, name: str, candidates: Iterable[object]) -> str:
+        """Return the path of a medium below the media root; see `MediaFolder.find`."""
+        paths = [path for path in candidates if isinstance(path, str) and path.strip() and "\0" not in path]
+        if not paths:
+            raise self.fail(name, "the name of a file", self.row.get(name), "download the annotation again")
+        return self.media.find(self.where, name, [os.path.normpath(path) for path in paths])
+
+    def number(self, name: str, *, least: float = -math.inf) -> float:
+        """Return a required finite number of at least `least`, also if a table stores it as text."""
+        value = self.need(name)
+        try:
+            number = math.nan if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        if not math.isfinite(number) or number < least:
+            expected = "a number" if least == -math.inf else f"a number of at least {least:g}"
+            raise self.fail(name, expected, value, "download the annotation again")
+        return number
+
+    def question(self, identity: object, text: str, task: str, **fields: Any) -> Question:
+        """Return a question of this row.
+
+        Raises:
+            DataError: the id is not a text or a number, or the marks of media in a text are not one for each medium.
+        """
+        identity = parse_id(identity)
+        if not isinstance(identity, str) or not identity.strip():
+            raise self.fail("id", "a text or a number", identity, "download the annotation again")
+        question = Question(id=identity, question=text.strip(), task_type=task, **fields)
+        kinds = sorted(["video"] * len(question.videos) + ["image"] * len(question.images))
+        for shown in ("\n".join((question.question, *(question.options or ()))), question.prompt or ""):
+            marks = MARK.findall(shown)
+            if marks and sorted(marks) != kinds:
+                todo = "remove the marks from the text, or add the files"
+                raise self.fail("question", f"no marks of media, or one for each of {kinds}", marks, todo)
+        return question
+
+    def unknown(self, ignored: Iterable[str]) -> set[str]:
+        """Return the names of fields that were neither read nor are known to the reader."""
+        return {name for name in self.row if name not in self.read and name not in ignored}
+
+    def _literal(self, name: str, text: str) -> Any:
+        """Return the value of a list that a table stores as text, in JSON or as Python writes it."""
+        if not text.strip().startswith("["):
+            raise self.fail(name, "a list", text, "download the annotation again")
+        try:
+            return ast.literal_eval(text)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            # numpy writes lists without commas.
+            raise self.fail(name, "a list such as ['a', 'b']", short(text), "download the annotation again") from None
+
+
+def lettered(options: Sequence[str]) -> list[str]:
+    """Return the options as "A. text": unchanged if all of them begin like this, otherwise with this label."""
+    letters = option_letters(options)
+    if all(option.startswith(f"{letter}.") for letter, option in zip(letters, options, strict=True)):
+        return list(options)
+    bare = bare_options(options)
+    texts = options if bare == [option.strip() for option in options] else bare
+    return [f"{letter}. {text}" for letter, text in zip(letters, texts, strict=True)]

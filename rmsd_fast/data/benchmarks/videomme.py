@@ -1,0 +1,50 @@
+"""VideoMME (arXiv 2405.21075): four options, videos of three durations, without subtitles.
+
+Annotations: parquet of lmms-eval/Video-MME, `Video-MME.tsv` of VLMEvalKit, or EasyVideoR1's `videomme.json`.
+Source of the prompt: lmms-eval 0.7.3, tasks/videomme, the default without subtitles.
+"""
+
+from __future__ import annotations
+
+from rmsd_fast.data.benchmarks.record import Record, lettered
+from rmsd_fast.data.records import Question
+
+PATTERNS = ("**/test*.parquet", "**/Video-MME.tsv", "**/videomme*.json*")
+COUNTS = (2700,)
+IGNORED = {"video_id", "url", "index", "video_path", "subtitle_path", "subtitle", "data_source", "process"}
+IGNORED |= {"problem_id", "problem", "data_type", "problem_type", "original_question_type", "solution"}
+_PROMPT = (
+    "Select the best answer to the following multiple-choice question based on the video and the subtitles. Respond "
+    "with only the letter (A, B, C, or D) of the correct option.\n{question}\n{options}\n\n"
+    "Answer with the option's letter from the given choices directly."
+)
+
+
+def read(record: Record) -> list[Question]:
+    """Return the question of a row."""
+    question = record.text("question", "problem")
+    options = record.choices("options", "candidates")
+    video = record.text("videoID", "video")
+    names = [
+        f"{folder}{video}{end}" for folder in ("", "video/", "videos/", "data/") for end in (".mp4", ".MP4", ".mkv")
+    ]
+    identity = record.get("question_id")
+    return [
+        record.question(
+            record.nth(video) if identity is None else identity,
+            question,
+            "mcq",
+            videos=(record.video("videoID", [*names, record.get("path")]),),
+            options=options,
+            answer=record.letter(options, "answer", "solution"),
+            prompt=_PROMPT.format(question=question, options="\n".join(lettered(options))),
+            meta={
+                "groups": record.groups(
+                    duration=record.label("duration"),
+                    domain=record.label("domain"),
+                    sub_category=record.label("sub_category"),
+                    task_type=record.label("task_type"),
+                )
+            },
+        )
+    ]
