@@ -71,7 +71,7 @@ def evaluate(settings: RunConfig, world: World, stop: StopSignal, output: Path) 
     from rmsd_fast.data.media import MediaReader
     from rmsd_fast.files import write_text_atomic
     from rmsd_fast.runtime.process_group import on_main
-    from rmsd_fast.stages.answer_store import AnswerStore
+    from rmsd_fast.stages.answer_store import AnswerStore, delete_parts
     from rmsd_fast.stages.build import load
     from rmsd_fast.stages.evaluation import answer_questions
     from rmsd_fast.stages.evaluation_files import evaluation_of, write_records
@@ -96,7 +96,7 @@ def evaluate(settings: RunConfig, world: World, stop: StopSignal, output: Path) 
     result["protocol"]["model"] |= model
     write_records(path, records)
     write_text_atomic(output, json.dumps(result, indent=2) + "\n")
-    store.delete()
+    delete_parts(path)
     print(format_table(result))
 
 

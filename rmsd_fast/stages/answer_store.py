@@ -24,6 +24,16 @@ class OtherAnswers(UserError, RuntimeError):
     """Answers of an interrupted evaluation that had another model, other settings or other questions."""
 
 
+def delete_parts(path: Path) -> None:
+    """Delete the answers so far. Call it on the main process, after all answers are in `path` and stores are closed."""
+    for part in _parts(path):
+        part.unlink(missing_ok=True)
+
+
+def _parts(path: Path) -> list[Path]:
+    return sorted(path.parent.glob(f"{escape(path.name)}.part*"))
+
+
 class AnswerStore:
     """Answers so far. All processes create it together; close it at the end, or use it as a context manager.
 
@@ -39,7 +49,7 @@ class AnswerStore:
     """
 
     def __init__(self, path: Path, identity: dict[str, Any], world: World, *, discard: bool = False) -> None:
-        self._path, self._identity, self._world = path, json.loads(json.dumps(identity)), world
+        self._path, self._identity = path, json.loads(json.dumps(identity))
         self.done: dict[str, dict] = on_main(world, lambda: self._read_all(discard))
         own = self._part(world.rank)
         # The main process cannot see this file if it is on another node.
@@ -62,28 +72,23 @@ class AnswerStore:
         for record in records:
             self._lines.append(record)
 
-    def delete(self) -> None:
-        """Delete all parts. Call it on the main process, after all answers are written and the store is closed."""
-        for part in self._parts():
-            part.unlink(missing_ok=True)
-
     def _part(self, rank: int) -> Path:
         return self._path.with_name(f"{self._path.name}.part{rank}")
-
-    def _parts(self) -> list[Path]:
-        return sorted(self._path.parent.glob(f"{escape(self._path.name)}.part*"))
 
     def _read_all(self, discard: bool) -> dict[str, dict]:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         done: dict[str, dict] = {}
-        for part in self._parts():
+        for part in _parts(self._path):
             head, *records = self._read(part) or [{}]
             if not head:
                 # The process was killed while it wrote the first line, or that line is damaged.
                 part.unlink()
                 continue
             if head != {"answers_of": self._identity}:
-                self._refuse(part, head.get("answers_of"), discard)
+                # A file without answers is of a process that ended before its first batch.
+                if records:
+                    self._refuse(part, head.get("answers_of"), discard)
+                part.unlink()
                 continue
             for record in records:
                 done.setdefault(record["id"], record)
@@ -98,7 +103,6 @@ class AnswerStore:
                 f"got other ones ({text}); continue with those settings, write to another --output, or delete the file"
             )
         log.warning("%s: these answers have other settings (%s); the questions will be answered again", part, text)
-        part.unlink()
 
     def _read(self, part: Path) -> list[dict]:
         """Return the complete lines of a file up to the first damaged one."""

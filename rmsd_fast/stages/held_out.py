@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rmsd_fast.models.students import Student
 from rmsd_fast.runtime.process_group import on_main
 from rmsd_fast.setting_rules import uses_discriminator
-from rmsd_fast.stages.answer_store import AnswerStore
+from rmsd_fast.stages.answer_store import AnswerStore, delete_parts
 from rmsd_fast.stages.build import load
 from rmsd_fast.stages.evaluation import answer_questions
 from rmsd_fast.stages.evaluation_files import (
@@ -77,12 +77,11 @@ def _evaluate(
     settings, world = run.settings, run.world
     answered = on_main(world, lambda: read_predictions(run.folder, name, questions, settings) is None)
     records: list[dict] = []
-    store: AnswerStore | None = None
+    path = predictions_path(run.folder, name)
     if answered:
         identity = {**run_identity(settings, name), "questions": questions_digest(questions)}
         # With --allow-changes, a resumed run may have other settings.
-        parts = AnswerStore(predictions_path(run.folder, name), identity, world, discard=True)
-        with parts as store, open_student() as student:
+        with AnswerStore(path, identity, world, discard=True) as store, open_student() as student:
             records = answer_questions(
                 student, questions, settings, world, run.media, name=name, stop=run.stop, store=store
             )
@@ -90,9 +89,10 @@ def _evaluate(
 
     def write() -> None:
         nonlocal result
-        if store is not None:
+        if answered:
             write_predictions(run.folder, name, records)
-            store.delete()
+        # The run may have been killed between the two.
+        delete_parts(path)
         # Write it even if the answers already existed, because the run may have been killed between the two writes.
         result = write_evaluation(run.folder, questions, settings, simulated=run.material.simulated)
 

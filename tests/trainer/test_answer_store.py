@@ -14,7 +14,7 @@ from material import WORLD
 from train_runs import MINI, environment
 
 from rmsd_fast.runtime.process_group import World
-from rmsd_fast.stages.answer_store import AnswerStore, OtherAnswers
+from rmsd_fast.stages.answer_store import AnswerStore, OtherAnswers, delete_parts
 
 IDENTITY = {"model": {"path": "m", "hash": "1"}, "protocol": {"seed": 0, "versions": {"torch": "2"}}}
 
@@ -40,9 +40,7 @@ def test_answers_of_all_processes_are_found_by_any_number_of_them(tmp_path):
     part.write_text(f"{head}\n{json.dumps(record('c'))}\n{json.dumps(record('b'))}\n")
     assert fill(path, "d") == {name: record(name) for name in "abc"}
     assert set(fill(path)) == set("abcd")
-    with AnswerStore(path, IDENTITY, WORLD) as store:
-        pass
-    store.delete()
+    delete_parts(path)
     assert list(path.parent.iterdir()) == []
 
 
@@ -84,6 +82,17 @@ def test_answers_with_other_settings_are_refused(tmp_path, caplog):
     assert "will be answered again" in caplog.text
     with AnswerStore(path, other, WORLD) as store:
         assert set(store.done) == {"z"}
+
+
+def test_a_file_without_answers_refuses_nothing(tmp_path):
+    """The program may end before its first batch, for example because the model cannot be loaded."""
+    path = tmp_path / "x.jsonl"
+    fill(path)
+    with AnswerStore(path, {"model": "another"}, WORLD) as store:
+        assert store.done == {}
+        store.append([record("a")])
+    with AnswerStore(path, {"model": "another"}, WORLD) as store:
+        assert set(store.done) == {"a"}
 
 
 @pytest.mark.timeout(600)
