@@ -29,12 +29,12 @@ FAMILY = "Qwen3-VL"
 BATCH_TOKENS = 8192
 
 
-def check_family(student_family: str, path: str) -> None:
+def check_family(student_family: str, path: str, engine: str = "vllm") -> None:
     """Raise ModelError if the rollouts of a model family were not tested with vLLM."""
     if student_family != FAMILY:
         raise ModelError(
-            f"{path}: expected a {FAMILY} model with rollout.engine=vllm, got a {student_family} model; set "
-            "rollout.engine=hf"
+            f"{path}: expected a {FAMILY} model with rollout.engine={engine}, got a {student_family} model; "
+            "set rollout.engine=hf"
         )
 
 

@@ -32,6 +32,7 @@ from rmsd_fast.runtime.metrics import PhaseTimer
 from rmsd_fast.runtime.process_group import World
 from rmsd_fast.setting_rules import check_room, uses_discriminator, uses_reference
 from rmsd_fast.stages.material import Material
+from rmsd_fast.stages.rollout_servers import connect
 from rmsd_fast.stages.state import StageState
 from rmsd_fast.teacher.targets import Targets, build_targets
 
@@ -226,6 +227,8 @@ def make_rollouts(state: StageState, path: str, settings: RunConfig, world: Worl
             sleeps=True,
         )
         return CopyRollout(sampler, state.builder)
+    if rollout.engine == "vllm_server":
+        return CopyRollout(connect(path, settings, world), state.builder)
     if rollout.engine == "replay":
         return ReplayRollout(Path(rollout.replay), state.builder, rank=world.rank)
     return HfRollout(
