@@ -10,6 +10,7 @@ import queue
 import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -23,6 +24,7 @@ log = logging.getLogger("rmsd_fast")
 Result = TypeVar("Result")
 # Seconds between two looks for a signal while there is nothing to do.
 IDLE_S = 0.2
+_ENDS = "the server ends"
 
 
 class SteppedSampler(Sampler, Protocol):
@@ -54,6 +56,7 @@ class EngineLoop:
         self.engine = engine
         self._jobs: queue.SimpleQueue[tuple[Callable[[], Any], Future]] = queue.SimpleQueue()
         self._sampling: dict[int, Future[list[Completion]]] = {}
+        self._ended = False
 
     @property
     def busy(self) -> bool:
@@ -64,6 +67,8 @@ class EngineLoop:
         """Run `work` in the thread of the engine, and return its result or raise its error."""
         future: Future[Result] = Future()
         self._jobs.put((work, future))
+        if self._ended:
+            self._fail_jobs()
         return future.result()
 
     def sample(self, add: Callable[[], int]) -> list[Completion]:
@@ -84,7 +89,21 @@ class EngineLoop:
             future.set_exception(RolloutError(reason))
 
     def run(self, check: Callable[[], None]) -> None:
-        """Work until `check`, which is called between steps, raises."""
+        """Work until `check`, which is called between steps, raises. Calls that are waiting then fail."""
+        try:
+            self._run(check)
+        finally:
+            self._ended = True
+            self._fail_jobs()
+            for future in self._sampling.values():
+                future.set_exception(RolloutError(_ENDS))
+
+    def _fail_jobs(self) -> None:
+        with suppress(queue.Empty):
+            while True:
+                self._jobs.get_nowait()[1].set_exception(RolloutError(_ENDS))
+
+    def _run(self, check: Callable[[], None]) -> None:
         while True:
             check()
             self._run_jobs()
