@@ -405,18 +405,21 @@ class _Planner:
             state = self._vllm_state() if self.device == "cuda" else 0
             return {ROLLOUT: state + self._vllm_pass(), VISION: 2 * self._features(self.questions)}
         if uses_servers(self.settings):
-            held = self._sent() if self.device == "cpu" else 0
-            return {ROLLOUT: held, VISION: self._features(self.questions)}
+            if self.device == "cpu":
+                return {ROLLOUT: self._sent(), VISION: self._features(self.questions)}
+            # The features of a message are joined on the GPU.
+            return {VISION: self._features(self.questions) + self._features(self._messages)}
         return self._generation(min(rollout.prompts_per_batch, self.questions), rollout.n, rollout.max_new_tokens)
 
-    def _sent(self) -> int:
-        """Return the bytes in host memory of what is sent to servers: a bucket of weights, or requests with features.
-
-        Messages are encoded from a copy.
-        """
+    @property
+    def _messages(self) -> int:
+        """Return the number of questions that are sent to servers at once."""
         rollout = self.settings.rollout
-        requests = min(self.questions, rollout.prompts_per_batch * len(rollout.server_urls))
-        return 2 * max(BUCKET_BYTES, self.size.largest * self.width, self._features(requests))
+        return min(self.questions, rollout.prompts_per_batch * len(rollout.server_urls))
+
+    def _sent(self) -> int:
+        """Return the bytes in host memory of messages to servers: a bucket of weights, or questions with features."""
+        return max(BUCKET_BYTES, self.size.largest * self.width, self._features(self._messages))
 
     def _vllm_state(self) -> int:
         """Return the bytes that vLLM holds while it is awake: all weights, buffers for deepstack, and the KV cache."""

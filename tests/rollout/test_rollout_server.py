@@ -20,7 +20,7 @@ import rollout_servers
 import torch
 from material import tiny_material, tiny_settings
 from rollout_servers import ServerProcess, free_port, serving
-from train_runs import command, environment, forget_steps, metrics, mini_arguments, only_run, run_train
+from train_runs import MINI, command, environment, metrics, only_run, run_train
 
 from rmsd_fast.config import SettingsError
 from rmsd_fast.models.adapters import POLICY, adapted_layers
@@ -480,79 +480,70 @@ def test_settings_that_fit_or_not():
 
 
 def test_dry_runs(material, served):
-    path = material.inputs.model_path
-    made = settings_of(material, served.url, overrides=[f"model.path={path}"])
-    text, ready = describe_plan(made)
-    assert ready and f"rollout server {served.url}: vLLM none, on CPU" in text
-    url = f"http://127.0.0.1:{free_port()}"
-    text, ready = describe_plan(settings_of(material, url, overrides=[f"model.path={path}"]))
-    assert not ready and f"MISSING: rollout.server_urls: expected a rollout server at {url}, got no answer" in text
+    unused = f"http://127.0.0.1:{free_port()}"
+    for url, fits in ((served.url, True), (unused, False)):
+        own = [*SMALL, f"rollout.server_urls=[{url}]", f"model.path={material.inputs.model_path}"]
+        text, ready = describe_plan(load_settings("quickstart", own))
+        assert ready == fits
+        fault = f"MISSING: rollout.server_urls: expected a rollout server at {url}, got no answer"
+        assert (f"rollout server {url}: vLLM none, on CPU" if fits else fault) in text
 
 
 def run_arguments(tmp_path, *overrides):
-    """Return the arguments of a small run without the URL of its server."""
-    sizes = ("model.dtype=float32", "rollout.parity_every=1", "distill.lr=1e-2", "checkpoint.every_steps=2")
-    engine = ("rollout.engine=vllm_server", "runtime.zero_stage=1", "checkpoint.keep=9")
-    return mini_arguments(tmp_path / "runs", tmp_path / "made", *sizes, *engine, *overrides)
+    """Return the arguments of a run with stage 2 alone, without the URL of its server."""
+    small = [setting for setting in MINI if not setting.startswith(("stages", "sft.", "discriminator."))]
+    engine = ("rollout.engine=vllm_server", "rollout.parity_every=1", "model.dtype=float32", "distill.lr=1e-2")
+    folders = (f"output={tmp_path / 'runs'}", f"made.folder={tmp_path / 'made'}")
+    stages = ("stages=[distill]", "discriminator.head=random", "evaluate.max_questions=1", "checkpoint.every_steps=1")
+    return ["quickstart", *small, *engine, *folders, *stages, *overrides]
+
+
+def check_steps(run, count):
+    steps = [line for line in metrics(run) if line["stage"] == "distill"]
+    assert len(steps) == count and steps[-1]["policy/kl"] > 1e-6
+    assert all(line["parity/largest_difference"] < ROUNDING for line in steps)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("processes", "overrides"),
-    [(1, ()), (2, ("runtime.zero_stage=3",)), (2, LORA)],
-    ids=["one process", "two processes with ZeRO-3", "two processes with adapters"],
-)
-def test_runs(tmp_path, processes, overrides):
-    """Whole runs agree with their server, and a resumed one with a server that has been running all along."""
-    arguments = run_arguments(tmp_path, *overrides)
+def test_a_run_of_two_processes(tmp_path):
+    arguments = run_arguments(tmp_path, "runtime.zero_stage=3", "distill.steps=3")
     settings = load_settings(arguments[0], [*arguments[1:], "rollout.server_urls=[http://h:1]"])
     with serving(settings, model_path_of(settings)) as found:
-        done = run_train([*arguments, f"rollout.server_urls=[{found.url}]"], processes=processes)
+        done = run_train([*arguments, f"rollout.server_urls=[{found.url}]"], processes=2)
         assert done.returncode == 0, done.stderr[-3000:]
-        assert f"rollout server {found.url}: vLLM none, on CPU" in done.stdout
-        run = only_run(tmp_path / "runs")
-        before = metrics(run)
-        steps = [line for line in before if line["stage"] == "distill"]
-        assert len(steps) == 5 and steps[-1]["policy/kl"] > 1e-6
-        assert all(line["parity/largest_difference"] < ROUNDING for line in steps)
+        assert f"rollout server {found.url}: vLLM none, on CPU" in done.stdout + done.stderr
+        check_steps(only_run(tmp_path / "runs"), 3)
         assert owner_of(found) == ""
-        if processes > 1:
-            return
-        forget_steps(run, after=6)
-        done = run_train(["--resume", str(run)])
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert metrics(run) == before
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_server_that_is_killed_ends_the_run(tmp_path, processes):
-    """All processes end with one message, and the run continues with another server from its last checkpoint."""
-    arguments = run_arguments(tmp_path, "distill.steps=40")
+def test_a_server_that_is_killed_ends_the_run(tmp_path):
+    """Both processes end with one message, and the run continues with another server from its last checkpoint."""
+    arguments = run_arguments(tmp_path, "runtime.zero_stage=2", "distill.steps=200")
     helper, port = [sys.executable, rollout_servers.__file__, *arguments], free_port()
     arguments.append(f"rollout.server_urls=[http://127.0.0.1:{port}]")
     with ServerProcess(helper, tmp_path / "server.log", port=port) as found:
         run = subprocess.Popen(
-            command(arguments, processes=processes),
+            command(arguments, processes=2),
             env=environment(),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
         )
-        # After the checkpoint of the second step of stage 2.
-        while run.poll() is None and not list(tmp_path.glob("runs/*/checkpoints/step_000006")):
+        # After the checkpoint of the second step.
+        while run.poll() is None and not list(tmp_path.glob("runs/*/checkpoints/step_*2")):
             time.sleep(0.05)
         found.kill()
         _, errors = run.communicate(timeout=120)
     assert run.returncode, errors[-3000:]
-    assert "rmsd_fast.train: rollout server" in errors and "--resume" in errors and "Traceback" not in errors
-    assert errors.count("rmsd_fast.train: ") == 1, errors
-    # A new server has the weights of the generated student.
+    assert errors.count("rmsd_fast.train: rollout server") == 1 and "rmsd_fast/rollout" not in errors, errors[-3000:]
+    assert "continue the run with --resume" in errors
     folder = only_run(tmp_path / "runs")
     done_before = len(metrics(folder))
+    # The new server has the weights of the generated student.
+    steps = done_before + 2
     with ServerProcess(helper, tmp_path / "server.log", port=port):
-        done = run_train(["--resume", str(folder), "--allow-changes", "distill.steps=8"], processes=processes)
+        changed = ["--resume", str(folder), "--allow-changes", f"distill.steps={steps}"]
+        done = run_train(changed, processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
-    steps = [line for line in metrics(folder) if line["stage"] == "distill"]
-    assert done_before >= 6 and len(steps) == 8
-    assert all(line["parity/largest_difference"] < ROUNDING for line in steps)
+    check_steps(folder, steps)
