@@ -33,6 +33,7 @@ from rmsd_fast.setting_rules import check_together
 from rmsd_fast.settings import load_settings
 from rmsd_fast.stages import distill
 from rmsd_fast.stages.build import build_distillation
+from rmsd_fast.stages.checkup import examine
 from rmsd_fast.stages.material import model_path_of
 from rmsd_fast.stages.plan import describe_plan
 from rmsd_fast.stages.rollout_servers import check_servers
@@ -487,6 +488,24 @@ def test_dry_runs(material, served):
         assert ready == fits
         fault = f"MISSING: rollout.server_urls: expected a rollout server at {url}, got no answer"
         assert (f"rollout server {url}: vLLM none, on CPU" if fits else fault) in text
+
+
+def test_the_doctor(material, world, served):
+    """It connects to the servers as a run does. Without one, it says so before any other work."""
+    findings = []
+    examine(settings_of(material, served.url), world, 2, findings.append)
+    by_name = {finding.name: finding for finding in findings}
+    assert by_name["servers"].text == f"rollout server {served.url}: vLLM none, on CPU"
+    for name in ("servers", "log-probs", "media", "new weights"):
+        assert by_name[name].status == "ok", by_name[name]
+    assert by_name["new weights"].numbers["mean"] < ROUNDING
+    findings.clear()
+    examine(settings_of(material, f"http://127.0.0.1:{free_port()}"), world, 2, findings.append)
+    assert [(finding.name, finding.status) for finding in findings[-2:]] == [
+        ("servers", "fault"),
+        ("the rest", "skipped"),
+    ]
+    assert "got no answer" in findings[-2].text
 
 
 def run_arguments(tmp_path, *overrides):

@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib.util
 import signal
 import sys
+import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -152,31 +154,73 @@ def test_a_server_goes_on_after_a_run_that_ended_in_the_middle_of_its_rollouts(m
     again.rollouts.sampler.close()
 
 
-@pytest.mark.parametrize(
-    ("processes", "overrides"),
-    [(1, ("checkpoint.every_steps=2", "checkpoint.keep=9")), (2, ("runtime.zero_stage=3",)), (2, LORA)],
-    ids=["full", "two processes with ZeRO-3", "two processes with adapters"],
-)
-def test_runs(tmp_path, processes, overrides):
-    """Whole runs, and a resumed run with the server that has been running all along. SIGTERM ends a server."""
-    sizes = ("rollout.vllm_kv_cache_gib=0.1", "model.dtype=float32", "rollout.parity_every=1", "distill.lr=1e-2")
-    arguments = mini_arguments(tmp_path / "runs", tmp_path / "made", *sizes, "runtime.zero_stage=1", *overrides)
-    with ServerProcess(program(arguments[1:]), tmp_path / "server.log") as found:
-        engine = ["rollout.engine=vllm_server", f"rollout.server_urls=[{found.url}]"]
-        done = run_train([*arguments, *engine], processes=processes, timeout_s=600)
-        assert done.returncode == 0, done.stderr[-3000:]
-        run = only_run(tmp_path / "runs")
-        before = metrics(run)
-        steps = [line for line in before if line["stage"] == "distill"]
-        assert len(steps) == 5 and steps[-1]["policy/kl"] > 1e-6
-        assert all(line["parity/largest_difference"] < 1e-5 for line in steps)
-        if processes == 1:
-            forget_steps(run, after=6)
-            done = run_train(["--resume", str(run)], timeout_s=600)
-            assert done.returncode == 0, done.stderr[-3000:]
-            # Rounding depends on which requests are decoded together.
-            for line, expected in zip(metrics(run), before, strict=True):
-                numbers = {name: value for name, value in expected.items() if isinstance(value, float)}
-                assert {name: line[name] for name in numbers} == pytest.approx(numbers, rel=1e-3, abs=1e-5)
+RUN = ("rollout.vllm_kv_cache_gib=0.1", "model.dtype=float32", "rollout.parity_every=1", "distill.lr=1e-2")
+
+
+@pytest.fixture(scope="module")
+def mini(tmp_path_factory):
+    """Serve the student of small runs, one run after another. SIGTERM ends a server."""
+    folder = tmp_path_factory.mktemp("mini")
+    arguments = mini_arguments(folder / "runs", folder / "made", *RUN)
+    with ServerProcess(program(arguments[1:]), folder / "server.log") as found:
+        yield SimpleNamespace(url=found.url, made=folder / "made")
         assert found.end(signal.SIGTERM) == 0
         assert "stopped by SIGTERM" in found.log() and "Traceback" not in found.log()
+
+
+@pytest.mark.parametrize(
+    ("processes", "overrides"),
+    [
+        (1, ("runtime.zero_stage=1", "checkpoint.every_steps=2", "checkpoint.keep=9")),
+        (2, ("runtime.zero_stage=3",)),
+        (2, LORA),
+    ],
+    ids=["full", "two processes with ZeRO-3", "two processes with adapters"],
+)
+def test_runs(mini, tmp_path, processes, overrides):
+    """Whole runs, and a resumed run with the server that has been running all along."""
+    engine = ("rollout.engine=vllm_server", f"rollout.server_urls=[{mini.url}]")
+    arguments = mini_arguments(tmp_path / "runs", mini.made, *RUN, *engine, *overrides)
+    done = run_train(arguments, processes=processes, timeout_s=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    run = only_run(tmp_path / "runs")
+    before = metrics(run)
+    steps = [line for line in before if line["stage"] == "distill"]
+    assert len(steps) == 5 and steps[-1]["policy/kl"] > 1e-6
+    assert all(line["parity/largest_difference"] < 1e-5 for line in steps)
+    if processes > 1:
+        return
+    forget_steps(run, after=6)
+    done = run_train(["--resume", str(run)], timeout_s=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    # Rounding depends on which requests are decoded together.
+    for line, expected in zip(metrics(run), before, strict=True):
+        numbers = {name: value for name, value in expected.items() if isinstance(value, float)}
+        assert {name: line[name] for name in numbers} == pytest.approx(numbers, rel=1e-3, abs=1e-5)
+
+
+def test_a_server_that_is_killed_ends_the_run(material, world, tmp_path):
+    """A server that is killed while it samples, one that was started again, and a run with the new one."""
+    arguments = program([f"model.path={material.inputs.model_path}", *OVERRIDES])
+    with ServerProcess(arguments, tmp_path / "first.log") as first:
+        engine = ("rollout.engine=vllm_server", f"rollout.server_urls=[{first.url}]")
+        state = build(material, world, engine, "data.max_prompt_tokens=300", "rollout.max_new_tokens=200")
+        state.rollouts.update(state.policy, 0)
+        prompts = prompts_of(state, material)
+        long = replace(SAMPLING, n=8, max_new_tokens=200)
+        drawn = state.rollouts.sampler._pool.submit(state.rollouts.generate, state.student.model, prompts, long)
+        time.sleep(0.5)
+        assert not drawn.done()
+        first.kill()
+        with pytest.raises(RolloutError, match=f"rollout server {first.url}: expected an answer, got .*--resume"):
+            drawn.result(60)
+    with ServerProcess(arguments, tmp_path / "second.log", port=first.port):
+        with pytest.raises(
+            RolloutError, match="it was started again after the run had connected, and has lost the wei"
+        ):
+            state.rollouts.update(state.policy, 1)
+        state.rollouts.sampler.close()
+        again = build(material, world, engine)
+        again.rollouts.update(again.policy, 0)
+        assert len(again.rollouts.generate(again.student.model, prompts, SAMPLING)) == len(prompts)
+        again.rollouts.sampler.close()
