@@ -508,6 +508,26 @@ def test_the_doctor(material, world, served):
     assert "got no answer" in findings[-2].text
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--host", "0.0.0.0"], "rmsd_fast.serve_rollouts: --host: expected 127.0.0.1 without a token, since anybody"),
+        (["made.enabled=false"], "expected the package vllm, got none|model.path: expected a path, got nothing"),
+        (["rollout.n=0"], "rmsd_fast.serve_rollouts: .*rollout.n: expected"),
+        (["--port", "70000"], "expected a port from 1 to 65535, got '70000'"),
+    ],
+)
+def test_the_program_says_what_is_wrong(arguments, expected):
+    done = subprocess.run(
+        [sys.executable, "-m", "rmsd_fast.serve_rollouts", "quickstart", *arguments],
+        env={**environment(), "RMSD_ROLLOUT_TOKEN": ""},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 2 and re.search(expected, done.stderr) and "Traceback" not in done.stderr, done.stderr
+
+
 def run_arguments(tmp_path, *overrides):
     """Return the arguments of a run with stage 2 alone, without the URL of its server."""
     small = [setting for setting in MINI if not setting.startswith(("stages", "sft.", "discriminator."))]
