@@ -140,11 +140,14 @@ def test_a_server_goes_on_after_a_run_that_ended_in_the_middle_of_its_rollouts(m
     state.rollouts.update(state.policy, 0)
     prompts = prompts_of(state, material)
     ((connection, response),) = state.rollouts.sampler._connections
-    drawn = state.rollouts.sampler._pool.submit(state.rollouts.generate, state.student.model, prompts, SAMPLING)
+    long = replace(SAMPLING, n=8, max_new_tokens=200)
+    drawn = state.rollouts.sampler._pool.submit(state.rollouts.generate, state.student.model, prompts, long)
+    time.sleep(0.5)
+    assert not drawn.done()
     response.close()
     connection.close()
-    # The rollouts may have been complete before the server noticed.
-    assert drawn.exception(60) is None or "has ended" in str(drawn.exception())
+    with pytest.raises(RolloutError, match=f"rollout server {served.url}: the (connection of the )?run has ended"):
+        drawn.result(60)
     state.rollouts.sampler.close()
     again = build(material, world, ("rollout.engine=vllm_server", f"rollout.server_urls=[{served.url}]"))
     with pytest.raises(RolloutError, match="it holds those of no complete update"):
