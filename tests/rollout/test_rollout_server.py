@@ -34,7 +34,6 @@ from rmsd_fast.settings import load_settings
 from rmsd_fast.stages import distill
 from rmsd_fast.stages.build import build_distillation
 from rmsd_fast.stages.checkup import examine
-from rmsd_fast.stages.material import model_path_of
 from rmsd_fast.stages.plan import describe_plan
 from rmsd_fast.stages.rollout_servers import check_servers
 
@@ -536,28 +535,13 @@ def run_arguments(tmp_path, *overrides):
     return ["quickstart", *small, *engine, *folders, *stages, *overrides]
 
 
-def check_steps(run, count):
-    steps = [line for line in metrics(run) if line["stage"] == "distill"]
-    assert len(steps) == count and steps[-1]["policy/kl"] > 1e-6
-    assert all(line["parity/largest_difference"] < ROUNDING for line in steps)
-
-
-@pytest.mark.slow
-def test_a_run_of_two_processes(tmp_path):
-    arguments = run_arguments(tmp_path, "runtime.zero_stage=3", "distill.steps=3")
-    settings = load_settings(arguments[0], [*arguments[1:], "rollout.server_urls=[http://h:1]"])
-    with serving(settings, model_path_of(settings)) as found:
-        done = run_train([*arguments, f"rollout.server_urls=[{found.url}]"], processes=2)
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert f"rollout server {found.url}: vLLM none, on CPU" in done.stdout + done.stderr
-        check_steps(only_run(tmp_path / "runs"), 3)
-        assert owner_of(found) == ""
-
-
 @pytest.mark.slow
 def test_a_server_that_is_killed_ends_the_run(tmp_path):
-    """Both processes end with one message, and the run continues with another server from its last checkpoint."""
-    arguments = run_arguments(tmp_path, "runtime.zero_stage=2", "distill.steps=200")
+    """Both processes end with one message, and the run continues with another server from its last checkpoint.
+
+    Under ZeRO-3, both must gather all weights also if they cannot be sent.
+    """
+    arguments = run_arguments(tmp_path, "runtime.zero_stage=3", "distill.steps=200")
     helper, port = [sys.executable, rollout_servers.__file__, *arguments], free_port()
     arguments.append(f"rollout.server_urls=[http://127.0.0.1:{port}]")
     with ServerProcess(helper, tmp_path / "server.log", port=port) as found:
@@ -585,4 +569,7 @@ def test_a_server_that_is_killed_ends_the_run(tmp_path):
         changed.append(f"rollout.server_urls=[{other.url}]")
         done = run_train(changed, processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
-    check_steps(folder, steps)
+    assert f"rollout server {other.url}: vLLM none, on CPU" in done.stdout + done.stderr
+    lines = [line for line in metrics(folder) if line["stage"] == "distill"]
+    assert len(lines) == steps and lines[-1]["policy/kl"] > 1e-6
+    assert all(line["parity/largest_difference"] < ROUNDING for line in lines)
