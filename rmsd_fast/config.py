@@ -371,17 +371,22 @@ class RewardConfig:
 
 @dataclass
 class RolloutConfig:
-    """Online responses of the student, sampled in the training process."""
+    """Online responses of the student."""
 
     n: int = number(8, least=1)
     """N, rollouts per question (2603.11423: 8)."""
-    engine: str = choice("hf", of=("hf", "vllm", "replay"))
+    engine: str = choice("hf", of=("hf", "vllm", "vllm_server", "replay"))
     """`hf` = transformers, with the model that is trained; `vllm` = vLLM, with a copy of it that is updated in each
-    step (extra `vllm`; not with Qwen2.5-VL or `model.quantize`); or `replay` = they are read from `rollout.replay`,
-    and nothing is generated. Evaluations always use `hf`."""
+    step (extra `vllm`; not with Qwen2.5-VL or `model.quantize`); `vllm_server` = the same in other processes, on other
+    GPUs or machines, at `rollout.server_urls`; or `replay` = they are read from `rollout.replay`, and nothing is
+    generated. Evaluations always use `hf`."""
     vllm_kv_cache_gib: float = number(8.0, above=0)
-    """Size of vLLM's KV cache in GiB, on the device of each process. vLLM also holds a copy of the weights there; on a
-    GPU, both are there only during rollouts."""
+    """Size of vLLM's KV cache in GiB, on the device of each process or, with `rollout.engine=vllm_server`, of each
+    server. vLLM also holds a copy of the weights there; on a GPU of the training, both are there only during
+    rollouts."""
+    server_urls: list[str] = field(default_factory=list)
+    """With `rollout.engine=vllm_server`: the servers that `rmsd_fast.serve_rollouts` has started, such as
+    [http://127.0.0.1:8400]. All processes spread their questions over all servers."""
     temperature: float = number(0.8, above=0)
     """Sampling temperature; every log-prob of the loss uses the same temperature (GAD 2511.10643)."""
     max_new_tokens: int = number(1024, least=1)

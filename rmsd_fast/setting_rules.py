@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from urllib.parse import urlsplit
 
 from rmsd_fast.config import (
     ACCURACY_STEPS,
@@ -32,8 +33,13 @@ def makes_rollouts(settings: RunConfig) -> bool:
 
 
 def uses_vllm(settings: RunConfig) -> bool:
-    """Return whether any stage samples its rollouts with vLLM."""
+    """Return whether any stage samples its rollouts with vLLM in the training process."""
     return makes_rollouts(settings) and settings.rollout.engine == "vllm"
+
+
+def uses_servers(settings: RunConfig) -> bool:
+    """Return whether any stage samples its rollouts with servers."""
+    return makes_rollouts(settings) and settings.rollout.engine == "vllm_server"
 
 
 def warm_up_steps(settings: RunConfig) -> int:
@@ -109,11 +115,12 @@ def check_together(settings: RunConfig) -> None:
             settings, settings.rollout.max_new_tokens + 1, "a rollout of rollout.max_new_tokens and its end token"
         )
         _check_replay(settings.rollout)
-    if uses_vllm(settings) and settings.model.quantize != "none":
+        _check_servers(settings.rollout)
+    if (uses_vllm(settings) or uses_servers(settings)) and settings.model.quantize != "none":
         raise SettingsError(
             "rollout.engine: expected hf with model.quantize, since vLLM would sample with weights that are not "
-            f"quantized, got vllm with model.quantize={settings.model.quantize}; set rollout.engine=hf or "
-            "model.quantize=none"
+            f"quantized, got {settings.rollout.engine} with model.quantize={settings.model.quantize}; set "
+            "rollout.engine=hf or model.quantize=none"
         )
     _check_made(settings.made)
     _check_adapter(settings)
@@ -159,6 +166,37 @@ def _check_replay(rollout: RolloutConfig) -> None:
             f"rollout.dump: expected nothing with rollout.engine=replay, since rollout.replay={rollout.replay} already "
             f"has these rollouts, got {rollout.dump}; leave rollout.dump empty"
         )
+
+
+def _check_servers(rollout: RolloutConfig) -> None:
+    serves, urls = rollout.engine == "vllm_server", rollout.server_urls
+    if serves and not urls:
+        raise SettingsError(
+            "rollout.server_urls: expected one or more URLs with rollout.engine=vllm_server, got none; start a server "
+            "with python -m rmsd_fast.serve_rollouts, and set rollout.server_urls=[http://127.0.0.1:8400]"
+        )
+    if urls and not serves:
+        raise SettingsError(
+            f"rollout.engine: expected vllm_server with rollout.server_urls={urls}, got {rollout.engine}; set "
+            "rollout.engine=vllm_server, or leave rollout.server_urls empty"
+        )
+    for url in urls:
+        if not _is_address(url):
+            raise SettingsError(
+                f"rollout.server_urls: expected http://<host>:<port>, got {url!r}; set e.g. "
+                "rollout.server_urls=[http://127.0.0.1:8400]"
+            )
+    if len(set(urls)) < len(urls):
+        raise SettingsError(f"rollout.server_urls: expected different servers, got {urls}; name each of them once")
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        plain = parts.path in ("", "/") and not (parts.query or parts.fragment or parts.username or parts.password)
+        return parts.scheme == "http" and bool(parts.hostname) and bool(parts.port) and plain
+    except ValueError:
+        return False
 
 
 def _check_adapter(settings: RunConfig) -> None:
@@ -339,7 +377,7 @@ def refuse_useless(settings: RunConfig, written_keys: list[str], where: str) -> 
         ([*of_rollouts, "reward."], not rolls_out, "no stage samples rollouts; add warm_up or distill to stages"),
         (
             ["rollout.vllm_kv_cache_gib"],
-            settings.rollout.engine != "vllm",
+            settings.rollout.engine not in ("vllm", "vllm_server"),
             f"rollout.engine={settings.rollout.engine} has no cache of this size; set rollout.engine=vllm",
         ),
         (

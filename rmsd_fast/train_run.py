@@ -33,6 +33,7 @@ from rmsd_fast.stages.held_out import evaluate
 from rmsd_fast.stages.material import prepare_material
 from rmsd_fast.stages.memory_advice import check_memory
 from rmsd_fast.stages.rollout_dump import begin_dump, check_replay_start, dump_folder
+from rmsd_fast.stages.rollout_servers import check_servers
 from rmsd_fast.stages.run import (
     Step,
     TrainingRun,
@@ -71,6 +72,7 @@ def train(
     """
     material = prepare_material(settings, world)
     notes = on_main(world, lambda: check_replay_start(settings, material, resume))
+    notes += on_main(world, lambda: check_servers(settings, material.model_path))
     notes += on_main(world, lambda: _plan_memory(settings, material.model_path, world))
     with dump_folder(settings, world, resume), run_folder(settings, world, resume) as folder:
         stop.run_folder = folder

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = {"deepspeed", "transformers", "trl", "verl", "vllm"}
-PROGRAMS = {"train", "collect", "evaluate", "report", "doctor", "pool", "lab"}
+PROGRAMS = {"train", "collect", "evaluate", "report", "doctor", "pool", "lab", "serve"}
 
 # A part may import parts of a lower level. `rmsd_fast` itself (the package file) has level 0.
 LEVELS = {
@@ -59,6 +59,7 @@ SAME_LEVEL = {
     ("models", "data"),
     ("rollout", "data"),
     ("rollout", "models"),
+    ("rollout", "runtime"),  # An error of one process ends all.
     ("made", "data"),
     ("made", "teacher"),
     ("made", "models"),

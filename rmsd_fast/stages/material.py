@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from errno import EACCES, EPERM, EROFS
@@ -31,7 +32,7 @@ from rmsd_fast.rollout.vllm_process import check_vllm
 from rmsd_fast.runtime.engine import import_adamw_8bit
 from rmsd_fast.runtime.process_group import World, on_main
 from rmsd_fast.runtime.trackers import check_trackers
-from rmsd_fast.setting_rules import makes_rollouts, uses_vllm
+from rmsd_fast.setting_rules import makes_rollouts, uses_servers, uses_vllm
 from rmsd_fast.stages.inputs import Inputs, read_inputs
 from rmsd_fast.teacher.pool import load_pool
 from rmsd_kernels.implementations import resolve_impl
@@ -103,21 +104,35 @@ def prepare_material(settings: RunConfig, world: World, *, training: bool = True
     return Material(**vars(inputs), model_path=model_path, files=files)
 
 
+def model_path_of(settings: RunConfig) -> str:
+    """Return the folder or Hub name of the model that a run starts from. With `made.enabled`, it may be generated.
+
+    Raises:
+        SettingsError: no model is given.
+    """
+    if settings.model.path:
+        return settings.model.path
+    if not settings.made.enabled:
+        raise SettingsError("model.path: expected a path, got nothing; set model.path=… or made.enabled=true")
+    return _make_locked(settings)["student"]
+
+
 def check_model(folder: Path, settings: RunConfig, *, training: bool) -> ModelFolder:
     """Return the contents of a model folder.
 
     Raises:
         ModelError: the folder cannot be used, or not with `rollout.engine`.
-        SettingsError: with `rollout.engine=vllm`, prompts and responses are too long for the model or the KV cache.
+        SettingsError: with vLLM, prompts and responses are too long for the model or, in this process, the KV cache.
     """
     model = open_folder(folder)
-    if training and uses_vllm(settings):
-        check_family(family_of(model.config).title, str(folder))
+    if training and (uses_vllm(settings) or uses_servers(settings)):
+        check_family(family_of(model.config).title, str(folder), settings.rollout.engine)
         check_length(
             model.config.text_config,
             dtype=settings.model.dtype,
             max_tokens=settings.data.max_prompt_tokens + settings.rollout.max_new_tokens,
-            kv_cache_gib=settings.rollout.vllm_kv_cache_gib,
+            # The cache of a server may be larger than this recipe says.
+            kv_cache_gib=settings.rollout.vllm_kv_cache_gib if uses_vllm(settings) else math.inf,
         )
     return model
 

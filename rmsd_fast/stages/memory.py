@@ -29,11 +29,12 @@ from rmsd_fast.models.pass_memory import (
     count_vision,
 )
 from rmsd_fast.models.quantize import BYTES_PER_WEIGHT, quantizable_layers
+from rmsd_fast.rollout.protocol import BUCKET_BYTES
 from rmsd_fast.rollout.shared_cache import BLOCK, PrefixCache
 from rmsd_fast.rollout.vllm import batch_tokens
 from rmsd_fast.runtime.engine import LARGEST_BUCKET
 from rmsd_fast.runtime.engine_memory import EngineMemory, engine_memory
-from rmsd_fast.setting_rules import uses_discriminator, uses_reference, uses_vllm
+from rmsd_fast.setting_rules import uses_discriminator, uses_reference, uses_servers, uses_vllm
 
 GIB = 2**30
 WEIGHTS, GRADIENTS, OPTIMIZER, BUCKETS, ROLLOUT, MEDIA, CONTEXT = (
@@ -311,7 +312,8 @@ class _Planner:
 
     def _gathered(self) -> dict[str, int]:
         """Return the bytes of weights that ZeRO-3 gathers for rollouts, beyond those that it gathers for passes."""
-        if self.settings.runtime.zero_stage != 3 or uses_vllm(self.settings):
+        settings = self.settings
+        if settings.runtime.zero_stage != 3 or uses_vllm(settings) or uses_servers(settings):
             return {}
         more = self.size.total - _MOST_GATHERED
         return {WEIGHTS: self.width * max(0, more)}
@@ -402,7 +404,22 @@ class _Planner:
         if uses_vllm(self.settings):
             state = self._vllm_state() if self.device == "cuda" else 0
             return {ROLLOUT: state + self._vllm_pass(), VISION: 2 * self._features(self.questions)}
+        if uses_servers(self.settings):
+            if self.device == "cpu":
+                return {ROLLOUT: self._sent(), VISION: self._features(self.questions)}
+            # The features of a message are joined on the GPU.
+            return {VISION: self._features(self.questions) + self._features(self._messages)}
         return self._generation(min(rollout.prompts_per_batch, self.questions), rollout.n, rollout.max_new_tokens)
+
+    @property
+    def _messages(self) -> int:
+        """Return the number of questions that are sent to servers at once."""
+        rollout = self.settings.rollout
+        return min(self.questions, rollout.prompts_per_batch * len(rollout.server_urls))
+
+    def _sent(self) -> int:
+        """Return the bytes in host memory of messages to servers: a bucket of weights, or questions with features."""
+        return max(BUCKET_BYTES, self.size.largest * self.width, self._features(self._messages))
 
     def _vllm_state(self) -> int:
         """Return the bytes that vLLM holds while it is awake: all weights, buffers for deepstack, and the KV cache."""
@@ -495,6 +512,8 @@ class _Planner:
             if uses_vllm(self.settings) and self.stage in ("warm_up", "distill"):
                 # vLLM keeps its weights in host memory while it sleeps.
                 host += self.size.total * self.width
+            if uses_servers(self.settings) and self.stage in ("warm_up", "distill"):
+                host += self._sent()
         return StagePlan(phases, host)
 
 

@@ -13,12 +13,13 @@ from rmsd_fast.data.errors import counted
 from rmsd_fast.files import file_digest
 from rmsd_fast.models.folders import find_folder
 from rmsd_fast.runtime.trackers import missing_trackers
-from rmsd_fast.setting_rules import uses_discriminator
+from rmsd_fast.setting_rules import uses_discriminator, uses_servers
 from rmsd_fast.stages.inputs import read_inputs
 from rmsd_fast.stages.material import check_batches, check_model, check_packages
 from rmsd_fast.stages.memory import GIB, plan_memory
 from rmsd_fast.stages.memory_advice import device_room, fit_lines
 from rmsd_fast.stages.rollout_dump import plan_rollout_files
+from rmsd_fast.stages.rollout_servers import describe_servers
 
 
 def describe_plan(settings: RunConfig, gpu_gib: float | None = None, resume: Path | None = None) -> tuple[str, bool]:
@@ -63,6 +64,11 @@ def describe_plan(settings: RunConfig, gpu_gib: float | None = None, resume: Pat
         settings, folder, file_digest(train) if os.path.isfile(train) else "", resume
     )
     present, missing = [*present, *about_dump], [*missing, *no_dump]
+    if uses_servers(settings) and folder is not None:
+        try:
+            present += describe_servers(settings, folder)
+        except UserError as error:
+            missing.append(str(error))
     if gpu_gib is not None and folder is None:
         missing.append("--gpu-gib: a model.path whose config.json is here; without one, the memory is not planned")
     lines += [f"  {line}" for line in present]

@@ -16,6 +16,7 @@ from rmsd_fast.models.policy import Policy
 from rmsd_fast.models.students import freeze, load_student
 from rmsd_fast.rollout import vllm, vllm_process, weights
 from rmsd_fast.rollout.base import Sampling
+from rmsd_fast.rollout.samples import request_seed
 from rmsd_fast.rollout.weights import bit_sum, group_sums, source_weights, stream, weight_group
 from rmsd_fast.runtime.engine import Engine
 from rmsd_fast.runtime.process_group import start, stop
@@ -152,8 +153,8 @@ def test_the_policy_of_a_shared_backbone_is_merged_without_the_discriminator(fol
 BANNED = torch.tensor([1, 3])
 
 
-def row(seed, ids=(), prompt=0):
-    return SimpleNamespace(seed=seed, extra_args={vllm_process.PROMPT_INDEX: prompt}), None, list(ids)
+def row(seed, ids=(), request=0):
+    return SimpleNamespace(seed=seed, extra_args={vllm_process.REQUEST: request}), None, list(ids)
 
 
 def batch(removed=(), added=(), moved=()):
@@ -224,7 +225,7 @@ def test_two_copies_of_a_question_keep_their_own_values():
     """They have the same seed, and their logits differ as rounding may make them."""
     mask = vllm_process.BannedMask(torch.tensor([0]), eos_id=1)
     mask.begin(1.0)
-    mask.update_rows(batch(added=[(0, row(9, prompt=2)), (1, row(9, prompt=5))]))
+    mask.update_rows(batch(added=[(0, row(9, request=2)), (1, row(9, request=5))]))
     mask.apply(torch.tensor([[0.25, 0.75], [0.5, 0.5]]).log())
     expected = {(2, 9, 0): pytest.approx(math.log(0.75)), (5, 9, 0): pytest.approx(math.log(0.5))}
     assert mask.take() == expected
@@ -232,12 +233,12 @@ def test_two_copies_of_a_question_keep_their_own_values():
 
 def test_seeds_depend_on_run_step_and_question():
     sampling = Sampling(n=8, temperature=1.0, max_new_tokens=1, seed=3, step=4)
-    seeds = {vllm._seed(sampling, "q")}
+    seeds = {request_seed(sampling, "q")}
     for other in (Sampling(8, 1.0, 1, 3, 5), Sampling(8, 1.0, 1, 4, 4)):
-        seeds.add(vllm._seed(other, "q"))
-    seeds.add(vllm._seed(sampling, "p"))
+        seeds.add(request_seed(other, "q"))
+    seeds.add(request_seed(sampling, "p"))
     assert len(seeds) == 4 and all(0 <= seed < 2**62 for seed in seeds)
-    assert vllm._seed(sampling, "q") == vllm._seed(Sampling(2, 0.5, 9, 3, 4), "q")
+    assert request_seed(sampling, "q") == request_seed(Sampling(2, 0.5, 9, 3, 4), "q")
 
 
 @pytest.mark.parametrize(("installed", "accepted"), [("0.32.0", True), ("0.32.9+cpu", True), ("0.31.2", False)])

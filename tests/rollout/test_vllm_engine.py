@@ -26,9 +26,11 @@ from rmsd_fast.models.adapters import POLICY, adapted_layers
 from rmsd_fast.models.export import export_student
 from rmsd_fast.models.shared_prefix import disable_shared_prefix, enable_shared_prefix
 from rmsd_fast.models.students import embed, encode_media, load_student
-from rmsd_fast.rollout import vllm, vllm_process
+from rmsd_fast.rollout import vllm_process
 from rmsd_fast.rollout.base import RolloutError, Sampling
+from rmsd_fast.rollout.copied import check_sums
 from rmsd_fast.rollout.hf import HfRollout
+from rmsd_fast.rollout.weights import group_sums, source_weights, stream, to_host
 from rmsd_fast.runtime.metrics import PhaseTimer
 from rmsd_fast.runtime.process_group import start, stop
 from rmsd_fast.stages import distill
@@ -234,9 +236,9 @@ def test_a_skipped_sync_is_caught(state, prompts, monkeypatch):
     nudge(state)
 
     def pretend(weights):
-        return {state.rollouts._name_of(name) for name, _ in weights}
+        return {state.rollouts.sampler._name_of(name) for name, _ in weights}
 
-    monkeypatch.setattr(state.rollouts._model, "load_weights", pretend)
+    monkeypatch.setattr(state.rollouts.sampler._model, "load_weights", pretend)
     expected = r"rollout step 1: expected the policy's weights in vLLM, got others in layers.1 \(1 of 4 groups\)"
     with pytest.raises(RolloutError, match=expected):
         state.rollouts.update(state.policy, 1)
@@ -247,36 +249,41 @@ def test_a_skipped_sync_is_caught(state, prompts, monkeypatch):
 
 
 def test_a_partial_sync_is_caught(state, monkeypatch):
-    load, left_out = state.rollouts._model.load_weights, "model.language_model.layers.0.mlp.down_proj.weight"
+    load, left_out = state.rollouts.sampler._model.load_weights, "model.language_model.layers.0.mlp.down_proj.weight"
     monkeypatch.setattr(
-        state.rollouts._model, "load_weights", lambda weights: load(pair for pair in weights if pair[0] != left_out)
+        state.rollouts.sampler._model,
+        "load_weights",
+        lambda weights: load(pair for pair in weights if pair[0] != left_out),
     )
     with pytest.raises(RolloutError, match=r"expected 18 to be loaded, got 17; first difference: .*0.mlp.down_proj"):
         state.rollouts.update(state.policy, 1)
 
 
 def test_a_sync_that_stops_early_is_caught(state, monkeypatch):
-    load = state.rollouts._model.load_weights
-    names = {state.rollouts._name_of(source.name) for source in vllm.source_weights(state.policy)}
+    load = state.rollouts.sampler._model.load_weights
+    names = {state.rollouts.sampler._name_of(source.name) for source in source_weights(state.policy)}
 
     def stop_early(weights):
         load([next(weights)])
         return names
 
-    monkeypatch.setattr(state.rollouts._model, "load_weights", stop_early)
-    with pytest.raises(RolloutError, match="expected vLLM to take 24 weights, it took 0"):
+    monkeypatch.setattr(state.rollouts.sampler._model, "load_weights", stop_early)
+    with pytest.raises(RolloutError, match="weights in vLLM: expected it to take 24, it took 0"):
         state.rollouts.update(state.policy, 1)
 
 
 def test_swapped_layers_are_caught(state, monkeypatch):
-    load, other = state.rollouts._model.load_weights, {"layers.0.": "layers.1.", "layers.1.": "layers.0."}
+    model, other = state.rollouts.sampler._model, {"layers.0.": "layers.1.", "layers.1.": "layers.0."}
+    load = model.load_weights
 
     def renamed(name):
         part = next((part for part in other if part in name), None)
         return name.replace(part, other[part]) if part else name
 
     monkeypatch.setattr(
-        state.rollouts._model, "load_weights", lambda weights: load((renamed(name), value) for name, value in weights)
+        state.rollouts.sampler._model,
+        "load_weights",
+        lambda weights: load((renamed(name), value) for name, value in weights),
     )
     with pytest.raises(RolloutError, match=r"got others in layers.0, layers.1 \(2 of 4 groups\)"):
         state.rollouts.update(state.policy, 1)
@@ -284,12 +291,11 @@ def test_swapped_layers_are_caught(state, monkeypatch):
 
 @torch.no_grad()
 def test_changed_weights_in_vllm_are_caught(state):
-    sources = vllm.source_weights(state.policy)
-    sums = vllm.group_sums(vllm.stream(state.policy, sources))
-    state.rollouts._compare(state.policy, sources, sums, 1)
-    dict(state.rollouts._model.named_parameters())["language_model.model.norm.weight"][0] += 1
+    sums = [to_host(group_sums(stream(state.policy, source_weights(state.policy))))]
+    check_sums(sums, state.rollouts.sampler.weight_sums(), 1)
+    dict(state.rollouts.sampler._model.named_parameters())["language_model.model.norm.weight"][0] += 1
     with pytest.raises(RolloutError, match=r"got others in norm \(1 of 4"):
-        state.rollouts._compare(state.policy, sources, sums, 1)
+        check_sums(sums, state.rollouts.sampler.weight_sums(), 1)
 
 
 def with_ids(prompt, ids):
@@ -301,31 +307,33 @@ def with_ids(prompt, ids):
 def test_stale_prefixes_are_not_used(state, prompts, monkeypatch):
     """Each call has its own salt. Without salt and reset, stale prefixes are used, and the log-probs show it."""
     long = [with_ids(prompts[3], prompts[3].input_ids.repeat(20)[:300])]
-    monkeypatch.setattr(state.rollouts, "_forget", lambda: None)
-    inputs = state.rollouts._inputs
+    monkeypatch.setattr(state.rollouts.sampler, "_forget", lambda: None)
+    inputs = state.rollouts.sampler._inputs
     for salted in (True, False):
         if not salted:
-            monkeypatch.setattr(state.rollouts, "_inputs", lambda *args: {**inputs(*args), "cache_salt": "same"})
+            monkeypatch.setattr(
+                state.rollouts.sampler, "_inputs", lambda *args: {**inputs(*args), "cache_salt": "same"}
+            )
         sample(state, long)
         change(state, seed=int(salted))
         state.rollouts.update(state.policy, 1)
         assert (difference(state, long, sample(state, long)) < ROUNDING) == salted
     monkeypatch.undo()
-    monkeypatch.setattr(state.rollouts, "_inputs", lambda *args: {**inputs(*args), "cache_salt": "same"})
-    state.rollouts._forget()
+    monkeypatch.setattr(state.rollouts.sampler, "_inputs", lambda *args: {**inputs(*args), "cache_salt": "same"})
+    state.rollouts.sampler._forget()
     assert difference(state, long, sample(state, long)) < ROUNDING
 
 
 def test_another_prompt_is_caught(state, prompts, monkeypatch):
-    inputs = state.rollouts._inputs
+    inputs = state.rollouts.sampler._inputs
 
-    def wrong(prompt, features, index):
-        made = inputs(prompt, features, index)
-        if index == 1:
+    def wrong(request):
+        made = inputs(request)
+        if request.question_id == "two":
             made["prompt_token_ids"][-1] += 1
         return made
 
-    monkeypatch.setattr(state.rollouts, "_inputs", wrong)
+    monkeypatch.setattr(state.rollouts.sampler, "_inputs", wrong)
     with pytest.raises(RolloutError, match="question 'two': expected the trainer's prompt ids in vLLM"):
         sample(state, prompts)
 
@@ -337,13 +345,13 @@ def test_other_positions_are_caught(state, prompts):
 
 
 def test_other_positions_of_the_response_are_caught(state, prompts, monkeypatch):
-    positions = state.rollouts._model.get_mrope_input_positions
+    positions = state.rollouts.sampler._model.get_mrope_input_positions
 
     def shifted(ids, features):
         of_prompt, delta = positions(ids, features)
         return of_prompt, delta + 1
 
-    monkeypatch.setattr(state.rollouts._model, "get_mrope_input_positions", shifted)
+    monkeypatch.setattr(state.rollouts.sampler._model, "get_mrope_input_positions", shifted)
     following = prompts[0].next_position
     expected = f"expected the response to begin at position {following} in vLLM, got {following + 1}; set rollout"
     with pytest.raises(RolloutError, match=expected):
@@ -352,12 +360,13 @@ def test_other_positions_of_the_response_are_caught(state, prompts, monkeypatch)
 
 def test_two_copies_of_a_question_keep_their_own_log_probs(state, prompts, monkeypatch):
     """A banned id gets a higher logit in the second copy, which changes log-probs but not the sampled ids."""
-    mask, banned = state.rollouts._mask, int(state.builder.banned_ids[0])
+    mask, banned = state.rollouts.sampler._mask, int(state.builder.banned_ids[0])
     apply = mask.apply
     expected = sample(state, prompts[:1])[0]
+    first_number = next(state.rollouts.sampler._numbers) + 1
 
     def rigged(logits):
-        copies = [mask._rows[i][0] == 1 for i in range(len(logits))]
+        copies = [mask._rows[i][0] == first_number + 1 for i in range(len(logits))]
         logits[copies, banned] = logits.amax() + 2
         return apply(logits)
 
@@ -405,14 +414,14 @@ def test_logits_that_are_not_finite_end_a_rollout(state, prompts):
 
 
 def test_an_engine_that_fails_can_be_used_again(state, prompts, monkeypatch):
-    step, steps = state.rollouts._engine.step, iter(range(3))
+    step, steps = state.rollouts.sampler._engine.step, iter(range(3))
 
     def failing():
         if next(steps, None) is None:
             raise RuntimeError("the device has failed")
         return step()
 
-    monkeypatch.setattr(state.rollouts._engine, "step", failing)
+    monkeypatch.setattr(state.rollouts.sampler._engine, "step", failing)
     expected = r"vLLM failed while it sampled rollouts \(RuntimeError: the device has failed\); set rollout.engine=hf"
     with pytest.raises(RolloutError, match=expected):
         sample(state, prompts)
@@ -422,31 +431,32 @@ def test_an_engine_that_fails_can_be_used_again(state, prompts, monkeypatch):
 
 def test_vllm_is_awake_only_for_a_step(state, prompts, monkeypatch):
     """vLLM cannot sleep on a CPU, so this only tests when it would."""
-    calls, engine, rollouts = [], state.rollouts._engine, state.rollouts
+    calls, engine, rollouts = [], state.rollouts.sampler._engine, state.rollouts
     for name in ("sleep", "wake_up", "reset_prefix_cache"):
         function = getattr(engine, name) if name == "reset_prefix_cache" else lambda **options: None
         monkeypatch.setattr(
             engine, name, lambda name=name, function=function, **options: calls.append((name, options)) or function()
         )
-    monkeypatch.setattr(rollouts, "_sleeps", True)
-    rollouts._sleep()
+    monkeypatch.setattr(rollouts.sampler, "_sleeps", True)
+    rollouts.sampler._sleep()
     rollouts.update(state.policy, 1)
     sample(state, prompts[:1])
     sample(state, prompts[:1])
     asleep, awake, reset = ("sleep", {"level": 1}), ("wake_up", {}), ("reset_prefix_cache", {})
     assert calls == [asleep, awake, reset, asleep, awake, asleep]
-    rollouts._wake()
+    rollouts.sampler._wake()
 
 
 def test_incomplete_outputs_are_caught(state, prompts, monkeypatch):
-    run = state.rollouts._run
+    step = state.rollouts.sampler._engine.step
 
-    def without_logprobs(requests):
-        outputs = run(requests)
-        outputs["0"].outputs[1].logprobs = None
+    def without_logprobs():
+        outputs = step()
+        for output in outputs:
+            output.outputs[1].logprobs = None
         return outputs
 
-    monkeypatch.setattr(state.rollouts, "_run", without_logprobs)
+    monkeypatch.setattr(state.rollouts.sampler._engine, "step", without_logprobs)
     with pytest.raises(RolloutError, match="expected tokens with log-probs in rollout 1, got 10 tokens and 0 log-prob"):
         sample(state, prompts[:1])
 
@@ -517,7 +527,7 @@ def test_adapters(material, world):
     state.rollouts.update(state.policy, 4)
     assert difference(state, prompts, sample(state, prompts)) < ROUNDING
     # Weights without adapters are not sent, but compared.
-    names = dict(state.rollouts._model.named_parameters())
+    names = dict(state.rollouts.sampler._model.named_parameters())
     with torch.no_grad():
         names["language_model.model.layers.1.input_layernorm.weight"][0] += 1
     with pytest.raises(RolloutError, match=r"got others in layers.1 \(1 of 4"):
@@ -536,21 +546,21 @@ def test_untied_head_with_a_padded_vocabulary_in_bfloat16(material, world, tmp_p
     lines, prompts = stage2_steps(state, material, steps=2)
     check_agreement(lines, largest_kl=0.005, largest_difference=0.02)
     state.rollouts.update(state.policy, 2)
-    assert set(state.rollouts.weight_sums()) == {"embeddings", "layers.0", "layers.1", "norm", "head"}
+    assert set(state.rollouts.sampler.weight_sums()) == {"embeddings", "layers.0", "layers.1", "norm", "head"}
     assert difference(state, prompts, sample(state, prompts)) < 0.05
-    names = dict(state.rollouts._model.named_parameters())
+    names = dict(state.rollouts.sampler._model.named_parameters())
     assert len(names["language_model.lm_head.weight"]) == 640
     with torch.no_grad():
         names["language_model.lm_head.weight"][589, 0] += 1
-    sources = vllm.source_weights(state.policy)
+    sums = to_host(group_sums(stream(state.policy, source_weights(state.policy))))
     with pytest.raises(RolloutError, match=r"got others in head \(1 of 5"):
-        state.rollouts._compare(state.policy, sources, vllm.group_sums(vllm.stream(state.policy, sources)), 3)
+        check_sums([sums], state.rollouts.sampler.weight_sums(), 3)
 
 
 def test_an_engine_that_is_no_longer_used_is_released(state, material, world, prompts):
     unused = build(material, world)
-    model = weakref.ref(unused.rollouts._model)
-    assert model() is not state.rollouts._model
+    model = weakref.ref(unused.rollouts.sampler._model)
+    assert model() is not state.rollouts.sampler._model
     del unused
     gc.collect()
     assert model() is None

@@ -666,3 +666,24 @@ def test_vllm_holds_its_weights_and_cache_during_rollouts(simple_counts, monkeyp
     on_cpu = plan_memory(settings, config, processes=4, device="cpu").stages["distill"]
     assert on_cpu.phases["policy"]["rollout"] == state
     assert on_cpu.phases["rollout"]["rollout"] == state + largest
+
+
+def test_servers_hold_no_memory_of_the_gpu(simple_counts, monkeypatch):
+    """Two questions at once on each of two servers, whose features are joined on the GPU and sent from the host."""
+    size = parameters(total=10**10, largest=10**8)
+    monkeypatch.setattr(memory, "count_parameters", lambda *_: size)
+    common = ["runtime.zero_stage=3", "data.max_prompt_tokens=15000", "rollout.prompts_per_batch=2", STAGES]
+    urls = ["rollout.engine=vllm_server", "rollout.server_urls=[http://a:1,http://b:1]"]
+    settings, hf = (load_settings("rmsd_qwen3vl_4b", [*common, *more]) for more in (urls, []))
+    config = config_4b()
+    plan = plan_memory(settings, config, processes=4, device="cuda").stages["distill"]
+    expected = plan_memory(hf, config, processes=4, device="cuda").stages["distill"]
+    assert "rollout" not in plan.phases["rollout"] and plan.phases["policy"] == expected.phases["policy"]
+    assert plan.phases["rollout"]["weights"] == plan.phases["policy"]["weights"]
+    questions, hidden = settings.distill.batch_size // 4, config["text_config"]["hidden_size"]
+    # A token of 32 x 32 pixels in 2 frames has features of four layers in 2 bytes.
+    of_question = settings.video.max_video_pixels // (32 * 32 * 2) * 4 * hidden * 2
+    assert plan.phases["rollout"]["vision"] == (questions + 4) * of_question
+    assert plan.host == expected.host + max(256 * 2**20, 2 * 10**8, 4 * of_question)
+    on_cpu = plan_memory(settings, config, processes=4, device="cpu").stages["distill"]
+    assert on_cpu.phases["rollout"]["rollout"] == 4 * of_question

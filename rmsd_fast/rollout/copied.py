@@ -1,0 +1,111 @@
+"""Generate rollouts with a copy of the language model, whose weights are proven to be the policy's.
+
+Before each step's rollouts, `update` sends the weights that training has changed, and compares a sum over the bits of
+all weights of each layer with that of the policy. The copy may be in this process or in another one.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+
+import torch
+
+from rmsd_fast.data.prompts import Prompt, PromptBuilder
+from rmsd_fast.models.students import MediaFeatures, encode_media
+from rmsd_fast.rollout.base import PolicyEngine, Rollout, RolloutError, Sampling
+from rmsd_fast.rollout.samples import ADVICE, Sampler, make_request, rollouts_of
+from rmsd_fast.rollout.weights import bit_sum, source_weights, stream, to_host, weight_group
+
+
+class CopyRollout:
+    """Generate rollouts with a copy of the language model.
+
+    The first update sends all weights of the language model, and later ones only those that training changes.
+
+    Args:
+        sampler: the copy.
+        builder: builder of the prompts, which also decodes responses.
+    """
+
+    runs_policy = False
+
+    def __init__(self, sampler: Sampler, builder: PromptBuilder) -> None:
+        self.sampler, self.builder = sampler, builder
+        self._frozen_sums: dict[str, int] | None = None
+        # A prefix is shared only within one call of `generate`, and therefore only with the same weights.
+        self._name, self._calls = uuid.uuid4().hex, 0
+
+    def update(self, policy: PolicyEngine, version: int) -> None:
+        """Send weights, and check that all weights of the copy are those of the policy; see `RolloutEngine`."""
+        weights = source_weights(policy)
+        trained = {weight.name for weight in weights if weight.trained}
+        sent = [weight for weight in weights if weight.trained or self._frozen_sums is None]
+        trained_sums: dict[str, torch.Tensor] = {}
+        frozen_sums: dict[str, torch.Tensor] = {}
+
+        def watched() -> Iterator[tuple[str, torch.Tensor]]:
+            for name, value in stream(policy, sent):
+                value = value.to(self.sampler.dtype)
+                sums, group = trained_sums if name in trained else frozen_sums, weight_group(name)
+                sums[group] = bit_sum(value) + sums.get(group, 0)
+                yield name, value
+
+        with torch.no_grad():
+            self.sampler.load(watched(), [weight.name for weight in sent])
+        held = self.sampler.commit()
+        # Only a complete first update has sent the frozen weights.
+        frozen = to_host(frozen_sums) if self._frozen_sums is None else self._frozen_sums
+        check_sums([to_host(trained_sums), frozen], held, version)
+        self._frozen_sums = frozen
+
+    @torch.no_grad()
+    def generate(
+        self,
+        model: torch.nn.Module,
+        prompts: list[Prompt],
+        sampling: Sampling,
+        *,
+        features: MediaFeatures | None = None,
+        policy_version: int = 0,
+    ) -> list[list[Rollout]]:
+        """Return N rollouts per prompt; see `RolloutEngine`.
+
+        Sampling is seeded by (seed, step, id, index). A rollout does not depend on the rest of its batch, except for
+        rounding.
+
+        Args:
+            model: the policy's model, whose vision tower encodes the media if `features` is None.
+            prompts: prompts to answer.
+            sampling: sampling parameters. Greedy decoding needs n = 1.
+            features: vision features of the prompts.
+            policy_version: version to record in the rollouts.
+        Raises:
+            RolloutError: the copy read another prompt than the trainer, or a rollout is empty or incomplete.
+        """
+        features = encode_media(model, prompts) if features is None else features
+        self._calls += 1
+        salt = f"{self._name}-{self._calls}"
+        requests = [
+            make_request(prompt, index, features, sampling, salt=salt, key=salt) for index, prompt in enumerate(prompts)
+        ]
+        drawn = self.sampler.sample(requests, sampling)
+        pairs = zip(prompts, drawn, strict=True)
+        return [rollouts_of(prompt, completions, self.builder, policy_version) for prompt, completions in pairs]
+
+
+def check_sums(expected: list[dict[str, int]], held: dict[str, int], version: int) -> None:
+    """Raise RolloutError if the copy's weights are not those of the policy.
+
+    Args:
+        expected: sums of the groups of the policy's weights, in parts that add up.
+        held: sums of the groups of the copy's weights.
+        version: number of the rollout step.
+    """
+    groups = sorted({group for sums in (*expected, held) for group in sums})
+    wrong = [group for group in groups if sum(sums.get(group, 0) for sums in expected) != held.get(group, 0)]
+    if wrong:
+        raise RolloutError(
+            f"rollout step {version}: expected the policy's weights in vLLM, got others in {', '.join(wrong)} "
+            f"({len(wrong)} of {len(groups)} groups); {ADVICE}"
+        )
