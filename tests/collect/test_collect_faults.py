@@ -57,7 +57,7 @@ def quick_retries(monkeypatch) -> None:
     monkeypatch.setattr("rmsd_fast.collect_run.client.FIRST_BACKOFF_S", 0.005)
 
 
-@pytest.mark.parametrize("count", [80, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [80, pytest.param(400, marks=pytest.mark.slow)])
 def test_nothing_is_lost_or_doubled_under_faults(tmp_path, count, monkeypatch):
     quick_retries(monkeypatch)
     questions = plain_questions(tmp_path, count)

@@ -11,7 +11,7 @@ from train_runs import environment
 
 ATTACKS = {
     "kills": ["--random", "0", "--operations", "1", "--full", "1", "--writers", "1"],
-    "damage": ["--every", "90"],
+    "damage": ["--every", "180"],
     "signals": ["--only", "^sft: (TERM|INT)$"],
     "streams": ["--only", "^1 (all closed|/dev/full)"],
     "not_finite": ["--only", "rollouts.one.nan"],
