@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 
@@ -59,6 +60,17 @@ def reason_of(error: str, *, of_prompt: bool = False) -> str:
     return "missing_media" if "no such file" in error else "unreadable_media"
 
 
+def asked_hash(question: Question) -> str:
+    """Return a short hash of a question's task type, text, options and answer, without regard to white space.
+
+    Ids of different benchmarks may be equal, and an annotation may be corrected; with this hash, only answers to the
+    same question are compared. Paths are not part of it, because they differ between machines.
+    """
+    asked = (question.task_type, question.question, *(question.options or ()), str(question.answer))
+    text = json.dumps([" ".join(part.split()) for part in asked])
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
 def groups_of(question: Question) -> dict[str, str]:
     """Return the groups of a question's breakdowns, or none if `meta.groups` is not an object of texts."""
     groups = question.meta.get("groups")
@@ -86,7 +98,8 @@ def answer_record(
         error: why the question was not answered. Text generated before the error is not an answer.
         reason: key of REASONS; None finds it in the error's text.
     """
-    record = {"id": question.id, "task_type": question.task_type, "cluster": cluster}
+    record = {"id": question.id, "asked_hash": asked_hash(question), "task_type": question.task_type}
+    record["cluster"] = cluster
     if groups := groups_of(question):
         record["groups"] = groups
     if question.meta.get("benchmark") in BENCHMARKS:

@@ -176,9 +176,8 @@ def test_answers_to_other_questions_are_deleted(tmp_path):
 @pytest.mark.parametrize("now", [{"heldout/a.json": "01"}, {"heldout/a.json": "00", "heldout/b.json": "00"}, {}])
 def test_answers_to_another_benchmark_folder_are_deleted(tmp_path, now):
     """Each annotation in the folder of a benchmark has a role of its own: one is changed, added or removed."""
-    assert (
-        kept_after(tmp_path, "", before={"heldout/a.json": "00", "train": "00"}, files={"train": "00", **now}) == set()
-    )
+    before = {"heldout/a.json": "00", "train": "00"}
+    assert kept_after(tmp_path, "", before=before, files={"train": "00", **now}) == set()
 
 
 def test_answers_to_the_same_benchmark_folder_are_kept(tmp_path):
