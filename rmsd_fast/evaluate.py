@@ -36,6 +36,9 @@ def main(argv: list[str] | None = None) -> int:
         ":student for another student than the last one",
     )
     arguments = parser.parse_intermixed_args(argv)
+    if arguments.output is not None and arguments.output.suffix != ".json":
+        # Predictions are written to <stem>.predictions.jsonl, which would be the same file for a.stage1 and a.stage2.
+        parser.error(f"--output: expected a file that ends with .json, got {arguments.output}; add .json to its name")
     if arguments.compare:
         if arguments.recipe or len(arguments.compare) < 2:
             parser.error("--compare: expected two or more evaluations and no recipe")
@@ -77,12 +80,12 @@ def evaluate(settings: RunConfig, world: World, stop: StopSignal, output: Path) 
     from rmsd_fast.stages.evaluation_files import evaluation_of, write_records
     from rmsd_fast.stages.evaluation_table import format_table
     from rmsd_fast.stages.material import prepare_material
-    from rmsd_fast.stages.protocol import model_identity, protocol_of, questions_digest
+    from rmsd_fast.stages.protocol import evaluation_identity, model_identity
 
     material = prepare_material(settings, world, training=False)
     questions = material.heldout
     model = on_main(world, lambda: model_identity(material.model_path))
-    identity = {"model": model, "protocol": protocol_of(settings), "questions": questions_digest(questions)}
+    identity = evaluation_identity(settings, questions, model)
     path = output.with_suffix(".predictions.jsonl")
     with AnswerStore(path, identity, world) as store, MediaReader(settings.data, world.device) as media:
         stop.output = path
@@ -90,14 +93,16 @@ def evaluate(settings: RunConfig, world: World, stop: StopSignal, output: Path) 
         records = answer_questions(
             student, questions, settings, world, media, name=material.model_path, stop=stop, store=store
         )
-    if not world.is_main:
-        return
-    result = {"model": material.model_path, **evaluation_of({"model": records}, questions, settings)}
-    result["protocol"]["model"] |= model
-    write_records(path, records)
-    write_text_atomic(output, json.dumps(result, indent=2) + "\n")
-    delete_parts(path)
-    print(format_table(result))
+
+    def write() -> None:
+        result = {"model": material.model_path, **evaluation_of({"model": records}, questions, settings)}
+        result["protocol"]["model"] |= model
+        write_records(path, records)
+        write_text_atomic(output, json.dumps(result, indent=2) + "\n")
+        print(format_table(result))
+
+    on_main(world, write)
+    delete_parts(path, world)
 
 
 def _compare(names: list[str], output: Path | None) -> int:

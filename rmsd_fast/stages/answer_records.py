@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 
@@ -10,7 +11,7 @@ from rmsd_fast.data.records import Question
 from rmsd_fast.made.meaning import has_content, meaning_score
 from rmsd_fast.method.answers import GRADED_TASKS, ParsedAnswer, parse_answer
 from rmsd_fast.method.lenient import lenient_response
-from rmsd_fast.method.quality import quality_score
+from rmsd_fast.method.quality import exact_match, fold_text, quality_score
 from rmsd_fast.teacher.scores import quality_settings
 
 # Why a question could not be answered, and the words of messages.
@@ -25,9 +26,11 @@ NOT_FINITE = "the student's logits are not finite"
 
 
 def clusters_of(questions: Sequence[Question]) -> dict[str, str]:
-    """Return the cluster of each question by its id: the path of a medium, or the id of a question about text alone.
+    """Return the cluster of each question by its id.
 
-    Questions that share a medium are in one cluster, also if they share it only through other questions.
+    It is the text `meta["cluster"]` after the name of the benchmark and a colon, which no absolute path begins with.
+    Without that text, it is the path of a medium, or the id of a question about text alone. Questions that share a
+    medium are then in one cluster, also if they share it only through other questions.
     """
     parents: dict[str, str] = {}
 
@@ -36,11 +39,18 @@ def clusters_of(questions: Sequence[Question]) -> dict[str, str]:
             parents[path] = path = parents[parents[path]]
         return path
 
+    clusters: dict[str, str] = {}
+    by_media = []
     for question in questions:
+        named = question.meta.get("cluster")
+        if isinstance(named, str) and named:
+            clusters[question.id] = f"{question.meta.get('benchmark') or 'cluster'}:{named}"
+            continue
+        by_media.append(question)
         paths = [path for _, path, _ in question.media]
         for path in paths[1:]:
             parents[root(path)] = root(paths[0])
-    return {q.id: root(q.media[0][1]) if q.media else q.id for q in questions}
+    return clusters | {q.id: root(q.media[0][1]) if q.media else q.id for q in by_media}
 
 
 def reason_of(error: str, *, of_prompt: bool = False) -> str:
@@ -57,6 +67,17 @@ def reason_of(error: str, *, of_prompt: bool = False) -> str:
     if of_prompt:
         return "refused_question"
     return "missing_media" if "no such file" in error else "unreadable_media"
+
+
+def asked_hash(question: Question) -> str:
+    """Return a short hash of a question's task type, text, options and answer, without regard to white space.
+
+    Ids of different benchmarks may be equal, and an annotation may be corrected; with this hash, only answers to the
+    same question are compared. Paths are not part of it, because they differ between machines.
+    """
+    asked = (question.task_type, question.question, *(question.options or ()), str(question.answer))
+    text = json.dumps([" ".join(part.split()) for part in asked])
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def groups_of(question: Question) -> dict[str, str]:
@@ -86,7 +107,8 @@ def answer_record(
         error: why the question was not answered. Text generated before the error is not an answer.
         reason: key of REASONS; None finds it in the error's text.
     """
-    record = {"id": question.id, "task_type": question.task_type, "cluster": cluster}
+    record = {"id": question.id, "asked_hash": asked_hash(question), "task_type": question.task_type}
+    record["cluster"] = cluster
     if groups := groups_of(question):
         record["groups"] = groups
     if question.meta.get("benchmark") in BENCHMARKS:
@@ -139,7 +161,7 @@ def with_samples(
     """Return the record of a greedy answer with those of sampled ones.
 
     `sampled` is their mean score. For closed questions, `samples` has the scores of each, and the answer that
-    `evaluate.parse` reads, as text or null, for majority votes.
+    `evaluate.parse` reads, as text (see `votes_of`) or null, for majority votes.
 
     Args:
         record: result of `answer_record`.
@@ -152,13 +174,13 @@ def with_samples(
     for text, truncated, finite in responses:
         scored, answer = score_response(question, text, settings, truncated=truncated) if finite else (nothing, None)
         scores.append(scored)
-        answers.append(None if answer is None else _vote(answer, question.task_type))
+        answers.append(answer)
     samples = {name: [scored[name] for scored in scores] for name in ("score", "strict", "lenient")}
     result = {**record, "sampled": _mean([scored["score"] for scored in scores])}
     if "meaning" in record:
         result["sampled_meaning"] = _mean([scored["meaning"] for scored in scores])
     if question.task_type in GRADED_TASKS:
-        result["samples"] = {**samples, "answers": answers}
+        result["samples"] = {**samples, "answers": votes_of(answers, question.task_type)}
     return result
 
 
@@ -168,11 +190,27 @@ def without_samples(record: dict, question: Question, settings: RunConfig) -> di
     return with_samples(record, question, [("", False, False)] * count, settings) if count else record
 
 
-def _vote(answer: ParsedAnswer, task: str) -> str:
-    """Return an answer as text, equal for answers that the metric does not distinguish by case or white space."""
-    if task == "ocr":
-        return " ".join(str(answer).casefold().split())
-    return answer if isinstance(answer, str) else json.dumps(answer)
+def votes_of(answers: Sequence[ParsedAnswer | None], task: str) -> list[str | None]:
+    """Return answers to one question as texts for a majority vote, equal if the metric does not distinguish them.
+
+    Two `exact` answers are equal if each is right with the other as reference, such as "3" and "3.0", and both are
+    then the first of them.
+    """
+    votes: list[str | None] = []
+    for answer in answers:
+        if answer is None:
+            votes.append(None)
+        elif task == "exact":
+            equal = (v for v in votes if v is not None and exact_match(str(answer), v) == exact_match(v, answer) == 1)
+            votes.append(next(equal, str(answer)))
+        elif isinstance(answer, dict):
+            # The metric ignores the order of seconds, and that of the boxes of a second.
+            votes.append(json.dumps({second: sorted(boxes) for second, boxes in answer.items()}, sort_keys=True))
+        elif task == "ocr":
+            votes.append(fold_text(str(answer)))
+        else:
+            votes.append(answer if isinstance(answer, str) else json.dumps(answer))
+    return votes
 
 
 def _mean(values: list[float]) -> float:

@@ -24,10 +24,14 @@ class OtherAnswers(UserError, RuntimeError):
     """Answers of an interrupted evaluation that had another model, other settings or other questions."""
 
 
-def delete_parts(path: Path) -> None:
-    """Delete the answers so far. Call it on the main process, after all answers are in `path` and stores are closed."""
-    for part in _parts(path):
-        part.unlink(missing_ok=True)
+def delete_parts(path: Path, world: World) -> None:
+    """Delete the answers so far. Call it on all processes, after all answers are in `path` and stores are closed.
+
+    One process of each node deletes the files that it sees, because the folder may not be shared between nodes.
+    """
+    if world.local_rank == 0:
+        for part in _parts(path):
+            part.unlink(missing_ok=True)
 
 
 def _parts(path: Path) -> list[Path]:
@@ -45,12 +49,15 @@ class AnswerStore:
     Raises:
         OtherAnswers: there are answers with another identity, and `discard` is not set.
     Attributes:
-        done: the answers of earlier, interrupted evaluations by question id, equal on every process.
+        done: the answers of earlier, interrupted evaluations by question id, equal on every process. Questions that
+            could not be used are not among them, because a missing file may be there now.
     """
 
     def __init__(self, path: Path, identity: dict[str, Any], world: World, *, discard: bool = False) -> None:
         self._path, self._identity = path, json.loads(json.dumps(identity))
         self.done: dict[str, dict] = on_main(world, lambda: self._read_all(discard))
+        # The folder may not be shared between nodes.
+        path.parent.mkdir(parents=True, exist_ok=True)
         own = self._part(world.rank)
         # The main process cannot see this file if it is on another node.
         lines = self._read(own) if own.exists() else []
@@ -91,7 +98,8 @@ class AnswerStore:
                 part.unlink()
                 continue
             for record in records:
-                done.setdefault(record["id"], record)
+                if "error" not in record:
+                    done.setdefault(record["id"], record)
         return done
 
     def _refuse(self, part: Path, other: object, discard: bool) -> None:

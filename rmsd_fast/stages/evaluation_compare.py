@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rmsd_fast.config import UserError
+from rmsd_fast.stages.evaluation_checks import EvaluationError, check_predictions
 from rmsd_fast.stages.evaluation_table import benchmark_lines
 from rmsd_fast.stages.paper_numbers import paper_lines
 from rmsd_fast.stages.protocol import differences_of
@@ -18,10 +18,6 @@ from rmsd_fast.stages.summaries import READINGS, compare, summarize
 _LAST_FIRST = ("stage2", "control", "stage1", "untrained")
 # Most questions that a message names.
 _MOST_NAMED = 5
-
-
-class EvaluationError(UserError, ValueError):
-    """An evaluation that cannot be compared."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +42,7 @@ def read_evaluation(name: str) -> Evaluation:
         name: a JSON file of `rmsd_fast.evaluate`, with the predictions next to it, or a run folder. `:student` at its
             end names a student of the run; without it, the last one is read.
     Raises:
-        EvaluationError: files are missing or damaged, or were written by an earlier version.
+        EvaluationError: files are missing or damaged, were written by an earlier version, or have other names.
     """
     given, _, student = name.rpartition(":")
     path = Path(given if given and not Path(name).exists() else name)
@@ -62,6 +58,8 @@ def read_evaluation(name: str) -> Evaluation:
         facts, predictions = path / "evaluation.json", path / "predictions" / f"{chosen}.jsonl"
     elif student:
         raise EvaluationError(f"{name}: expected a run folder before the colon, got {given}; leave {student!r} out")
+    elif path.suffix != ".json":
+        raise EvaluationError(f"{name}: expected a file that ends with .json, or a run folder; fix the path")
     else:
         facts, predictions = path, path.with_suffix(".predictions.jsonl")
     try:
@@ -71,11 +69,9 @@ def read_evaluation(name: str) -> Evaluation:
         raise EvaluationError(f"{error.filename}: no such file; evaluate {name} first, or fix the path") from error
     except (OSError, ValueError) as error:
         raise EvaluationError(f"{name}: the evaluation cannot be read ({error}); evaluate it again") from error
-    needed = {"id", "task_type", "cluster", "score", "strict", "lenient"}
-    if not records or not isinstance(read, dict) or not all(isinstance(r, dict) and needed <= set(r) for r in records):
-        raise EvaluationError(
-            f"{predictions}: expected predictions with {', '.join(sorted(needed))}; evaluate again with this version"
-        )
+    if not isinstance(read, dict):
+        raise EvaluationError(f"{facts}: expected an object, got {type(read).__name__}; evaluate again")
+    check_predictions(records, str(predictions))
     return Evaluation(name, records, read)
 
 
@@ -85,7 +81,8 @@ def compare_evaluations(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
     Scores are over all questions of an evaluation, and differences over the common ones.
 
     Raises:
-        EvaluationError: two evaluations have no question in common, or the same id stands for other task types.
+        EvaluationError: two evaluations are of different benchmarks, have no question in common, or the same id stands
+            for different questions.
     """
     base, *others = evaluations
     names = [evaluation.name for evaluation in evaluations]
@@ -98,25 +95,51 @@ def compare_evaluations(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
         "differences": {},
     }
     for other in others:
-        tasks, others_tasks = ({r["id"]: r["task_type"] for r in e.records} for e in (base, other))
-        common = [name for name in tasks if name in others_tasks]
-        changed = [name for name in common if tasks[name] != others_tasks[name]]
-        if not common or changed:
-            what = (
-                f"question {changed[0]!r} is {tasks[changed[0]]} and {others_tasks[changed[0]]}" if changed else "none"
-            )
-            raise EvaluationError(
-                f"{other.name}: expected questions in common with {base.name}, got {what}; compare evaluations of the "
-                "same questions"
-            )
+        before, after = ({record["id"]: record for record in e.records} for e in (base, other))
+        common = [name for name in before if name in after]
+        _check_same_questions(base, other, [(before[name], after[name]) for name in common])
         result["differences"][other.name] = {
             **compare(other.records, base.records),
             "common": len(common),
-            "only_before": [name for name in tasks if name not in others_tasks],
-            "only_after": [name for name in others_tasks if name not in tasks],
-            "protocol": differences_of(base.facts.get("protocol"), other.facts.get("protocol")),
+            "only_before": [name for name in before if name not in after],
+            "only_after": [name for name in after if name not in before],
+            "protocol": _protocol_differences(base, other),
         }
     return result
+
+
+def _check_same_questions(base: Evaluation, other: Evaluation, common: Sequence[tuple[dict, dict]]) -> None:
+    """Raise EvaluationError if two evaluations cannot be paired.
+
+    Args:
+        base, other: the evaluations.
+        common: the predictions of both for each id that both have.
+    """
+    asked = [evaluation.facts.get("benchmark") or "a question file" for evaluation in (base, other)]
+    changed = [(before, after) for before, after in common if before["asked_hash"] != after["asked_hash"]]
+    if asked[0] != asked[1]:
+        got = f"questions of {asked[1]} instead of {asked[0]}"
+    elif changed:
+        before, after = changed[0]
+        tasks = before["task_type"], after["task_type"]
+        how = "is {} and {}".format(*tasks) if tasks[0] != tasks[1] else "has another text, other options or answer"
+        got = f"question {before['id']!r}, which {how} (and {len(changed) - 1} more)"
+    elif not common:
+        got = "none"
+    else:
+        return
+    raise EvaluationError(
+        f"{other.name}: expected questions in common with {base.name}, got {got}; compare evaluations of the same "
+        "questions"
+    )
+
+
+def _protocol_differences(base: Evaluation, other: Evaluation) -> list[str]:
+    protocols = [evaluation.facts.get("protocol") for evaluation in (base, other)]
+    unknown = [e.name for e, value in zip((base, other), protocols, strict=True) if not isinstance(value, dict)]
+    if unknown:
+        return [f"unknown, because {' and '.join(unknown)} recorded no protocol"]
+    return differences_of(*protocols)
 
 
 def format_comparison(result: Mapping[str, Any]) -> str:

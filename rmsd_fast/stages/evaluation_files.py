@@ -10,7 +10,7 @@ from rmsd_fast.config import DIFFERENCES, STUDENTS, RunConfig
 from rmsd_fast.data.records import Question
 from rmsd_fast.files import write_text_atomic
 from rmsd_fast.method.answers import ALL_TASKS
-from rmsd_fast.stages.answer_records import answer_record, clusters_of
+from rmsd_fast.stages.answer_records import answer_record, asked_hash, clusters_of
 from rmsd_fast.stages.progress import interim_steps, measure_progress
 from rmsd_fast.stages.protocol import protocol_of
 from rmsd_fast.stages.summaries import compare, count_unusable, summarize
@@ -98,6 +98,10 @@ def read_predictions(run_folder: Path, name: str, questions: list[Question], set
         asked = [(question.id, question.task_type) for question in questions]
         if [(r["id"], r["task_type"]) for r in records] != asked or not all(map(_is_scored, records)):
             raise ValueError("it answers other questions")
+        # Earlier versions did not record the hash.
+        hashes = [asked_hash(question) for question in questions]
+        if any(record.get("asked_hash", own) != own for record, own in zip(records, hashes, strict=True)):
+            raise ValueError("texts, options or ground truths of its questions have changed")
         if not all("strict" in record for record in records):
             records = _score_again(records, questions, settings)
     except (OSError, ValueError, KeyError, TypeError) as error:

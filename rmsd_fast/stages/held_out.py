@@ -91,10 +91,10 @@ def _evaluate(
         nonlocal result
         if answered:
             write_predictions(run.folder, name, records)
-        # The run may have been killed between the two.
-        delete_parts(path)
         # Write it even if the answers already existed, because the run may have been killed between the two writes.
         result = write_evaluation(run.folder, questions, settings, simulated=run.material.simulated)
 
-    on_main(run.world, write)
+    on_main(world, write)
+    # Delete them even if the answers already existed, for the same reason.
+    delete_parts(path, world)
     return result, answered

@@ -19,6 +19,11 @@ from rmsd_fast.teacher.scores import quality_settings
 PACKAGES = ("rmsd-fast", "torch", "transformers", "torchcodec")
 # Settings of evaluate that do not change answers or scores.
 _NEUTRAL = ("every_steps", "prompts_per_batch", "samples")
+# Settings of data and model that can change an answer: what is shown, and how it is computed.
+_OF_MEDIA = ("max_prompt_tokens", "decoder", "check_frames", "max_file_mib")
+_OF_MODEL = ("dtype", "quantize", "attention", "liger")
+# In the place of a value that only one of two records has.
+_ABSENT = "absent"
 
 
 def version_of(name: str) -> str:
@@ -46,8 +51,9 @@ def protocol_of(settings: RunConfig) -> dict[str, Any]:
         "seed": settings.seed,
         "evaluate": evaluate,
         "video": dataclasses.asdict(video_of(settings)),
-        "max_prompt_tokens": settings.data.max_prompt_tokens,
-        "model": {"dtype": settings.model.dtype, "quantize": settings.model.quantize},
+        **{name: getattr(settings.data, name) for name in _OF_MEDIA},
+        "packing": settings.packing,
+        "model": {name: getattr(settings.model, name) for name in _OF_MODEL},
         "metrics": quality_settings(settings.teacher),
         "versions": {name: version_of(name) for name in PACKAGES},
     }
@@ -63,17 +69,39 @@ def questions_digest(questions: Sequence[Question]) -> str:
     return _digest([dataclasses.asdict(question) for question in questions])
 
 
+def evaluation_identity(settings: RunConfig, questions: Sequence[Question], model: dict[str, str]) -> dict[str, Any]:
+    """Return what the answers of `rmsd_fast.evaluate` depend on, so that it continues only its own.
+
+    Args:
+        settings: settings of the evaluation.
+        questions: the questions.
+        model: result of `model_identity`.
+    """
+    return {
+        "model": model,
+        "protocol": protocol_of(settings),
+        "questions": questions_digest(questions),
+        # Other batches can change an answer by rounding.
+        "prompts_per_batch": settings.evaluate.prompts_per_batch,
+    }
+
+
 def run_identity(settings: RunConfig, name: str) -> dict[str, str]:
     """Return what identifies a student of a training run in its folder: its name, and a hash of all settings."""
     return {"student": name, "settings": _digest(settings_as_dict(settings))}
 
 
 def differences_of(ours: Any, theirs: Any, name: str = "") -> list[str]:
-    """Return one text per value that differs between two nested dicts: `evaluate.max_new_tokens: 64, not 32`."""
-    if isinstance(ours, dict) and isinstance(theirs, dict):
+    """Return one text per value that differs between two nested dicts: `evaluate.max_new_tokens: 64, not 32`.
+
+    A value that only one of them has is `absent` in the other, and so are all values of a dict that is missing.
+    """
+    if isinstance(ours, dict) or isinstance(theirs, dict):
+        ours, theirs = (value if isinstance(value, dict) else {} for value in (ours, theirs))
         keys = [*ours, *(key for key in theirs if key not in ours)]
         prefix = f"{name}." if name else ""
-        return [line for key in keys for line in differences_of(ours.get(key), theirs.get(key), f"{prefix}{key}")]
+        pairs = ((f"{prefix}{key}", ours.get(key, _ABSENT), theirs.get(key, _ABSENT)) for key in keys)
+        return [line for path, mine, other in pairs for line in differences_of(mine, other, path)]
     return [] if ours == theirs else [f"{name}: {theirs}, not {ours}"]
 
 

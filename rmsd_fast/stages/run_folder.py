@@ -257,7 +257,7 @@ def _comparable(name: str, former: dict, now: dict, settings: RunConfig, state: 
         state: state of the checkpoint to continue from; None if there is none yet.
     """
     before, after = former["settings"], now["settings"]
-    same = _same_answers(before, after) and _file(former, "heldout") == _file(now, "heldout")
+    same = _same_answers(before, after) and _heldout_files(former) == _heldout_files(now)
     if not same or "@" in name:
         return same
     if before["model"] != after["model"] or _file(former, "model") != _file(now, "model"):
@@ -270,6 +270,12 @@ def _comparable(name: str, former: dict, now: dict, settings: RunConfig, state: 
         # The untrained student. Without stage 1, it is called stage1.
         return name == "untrained" or (name == "stage1" and trained_in not in before["stages"])
     return state is not None and _is_complete(trained_in, settings, state)
+
+
+def _heldout_files(fingerprints: dict) -> dict[str, object]:
+    """Return the hashes of the held-out questions by role: one file, or the files of a benchmark's folder."""
+    files = fingerprints.get("files", {})
+    return {role: digest for role, digest in files.items() if role == "heldout" or role.startswith("heldout/")}
 
 
 def _file(fingerprints: dict, role: str) -> object:

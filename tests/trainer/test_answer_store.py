@@ -40,7 +40,10 @@ def test_answers_of_all_processes_are_found_by_any_number_of_them(tmp_path):
     part.write_text(f"{head}\n{json.dumps(record('c'))}\n{json.dumps(record('b'))}\n")
     assert fill(path, "d") == {name: record(name) for name in "abc"}
     assert set(fill(path)) == set("abcd")
-    delete_parts(path)
+    delete_parts(path, World(rank=1, size=2, local_rank=1, device=WORLD.device))
+    assert len(list(path.parent.iterdir())) == 2
+    # The first process of another node deletes what it sees there.
+    delete_parts(path, World(rank=1, size=2, local_rank=0, device=WORLD.device))
     assert list(path.parent.iterdir()) == []
 
 
@@ -84,6 +87,18 @@ def test_answers_with_other_settings_are_refused(tmp_path, caplog):
         assert set(store.done) == {"z"}
 
 
+def test_questions_that_could_not_be_used_are_asked_again(tmp_path):
+    """The missing file may be there now."""
+    path = tmp_path / "x.jsonl"
+    missing = {"id": "b", "score": 0.0, "error": "b.mp4: no such file", "reason": "missing_media"}
+    with AnswerStore(path, IDENTITY, WORLD) as store:
+        store.append([record("a"), missing])
+    with AnswerStore(path, IDENTITY, WORLD) as store:
+        assert store.done == {"a": record("a")}
+        store.append([record("b")])
+    assert fill(path) == {"a": record("a"), "b": record("b")}
+
+
 def test_a_file_without_answers_refuses_nothing(tmp_path):
     """The program may end before its first batch, for example because the model cannot be loaded."""
     path = tmp_path / "x.jsonl"
@@ -93,6 +108,32 @@ def test_a_file_without_answers_refuses_nothing(tmp_path):
         store.append([record("a")])
     with AnswerStore(path, {"model": "another"}, WORLD) as store:
         assert set(store.done) == {"a"}
+
+
+def test_every_node_has_a_folder_of_its_own(tmp_path):
+    """Two processes on different nodes, without a shared file system: each writes and deletes its answers."""
+    script = """if True:
+        import sys
+        from pathlib import Path
+        import torch, torch.distributed as dist
+        from rmsd_fast.runtime.process_group import World
+        from rmsd_fast.stages.answer_store import AnswerStore, delete_parts
+
+        rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+        dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+        world = World(rank, 2, 0, torch.device("cpu"))
+        path = folder / f"node{rank}" / "answers" / "x.jsonl"
+        with AnswerStore(path, {}, world) as store:
+            store.append([{"id": str(rank)}])
+        assert [file.name for file in path.parent.iterdir()] == [f"x.jsonl.part{rank}"]
+        delete_parts(path, world)
+        assert not list(path.parent.iterdir())
+    """
+    nodes = [
+        subprocess.Popen([sys.executable, "-c", script, str(rank), str(tmp_path)], env=environment())
+        for rank in range(2)
+    ]
+    assert [node.wait(timeout=120) for node in nodes] == [0, 0]
 
 
 @pytest.mark.timeout(600)

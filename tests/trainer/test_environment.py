@@ -24,7 +24,7 @@ def test_missing_requirements_are_reported_with_a_command(monkeypatch):
 
 @pytest.mark.parametrize(
     ("program", "arguments"),
-    [(train, ["quickstart"]), (evaluate, ["quickstart", "--output", "x"]), (pool, ["check", "a", "b"])],
+    [(train, ["quickstart"]), (evaluate, ["quickstart", "--output", "x.json"]), (pool, ["check", "a", "b"])],
 )
 def test_programs_end_with_2_and_the_reason(program, arguments, monkeypatch, capsys):
     monkeypatch.setattr(environment, "why_not", lambda *_: "this Python has no torch; run another")

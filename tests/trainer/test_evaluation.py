@@ -12,7 +12,7 @@ from rmsd_fast.data.media import MediaReader
 from rmsd_fast.data.records import Question
 from rmsd_fast.models.students import load_student
 from rmsd_fast.stages import answer_records
-from rmsd_fast.stages.answer_records import answer_record
+from rmsd_fast.stages.answer_records import answer_record, asked_hash
 from rmsd_fast.stages.evaluation import answer_questions
 from rmsd_fast.stages.evaluation_files import read_predictions, write_evaluation, write_predictions
 from rmsd_fast.stages.evaluation_table import format_table
@@ -165,7 +165,9 @@ def test_an_answer_with_an_error_counts_0():
     assert record["score"] == 0.0 and record["valid"] is False and record["error"].startswith("the student")
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "other ids", "fewer", "no score", "half a character", "a folder"])
+@pytest.mark.parametrize(
+    "damage", ["cut", "empty", "other ids", "fewer", "no score", "other texts", "half a character", "a folder"]
+)
 def test_unusable_predictions_are_generated_again(tmp_path, damage, caplog):
     questions = [
         Question(id=f"mcq{i}", question="?", task_type="mcq", videos=("v.mp4",), options=("a", "b"), answer="A")
@@ -174,6 +176,9 @@ def test_unusable_predictions_are_generated_again(tmp_path, damage, caplog):
     good = records([0.0, 1.0, 0.5])
     write_predictions(tmp_path, "stage1", good)
     assert read_predictions(tmp_path, "stage1", questions, RunConfig()) == good
+    hashed = [{**record, "asked_hash": asked_hash(q)} for record, q in zip(good, questions, strict=True)]
+    write_predictions(tmp_path, "stage1", hashed)
+    assert read_predictions(tmp_path, "stage1", questions, RunConfig()) == hashed
     path = tmp_path / "predictions" / "stage1.jsonl"
     text = path.read_bytes()
     if damage == "a folder":
@@ -187,6 +192,7 @@ def test_unusable_predictions_are_generated_again(tmp_path, damage, caplog):
                 "other ids": text.replace(b"mcq1", b"mcq7"),
                 "fewer": text[: text.rindex(b"{")],
                 "no score": text.replace(b'"score"', b'"points"'),
+                "other texts": text.replace(b'"asked_hash": "', b'"asked_hash": "0'),
                 "half a character": text[:40] + b"\xe4" + text[40:],
             }[damage]
         )
@@ -204,6 +210,7 @@ def test_meaning_of_open_answers_about_generated_clips():
     right = record("<think>x</think><answer>In the upper left: a block, colored red.</answer>")
     assert right == {
         "id": "q",
+        "asked_hash": asked_hash(question),
         "task_type": "open",
         "cluster": "v",
         "response": "<think>x</think><answer>In the upper left: a block, colored red.</answer>",

@@ -7,6 +7,9 @@ import json
 import pytest
 
 from rmsd_fast import evaluate
+from rmsd_fast.data.records import Question
+from rmsd_fast.stages.answer_records import asked_hash
+from rmsd_fast.stages.evaluation_checks import EvaluationError, check_predictions
 from rmsd_fast.stages.evaluation_files import predictions_path, write_records
 
 
@@ -18,12 +21,14 @@ def write(
     parse: str = "strict",
     task: str = "mcq",
     benchmark: str | None = None,
+    asked: str = "What?",
     **facts,
 ) -> str:
     """Write an evaluation of questions about 10 videos each with its predictions, and return its path."""
     records = [
         {
             **{"id": name, "task_type": task, "cluster": f"{int(name) // 2}.mp4", "groups": {"duration": "short"}},
+            "asked_hash": asked_hash(Question(name, f"{asked} {name}", task)),
             **({"benchmark": benchmark} if benchmark else {}),
             **{"score": score, "strict": score, "lenient": score, "valid": True, "readable": True},
         }
@@ -79,7 +84,10 @@ def _folder(tmp_path):
     return tmp_path / "run"
 
 
-@pytest.mark.parametrize("damage", ["missing", "cut", "old", "other task", "other questions", "twice"])
+@pytest.mark.parametrize(
+    "damage",
+    ["missing", "cut", "old", "other task", "other text", "other benchmark", "no .json", "other questions", "twice"],
+)
 def test_evaluations_that_cannot_be_compared(tmp_path, capsys, damage):
     first, second = (write(tmp_path / f"{name}.json", {"1": 1.0, "2": 0.0}) for name in "ab")
     predictions = tmp_path / "b.predictions.jsonl"
@@ -92,6 +100,12 @@ def test_evaluations_that_cannot_be_compared(tmp_path, capsys, damage):
         predictions.write_text(lines.replace('"strict"', '"points"'))
     elif damage == "other task":
         write(tmp_path / "b.json", {"1": 1.0, "2": 0.0}, task="ocr")
+    elif damage == "other text":
+        write(tmp_path / "b.json", {"1": 1.0, "2": 0.0}, asked="Where?")
+    elif damage == "other benchmark":
+        write(tmp_path / "b.json", {"1": 1.0, "2": 0.0}, benchmark="worldsense")
+    elif damage == "no .json":
+        second = str(predictions)
     elif damage == "other questions":
         write(tmp_path / "b.json", {"7": 1.0})
     else:
@@ -100,7 +114,10 @@ def test_evaluations_that_cannot_be_compared(tmp_path, capsys, damage):
         "missing": "b.predictions.jsonl: no such file; evaluate",
         "cut": "the evaluation cannot be read",
         "old": "evaluate again with this version",
-        "other task": "got question '1' is mcq and ocr",
+        "other task": "got question '1', which is mcq and ocr (and 1 more)",
+        "other text": "got question '1', which has another text, other options or answer (and 1 more)",
+        "other benchmark": "got questions of worldsense instead of a question file",
+        "no .json": "expected a file that ends with .json, or a run folder",
         "other questions": "got none; compare evaluations of the same questions",
         "twice": "expected different evaluations",
     }
@@ -108,8 +125,87 @@ def test_evaluations_that_cannot_be_compared(tmp_path, capsys, damage):
     assert expected[damage] in capsys.readouterr().err
 
 
+def test_the_hash_of_a_question_covers_all_that_is_asked():
+    asked = {"question": "What is\n it?", "task_type": "mcq", "options": ("a", "b"), "answer": "A"}
+    base = asked_hash(Question("1", **asked))
+    same = {"videos": ("v.mp4",), "question": "What is it? ", "prompt": "Look. What is it?", "meta": {"a": 1}}
+    assert asked_hash(Question("2", **asked | same)) == base and len(base) == 16
+    others = [{"question": "Who is it?"}, {"task_type": "exact"}, {"options": ("a", "c")}, {"answer": "B"}]
+    # The same words in other options.
+    others += [{"options": ("a b",)}, {"options": None}, {"answer": None}]
+    assert len({base, *(asked_hash(Question("1", **asked | other)) for other in others)}) == 8
+
+
+def test_a_comparison_without_protocols_says_so(tmp_path, capsys):
+    first, second = (write(tmp_path / f"{name}.json", {"1": 1.0, "2": 0.0}) for name in "ab")
+    write(tmp_path / "b.json", {"1": 1.0, "2": 0.0}, protocol=None)
+    assert evaluate.main(["--compare", first, second]) == 0
+    said = capsys.readouterr().out
+    assert f"evaluated differently: unknown, because {second} recorded no protocol" in said and "None" not in said
+
+
+GOOD = {
+    **{"id": "1", "asked_hash": "0", "task_type": "mcq", "cluster": "v", "score": 1, "strict": 0.5, "lenient": 1.0},
+    **{"valid": True, "readable": True, "groups": {"a": "b"}, "benchmark": "mlvu", "sampled": 0.5},
+    "samples": {"score": [1.0, 0.0], "answers": ["A", None]},
+    **{"error": "x", "reason": "missing_media", "meaning": 0.0, "sampled_meaning": 1.0},
+}
+
+
+@pytest.mark.parametrize("name", ["id", "asked_hash", "task_type", "cluster", "score", "strict", "lenient", "valid"])
+def test_predictions_without_a_field_are_refused(name):
+    check_predictions([GOOD], "p.jsonl")
+    with pytest.raises(EvaluationError, match=f"p.jsonl, line 2: expected .* in '{name}', got None; evaluate again"):
+        check_predictions([GOOD, {key: value for key, value in GOOD.items() if key != name}], "p.jsonl")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"id": 3},
+        {"task_type": "essay"},
+        {"score": 1.5},
+        {"strict": "1"},
+        {"lenient": True},
+        {"readable": None},
+        {"groups": ["a"]},
+        {"groups": {"a": 1}},
+        {"benchmark": "other"},
+        {"meaning": None},
+        {"sampled": -1},
+        {"samples": {"score": [1.0]}},
+        {"samples": {"score": [], "answers": []}},
+        {"samples": {"score": [1.0], "answers": ["A", "B"]}},
+        {"samples": {"score": [1.0], "answers": [1]}},
+        {"reason": []},
+    ],
+)
+def test_damaged_predictions_are_refused(damage):
+    with pytest.raises(EvaluationError, match=f"p.jsonl, line 1: expected .* in '{next(iter(damage))}', got"):
+        check_predictions([GOOD | damage], "p.jsonl")
+
+
+def test_predictions_that_are_no_list_of_answers_are_refused():
+    without = {name: value for name, value in GOOD.items() if name != "reason"}
+    for records, words in (
+        ([], "got an empty file"),
+        ([[]], "line 1: expected an object, got list"),
+        ([GOOD, {**GOOD, "score": 0.0}], "expected each question once, got '1' 2 times"),
+        ([without], "expected both 'error' and 'reason', got one of them"),
+    ):
+        with pytest.raises(EvaluationError, match=words):
+            check_predictions(records, "p.jsonl")
+
+
 def test_arguments_that_do_not_fit(capsys):
-    for arguments in (["--compare", "a.json"], ["quickstart"], ["quickstart", "--compare", "a", "b"], []):
+    for arguments in (["--compare", "a.json"], ["quickstart"], ["quickstart", "--compare", "a", "b"]):
         with pytest.raises(SystemExit):
             evaluate.main(arguments)
+    for output in ("eval.stage1", "eval", "eval.predictions.jsonl"):
+        for arguments in (["quickstart"], ["--compare", "a.json", "b.json"]):
+            with pytest.raises(SystemExit):
+                evaluate.main([*arguments, "--output", output])
+            assert f"--output: expected a file that ends with .json, got {output};" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        evaluate.main([])
     assert "expected a recipe and --output, or --compare with two or more evaluations" in capsys.readouterr().err

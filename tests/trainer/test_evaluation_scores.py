@@ -8,7 +8,7 @@ import pytest
 
 from rmsd_fast.config import EvaluateConfig, RunConfig
 from rmsd_fast.data.records import Question
-from rmsd_fast.stages.answer_records import NOT_FINITE, answer_record, clusters_of, reason_of, with_samples
+from rmsd_fast.stages.answer_records import NOT_FINITE, answer_record, clusters_of, reason_of, votes_of, with_samples
 from rmsd_fast.stages.evaluation import plan_batches
 from rmsd_fast.stages.evaluation_files import read_predictions, write_evaluation, write_predictions
 from rmsd_fast.stages.evaluation_table import format_table
@@ -37,6 +37,57 @@ def test_questions_that_share_a_medium_are_one_cluster():
     # Parts of the same video are about the same video.
     parts = [question("p", "a", spans=((0.0, 2.0),)), question("q", "a", spans=((5.0, 9.0),))]
     assert len(set(clusters_of(parts).values())) == 1
+
+
+def test_a_named_cluster_is_preferred():
+    """The versions of a problem have different images, or share one with another problem."""
+    asked = [
+        question("1", "a", meta={"benchmark": "mathverse", "cluster": "7"}),
+        question("2", "b", meta={"benchmark": "mathverse", "cluster": "7"}),
+        question("3", "a", meta={"benchmark": "mathverse", "cluster": "8"}),
+        question("4", "a"),
+        question("5", "7", meta={"cluster": ["7"]}),
+        question("6", "c", meta={"cluster": "7"}),
+        question("7", "/7", meta={"cluster": ""}),
+    ]
+    assert clusters_of(asked) == {
+        **{"1": "mathverse:7", "2": "mathverse:7", "3": "mathverse:8", "4": "a", "5": "7", "6": "cluster:7"},
+        "7": "/7",
+    }
+    # Three answers about two problems are two clusters.
+    records = [answer_record(q, clusters_of(asked)[q.id], RIGHT, RunConfig()) for q in asked[:3]]
+    assert summarize(records)["closed"]["clusters"] == 2
+
+
+@pytest.mark.parametrize(
+    ("task", "answers", "votes"),
+    [
+        ("exact", ["Blue", None, "blue.", "3", "3.0", "red"], ["Blue", None, "Blue", "3", "3", "red"]),
+        # Rounding to the decimals of one of them does not make two numbers equal.
+        ("exact", ["3.04", "3.0", "14", "a boat"], ["3.04", "3.0", "14", "a boat"]),
+        ("ocr", ["Exit \u201cA\u201d", 'exit  "a".', "exit b"], ['exit "a"', 'exit "a"', "exit b"]),
+        ("numeric", [3.0, 2.5], ["3.0", "2.5"]),
+        ("boxes", [{"2": ((0.0, 1.0, 2.0, 3.0),), "1": ((4.0, 4.0, 5.0, 5.0), (1.0, 1.0, 2.0, 2.0))}], None),
+    ],
+)
+def test_answers_that_the_metric_does_not_distinguish_vote_together(task, answers, votes):
+    if votes is None:
+        (first,) = answers
+        second = {"1": tuple(reversed(first["1"])), "2": first["2"]}
+        assert len(set(votes_of([first, second], task))) == 1
+        assert len(set(votes_of([first, {"1": first["1"]}], task))) == 2
+    else:
+        assert votes_of(answers, task) == votes
+
+
+def test_a_majority_of_equal_answers_in_other_words_wins():
+    asked = Question("1", "Which color?", "exact", images=("a.png",), answer="blue")
+    texts = [f"<think>x</think><answer>{answer}</answer>" for answer in ("red", "red", "Blue", "blue", "blue.")]
+    record = with_samples(
+        answer_record(asked, "a", texts[0], RunConfig()), asked, [(text, False, True) for text in texts], RunConfig()
+    )
+    # Three of five answers are blue in one spelling or another; with exact spellings, red would win.
+    assert summarize([record])["sampled"]["majority"]["5"]["mean"] == 1.0
 
 
 def test_groups_and_readings_of_closed_questions():

@@ -104,20 +104,20 @@ def test_another_model_to_start_from_is_refused():
 FINAL = {"untrained", "stage1", "control", "stage2"}
 
 
-def kept_after(folder, override, *, stage="distill", step=1, finished=False, files=None, former=()):
+def kept_after(folder, override, *, stage="distill", step=1, finished=False, files=None, former=(), before=None):
     """Return the names of the answers that a run with a checkpoint keeps if a setting or a file changes."""
-    before = load_settings("quickstart", list(former))
-    save_settings(before, folder / "config.yaml")
+    settings = load_settings("quickstart", list(former))
+    save_settings(settings, folder / "config.yaml")
     (folder / "predictions").mkdir()
     for name in (*FINAL, "control@2"):
         (folder / "predictions" / f"{name}.jsonl").write_text("{}\n")
-    fingerprints = {"settings": settings_as_dict(before), "files": {"heldout": "00", "train": "00"}}
+    fingerprints = {"settings": settings_as_dict(settings), "files": before or {"heldout": "00", "train": "00"}}
     state = {"stage": stage, "step": step, "finished": finished, "fingerprints": deepcopy(fingerprints)}
     checkpoint = SimpleNamespace(state=state) if stage else None
     if not stage:
         run_folder.write_fingerprints(folder, fingerprints)
     now = load_settings("quickstart", [*former, override] if override else list(former))
-    changed = {"settings": settings_as_dict(now), "files": {**fingerprints["files"], **(files or {})}}
+    changed = {"settings": settings_as_dict(now), "files": files or fingerprints["files"]}
     run_folder.check_changes(now, folder, checkpoint, changed, True)
     return {path.stem for path in (folder / "predictions").iterdir()}
 
@@ -166,11 +166,24 @@ def test_the_answers_of_students_that_are_trained_further_are_deleted(tmp_path):
 
 def test_answers_to_other_questions_are_deleted(tmp_path):
     for name, files, kept in (
-        ("train", {"train": "01"}, {"untrained", "stage1", "control", "control@2"}),
-        ("heldout", {"heldout": "01"}, set()),
+        ("train", {"heldout": "00", "train": "01"}, {"untrained", "stage1", "control", "control@2"}),
+        ("heldout", {"heldout": "01", "train": "00"}, set()),
     ):
         (tmp_path / name).mkdir()
         assert kept_after(tmp_path / name, "", files=files) == kept
+
+
+@pytest.mark.parametrize("now", [{"heldout/a.json": "01"}, {"heldout/a.json": "00", "heldout/b.json": "00"}, {}])
+def test_answers_to_another_benchmark_folder_are_deleted(tmp_path, now):
+    """Each annotation in the folder of a benchmark has a role of its own: one is changed, added or removed."""
+    before = {"heldout/a.json": "00", "train": "00"}
+    assert kept_after(tmp_path, "", before=before, files={"train": "00", **now}) == set()
+
+
+def test_answers_to_the_same_benchmark_folder_are_kept(tmp_path):
+    files = {"heldout/a.json": "00", "heldout/b.json": "00"}
+    kept = kept_after(tmp_path, "", before={**files, "train": "00"}, files={**files, "train": "01"})
+    assert kept == {"untrained", "stage1", "control", "control@2"}
 
 
 def test_more_steps_than_the_control_has_taken_are_refused_while_it_is_compared():
