@@ -47,7 +47,7 @@ from rmsd_fast.data.task_types import (
     names_an_option,
 )
 from rmsd_fast.method.answers import bare_options, parse_answer_body
-from rmsd_fast.method.quality import fold_text
+from rmsd_fast.method.folding import fold_text
 
 # Keys that identify a format, in order of precedence.
 RECORD_KEYS = {

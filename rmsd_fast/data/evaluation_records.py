@@ -12,7 +12,7 @@ from typing import Any
 from rmsd_fast.data.marks import mark_kinds
 from rmsd_fast.data.option_lists import MOST_OPTIONS
 from rmsd_fast.method.answers import TASK_TYPES, bare_options, option_letters
-from rmsd_fast.method.quality import fold_text
+from rmsd_fast.method.folding import fold_text
 
 # Keys of evaluation records whose values are groups of a breakdown.
 GROUP_KEYS = (

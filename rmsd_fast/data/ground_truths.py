@@ -28,7 +28,7 @@ from typing import Any
 
 from rmsd_fast.data.media_paths import Span, is_number
 from rmsd_fast.method.answers import bare_options, option_letters, parse_answer_body
-from rmsd_fast.method.quality import fold_text
+from rmsd_fast.method.folding import fold_text
 
 # "\boxed{B}", "Answer: B", "答案：B".
 _WRAPPED = re.compile(

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from rmsd_fast.data.marks import MARK
 from rmsd_fast.method.answers import bare_options, option_letters, own_letter
-from rmsd_fast.method.quality import fold_text
+from rmsd_fast.method.folding import fold_text
 
 _HEADING = re.compile(r"(?:answer )?(?:options|choices)(?: are)?\s*[:：]?|选项\s*[:：]?", re.IGNORECASE)
 MOST_OPTIONS = 26

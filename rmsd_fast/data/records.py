@@ -72,7 +72,8 @@ class Question:
     """Duration of the video in seconds; if there are several videos, of the longest one."""
     meta: dict[str, Any] = field(default_factory=dict)
     """Any other data. Training does not read it. For questions of a benchmark, `benchmark` is its name, and `groups`
-    has the values of its breakdowns by name, such as {"duration": "short"}."""
+    has the values of its breakdowns by name, such as {"duration": "short"}. `cluster` names questions that are not
+    independent although their media differ."""
     prompt: str | None = None
     """The benchmark's own prompt, which `evaluate.prompt=benchmark` shows in place of question, options and answer
     format. Marks of media have the same meaning as in `question`. Question files do not contain it."""

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from rmsd_fast.data.ground_truths import CoordinatesError, GroundTruthError, read_ground_truth
 from rmsd_fast.data.option_lists import MOST_OPTIONS
 from rmsd_fast.method.answers import bare_options, option_letters
-from rmsd_fast.method.quality import fold_text, words_of
+from rmsd_fast.method.folding import fold_text, words_of
 
 _LETTER = re.compile(r"[(\[]?[A-Z][)\]]?\.?")
 _LED_BY_LETTER = re.compile(r"\(?([A-Z])[.):]\s*(\S.*)|\(([A-Z])\)\s*(\S.*)", re.DOTALL)

@@ -6,7 +6,8 @@ rules of the field apply:
 - mcq: the letter in the best of these places, and the last one of these: the start of the text, its end, after a phrase
   such as "the answer is", `(B)`, `B.`, `B:`, `B)`, `B` alone. A letter inside a word is not an answer;
 - temporal: two times, in seconds or as mm:ss, if the text has no third number;
-- spatial: the first four numbers in brackets; boxes: seconds and boxes in JSON, which may be incomplete;
+- spatial: the first four numbers in brackets; boxes: seconds and boxes in JSON, in a code block if there is one. JSON
+  may be incomplete, and its invalid items are left out. Lists of objects with `time` and `bbox_2d` are also read;
 - exact: the content of `\\boxed{}`, the text after "the answer is", otherwise the whole text.
 
 The reading therefore differs from the field's where the field takes a letter of the option's words: the field reads
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 from collections.abc import Sequence
 
@@ -29,7 +31,9 @@ from .natural.tags import one_spelling, without_tags
 
 # Brackets at which JSON is tried, since every attempt may read the whole text.
 MOST_STARTS = 20
-_ANSWER = re.compile(r"<answer>(.*?)(?:</answer>|\Z)", re.DOTALL)
+# Keys of incomplete JSON that are read.
+MOST_KEYS = 1000
+_ANSWER = re.compile(r"<answer>(.*?)(</answer>|\Z)", re.DOTALL)
 _BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 _EDGES = " \t\r\n,.!?;:'\"*"
 _PHRASE = re.compile(
@@ -43,7 +47,16 @@ _TIME = re.compile(r"(?<![\w.:])(?:(\d+):)?(\d+):(\d{2}(?:\.\d+)?)(?![\d:])|(?<!
 _NUMBER = r"\s{0,9}([+-]?\d+(?:\.\d+)?)\s{0,9}"
 _FOUR = re.compile(rf"[\[(]{_NUMBER},{_NUMBER},?(?:\)\s?,\s?\()?{_NUMBER},{_NUMBER}[\])]")
 _JSON = json.JSONDecoder()
-_SECOND = re.compile(rf"""["']?(\d+)["']?\s*:\s*\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]""")
+_BRACKET = re.compile(r"[{\[]")
+_BLOCK = re.compile(r"```[a-z]*\n(.*?)(?:```|\Z)", re.DOTALL)
+# Deviations from JSON: keys without quotes, and commas at the end of a list.
+_BARE_KEY = re.compile(r"([{,]\s{0,9})(\d{1,9})(?=\s{0,9}:)")
+_LAST_COMMA = re.compile(r",(?=\s{0,9}[\]}])")
+_KEY = re.compile(r'"([^"]{1,20})"\s{0,9}:\s{0,9}(?=\[)')
+_SECOND = re.compile(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*(?:s|sec|seconds?)?\s*")
+_CLOCK = re.compile(r"\s*(\d{1,4}):(\d{2})(?:\.0+)?\s*")
+_TIME_KEYS = ("time", "timestamp", "second", "seconds")
+_BOX_KEYS = ("bbox_2d", "bbox", "box", "boxes")
 
 
 def lenient_response(
@@ -56,7 +69,7 @@ def lenient_response(
         task_type: one of ALL_TASKS.
         options: choices of an `mcq` question in order; None = the options are in the question's text or picture.
         truncated: whether the response was cut off by the limit of tokens. Then only an `<answer>` block that was
-            closed, or an option letter at the start of the text, counts.
+            closed, an option letter at the start of the text, or complete boxes count.
     Returns:
         The canonical response, for `parse_answer` and `quality_score`.
     Raises:
@@ -68,13 +81,12 @@ def lenient_response(
         reason = "length" if truncated else "stop"
         if read := canonical_response(text, task_type, options=options, finish_reason=reason):
             return read
-    final = final_text(text, closed=truncated)
-    if final is None:
-        final, reader = final_text(text), _letter_at_start
-        if task_type != "mcq":
+    final, reader = final_text(text, closed=truncated), _READERS.get(task_type)
+    if final is None and truncated:
+        final, reader = final_text(text), _TRUNCATED_READERS.get(task_type)
+        # An unfinished reasoning has no answer.
+        if "<think>" in (rest := one_spelling(text)) and "</think>" not in rest:
             return None
-    else:
-        reader = _READERS.get(task_type)
     answer = reader(final, options) if reader and final else None
     if answer is None or parse_answer_body(answer, task_type, options) is None:
         return None
@@ -82,15 +94,25 @@ def lenient_response(
 
 
 def final_text(text: str, *, closed: bool = False) -> str | None:
-    """Return the text of the last `<answer>` block, otherwise the text after `</think>`, otherwise the whole text.
+    """Return the text of the last `<answer>` block after `</think>`, otherwise all text after it.
 
-    closed: only a block with both tags counts; without one, the result is None.
+    If no text follows `</think>`, the last block before it counts. Without `</think>`, the whole text is searched, but
+    a reasoning that was opened needs a block.
+
+    closed: only a block with both tags counts, and only outside a reasoning that was not closed; otherwise the result
+        is None.
     """
     text = one_spelling(text)
-    blocks = _ANSWER.findall(text if not closed or text.count("</answer>") else "")
+    reasoning, ended, final = text.rpartition("</think>")
+    if ended and not final.strip():
+        final = reasoning if "<answer>" in reasoning else ""
+    unfinished = not ended and "<think>" in text
+    blocks = [block for block, end in _ANSWER.findall(final) if end or not closed]
+    if closed and (unfinished or not blocks):
+        return None
     if blocks:
         return without_tags(blocks[-1])
-    return None if closed else without_tags(text.rpartition("</think>")[2])
+    return None if unfinished else without_tags(final)
 
 
 def _letters(options: Sequence[str] | None) -> str:
@@ -123,7 +145,7 @@ def field_letter(text: str, options: Sequence[str] | None) -> str | None:
 def _interval(text: str, options: object) -> str | None:
     times = []
     for hours, minutes, seconds, plain in _TIME.findall(text):
-        times.append(float(plain) if plain else int(hours or 0) * 3600 + int(minutes) * 60 + float(seconds))
+        times.append(float(plain) if plain else float(hours or 0) * 3600 + float(minutes) * 60 + float(seconds))
     return f"{times[0]:.10g} to {times[1]:.10g}" if len(times) == 2 else None
 
 
@@ -133,32 +155,78 @@ def _box(text: str, options: object) -> str | None:
 
 
 def _boxes(text: str, options: object) -> str | None:
-    boxes: Boxes | None = None
-    for start in itertools.islice(re.finditer(r"[{\[]", text), MOST_STARTS):
+    for source in (*_BLOCK.findall(text), text):
+        if '"' not in source:
+            source = source.replace("'", '"')
+        source = _LAST_COMMA.sub("", _BARE_KEY.sub(r'\1"\2"', source))
+        if boxes := _complete_boxes(source) or _boxes_by_key(source):
+            return json.dumps(boxes)
+    return None
+
+
+def _complete_boxes(text: str) -> Boxes:
+    """Return the boxes of all JSON values in a text. If a second occurs in several values, the last one counts."""
+    boxes: Boxes = {}
+    position = starts = 0
+    while starts < MOST_STARTS and (start := _BRACKET.search(text, position)):
+        starts, position = starts + 1, start.end()
         try:
-            boxes = _boxes_in(_JSON.raw_decode(text, start.start())[0])
+            value, end = _JSON.raw_decode(text, start.start())
         except (ValueError, RecursionError):
             continue
-        break
-    # Truncated JSON, or JSON with remarks: all complete boxes.
-    pairs = {} if boxes else {second: [list(map(float, box))] for second, *box in _SECOND.findall(text)}
-    boxes = boxes or boxes_of(pairs)
-    if not boxes:
-        return None
-    inner = (f'"{second}": [{", ".join(str(list(box)) for box in items)}]' for second, items in boxes.items())
-    return "{" + ", ".join(inner) + "}"
+        if found := _boxes_in(value):
+            boxes |= found
+            # A value with boxes is not searched again, so it does not count.
+            starts, position = starts - 1, end
+    return boxes
 
 
-def _boxes_in(value: object) -> Boxes | None:
-    """Return the boxes of an object, of a list of objects, or of a list of pairs [second, box]."""
-    merged: dict = {}
-    for item in value if isinstance(value, list) else [value]:
-        if isinstance(item, list) and len(item) == 2 and isinstance(item[0], str | int):
-            item = {item[0]: item[1]}
-        if not isinstance(item, dict):
-            return None
-        merged |= {str(second): box for second, box in item.items()}
-    return boxes_of(merged)
+def _boxes_by_key(text: str) -> Boxes:
+    """Return the boxes that follow a second and a colon, for instance in a JSON object that was truncated."""
+    boxes: Boxes = {}
+    for match in itertools.islice(_KEY.finditer(text), MOST_KEYS):
+        try:
+            value = _JSON.raw_decode(text, match.end())[0]
+        except (ValueError, RecursionError):
+            continue
+        boxes |= _boxes_in({match[1]: value})
+    return boxes
+
+
+def _boxes_in(value: object) -> Boxes:
+    """Return the valid boxes of a decoded value.
+
+    value: an object of boxes by second, an object with a time and a box, a pair [second, box], or a list of these.
+    """
+    if isinstance(value, list) and not (len(value) == 2 and isinstance(value[0], str | int | float)):
+        boxes: Boxes = {}
+        for item in value:
+            # A second may have several objects, one for each box.
+            for second, listed in (_boxes_in(item) if isinstance(item, list | dict) else {}).items():
+                boxes[second] = boxes.get(second, ()) + listed
+        return boxes
+    if isinstance(value, list):
+        value = {value[0]: value[1]}
+    if not isinstance(value, dict):
+        return {}
+    time, box = (next((value[key] for key in keys if key in value), None) for keys in (_TIME_KEYS, _BOX_KEYS))
+    boxes = {}
+    for key, item in value.items() if time is None else [(time, box)]:
+        listed = item if isinstance(item, list) and item and isinstance(item[0], list) else [item]
+        valid = tuple(of["0"][0] for one in listed if (of := boxes_of({"0": one})))
+        if valid and (second := _second_of(key)):
+            boxes[second] = valid
+    return boxes
+
+
+def _second_of(key: object) -> str | None:
+    """Return a second as text: 3, 3.0, "3", "3s" and "00:03" are "3". Texts with decimals are left as they are."""
+    if isinstance(key, int | float) and not isinstance(key, bool):
+        return f"{key:.10g}" if math.isfinite(key) else None
+    if clock := _CLOCK.fullmatch(str(key)):
+        return str(int(clock[1]) * 60 + int(clock[2]))
+    second = _SECOND.fullmatch(str(key))
+    return second[1] if second else None
 
 
 def _short_text(text: str, options: object) -> str | None:
@@ -169,3 +237,4 @@ def _short_text(text: str, options: object) -> str | None:
 
 
 _READERS = {"mcq": field_letter, "temporal": _interval, "spatial": _box, "boxes": _boxes, "exact": _short_text}
+_TRUNCATED_READERS = {"mcq": _letter_at_start, "boxes": _boxes}

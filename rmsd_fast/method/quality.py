@@ -13,9 +13,7 @@ Sources: R-MSD (arXiv 2603.11423), quality score; mean relative accuracy: VSI-Be
 """
 
 import math
-import re
 import statistics
-import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from fractions import Fraction
@@ -32,22 +30,11 @@ from .answers import (
     parse_answer_body,
 )
 from .benchmark_tasks import Boxes
+from .exact import exact_match
+from .folding import fold_text, words_of
 
 GroundTruth = str | float | Sequence[float]
 
-_QUOTES = str.maketrans("\u2018\u2019\u201b\u2032\u201c\u201d\u201e\u201f\u2033", "''''" + '"""""')
-# Thai, Lao, Burmese, Khmer, kana and Han have no spaces between words.
-_UNSPACED = (
-    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-    "\U00020000-\U0003ffff"
-)
-_WORD = re.compile(f"[{_UNSPACED}]|[^\\s{_UNSPACED}]+")
-# An exact answer: numbers, exponents and indices, LaTeX's marks, operators, and words that deny or add another answer.
-_NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?!\.?\d)")
-_POWER = re.compile(r"[\^_]\{?[-+]?\w+\}?")
-_LATEX = re.compile(r"\\[()\[\],;!]|\$|\\(?:left|right|text|mathrm|circ)\b|\^\{?\\circ\}?|°")
-_AROUND = re.compile(r"\s*([=+*/^<>,;:(){}\[\]-])\s*")
-_OTHERWISE = re.compile(r"\b(?:not|never|neither|nor|or)\b|n't\b")
 # Thresholds of mean relative accuracy: 0.50, 0.55, … 0.95.
 _MRA_THRESHOLDS = tuple(Fraction(step, 20) for step in range(10, 20))
 _LIST_LENGTHS = {"temporal": 2, "spatial": 4}
@@ -297,34 +284,6 @@ def boxes_iou(predicted: Boxes, truth: Boxes) -> float:
     return math.fsum(scores) / len(scores) if scores else 0.0
 
 
-def exact_match(predicted: str, truth: str) -> float:
-    """Return 1 if an answer states the reference of an `exact` question, otherwise 0.
-
-    A reference that is a number must be the only number of the answer, after rounding to its decimals. Any other
-    reference must be the answer, or a phrase of it without a denial or an alternative ("not", "or") around it.
-    """
-    answer, reference = _plain(predicted), _plain(truth)
-    if answer == reference:
-        return 1.0
-    if _NUMBER.fullmatch(reference):
-        value = Fraction(reference.replace(",", ""))
-        decimals = len(reference.partition(".")[2])
-        found = {
-            round(Fraction(number.replace(",", "")), decimals) for number in _NUMBER.findall(_POWER.sub("", answer))
-        }
-        return float(found == {value})
-    phrase = re.compile(rf"(?<![\w.]){re.escape(reference)}(?!\w)")
-    around = phrase.sub(" ", answer)
-    stated = len(reference) > 1 and around != answer
-    return float(stated and not _OTHERWISE.search(around))
-
-
-def _plain(text: str) -> str:
-    """Return a text without case, LaTeX's marks for formulas, and spaces around operators and commas."""
-    text = _LATEX.sub("", fold_text(text))
-    return fold_text(_AROUND.sub(r"\1", text))
-
-
 def _epsilon_accuracy(predicted: float, truth: float, eps: float) -> float:
     a, b = _exact(predicted), _exact(truth)
     return float(abs(a - b) <= _exact(eps) * max(Fraction(1), abs(b)))
@@ -336,20 +295,6 @@ def _mra(predicted: float, truth: float) -> float:
         return float(a == 0)
     error = abs(a - b) / abs(b)
     return sum(error < 1 - threshold for threshold in _MRA_THRESHOLDS) / len(_MRA_THRESHOLDS)
-
-
-def fold_text(text: str) -> str:
-    """Normalize differences that are not errors: case, width, quotes, outer quotes, white space, a final period."""
-    text = " ".join(unicodedata.normalize("NFKC", text).translate(_QUOTES).casefold().split())
-    if len(text) > 1 and text.endswith((".", "。")):
-        text = text[:-1].rstrip()
-    inside = text[1:-1].strip()
-    return inside if text[:1] in ("'", '"') and text.endswith(text[0]) and inside and text[0] not in inside else text
-
-
-def words_of(text: str) -> list[str]:
-    """Return the words of a text; in scripts without spaces between words, each character is a word."""
-    return _WORD.findall(fold_text(text))
 
 
 def word_overlap(predicted: str, truth: str) -> float:

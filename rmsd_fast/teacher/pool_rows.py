@@ -11,7 +11,7 @@ import numpy as np
 
 from rmsd_fast.data.records import Question
 from rmsd_fast.method.answers import parse_answer
-from rmsd_fast.method.quality import fold_text
+from rmsd_fast.method.folding import fold_text
 from rmsd_fast.teacher.pool import TeacherResponse
 from rmsd_fast.teacher.scores import Pool, ScoredResponse, Scores
 from rmsd_fast.teacher.usage import WITH, Prices, Usage, read_usage

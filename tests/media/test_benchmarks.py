@@ -298,7 +298,7 @@ def test_worldsense(tmp_path):
     whole["v0"]["task1"] = asked | {"answer": "C"}
     first, second, third = load("worldsense", write_json(tmp_path / "worldsense_qa.json", whole))
     assert [q.id for q in (first, second, third)] == ["v0/task0", "v0/task1", "v1/task0"]
-    assert (first.answer, second.answer) == ("B", "C") and first.videos == (str(tmp_path / "videos" / "v0.mp4"),)
+    assert (first.answer, second.answer) == ("B", "C") and first.videos == (str(tmp_path / "v0.mp4"),)
     assert first.meta["groups"] == {
         "task_domain": "Recognition",
         "task_type": "Audio Recognition",
@@ -377,7 +377,7 @@ def test_mathvista(tmp_path):
 
 
 def test_mathverse(tmp_path):
-    base = {"problem_index": "1", "image": {"bytes": PNG, "path": "i.png"}, "question_for_eval": "?", "query_cot": "?"}
+    base = {"problem_index": "7", "image": {"bytes": PNG, "path": "i.png"}, "question_for_eval": "?", "query_cot": "?"}
     base |= {
         "metadata": {"split": "testmini", "subject": "Plane Geometry", "subfield": "Angle"},
         "query_wo": "Please answer.",
@@ -408,6 +408,8 @@ def test_mathverse(tmp_path):
     assert (first.task_type, first.answer, first.options, first.prompt) == ("mcq", "B", None, "Please answer.")
     assert (second.task_type, second.answer) == ("exact", "x=5")
     assert third.question == "Answer the question that the image shows."
+    # The versions of a problem are one cluster.
+    assert [question.meta["cluster"] for question in (first, second, third)] == ["7"] * 3
     assert first.meta["groups"] == {
         "version": "Text Dominant",
         "question_type": "multi-choice",
@@ -484,6 +486,10 @@ def test_vstar(tmp_path):
     assert where1.startswith("Please answer the question about the video: Where is the cup? with a series of bounding")
     assert "within the time range [4, 5, 6] provided" in where1 and '{"4": [x1, y1, x2, y2],...}' in where1
     assert "You only need to output 3 bbox(es)." in where2 and '"3":...} (if the frames at 0~3 second' in where2
+    # A second is whole also if the annotation writes 4.0.
+    floats = [box | {"timestamp": float(box["timestamp"])} for box in vstar_record()["bboxes"]]
+    again = load("vstar", write_json(tmp_path / "floats.json", [vstar_record(bboxes=floats)]))
+    assert again[2].answer == by_id["v1#1/where1"].answer
     # In this package's own prompt, boxes are from 0 to 1000.
     assert "[[100, 100, 500, 500], " in question_text(by_id["v1#1/when2"])
     assert question_text(by_id["v1#1/where1"]).endswith('{"second": [x1,y1,x2,y2], …}</answer>, from 0 to 1000')
@@ -499,6 +505,10 @@ def test_vstar(tmp_path):
         (
             {"bboxes": [{"timestamp": 1, "xmin": 0, "ymin": None, "xmax": 1, "ymax": 1}]},
             "field 'bboxes': expected boxes",
+        ),
+        (
+            {"bboxes": [{"timestamp": None, "xmin": 0, "ymin": 0, "xmax": 1, "ymax": 1}]},
+            "field 'bboxes': expected boxes with timestamp",
         ),
         ({"timestamps": [1, math.nan]}, "field 'timestamps': expected"),
         ({"fps": "fast"}, "field 'fps': expected a number of at least 0.001, got 'fast'"),
@@ -576,6 +586,94 @@ def test_two_files_of_the_same_name_are_named(tmp_path):
         load("videomme", write_json(tmp_path / "rows.json", videomme_rows()))
 
 
+def touch(*files: Path) -> None:
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"x")
+
+
+def test_a_file_of_the_same_name_in_another_folder_is_not_used(tmp_path):
+    touch(tmp_path / "images_version_1-4" / "image_1.png")
+    row = ROWS["mathverse"] | {"image": "images_version_5/image_1.png"}
+    (question,) = load("mathverse", write_json(tmp_path / "testmini.json", [row]))
+    assert question.images == (str(tmp_path / "images_version_5" / "image_1.png"),)
+    # The end of a folder's name is not the folder.
+    touch(tmp_path / "x" / "other_images_version_5" / "image_1.png")
+    assert load("mathverse", tmp_path / "testmini.json") == [question]
+    touch(tmp_path / "x" / "images_version_5" / "image_1.png")
+    (moved,) = load("mathverse", tmp_path / "testmini.json")
+    assert moved.images == (str(tmp_path / "x" / "images_version_5" / "image_1.png"),)
+    # The media root may be the folder itself.
+    root = tmp_path / "x" / "images_version_5"
+    (inside,) = load("mathverse", tmp_path / "testmini.json", media_root=root)
+    assert inside.images == moved.images
+
+
+def test_a_video_of_another_task_is_not_used(tmp_path):
+    row = {"video": "7.mp4", "question": "What?", "candidates": ["tea", "milk"], "answer": "milk"}
+    write_json(tmp_path / "json" / "1_plotQA.json", [row])
+    touch(tmp_path / "video" / "2_needle" / "7.mp4")
+    assert not Path(load("mlvu", tmp_path)[0].videos[0]).exists()
+    touch(tmp_path / "deep" / "1_plotQA" / "7.mp4")
+    assert load("mlvu", tmp_path)[0].videos == (str(tmp_path / "deep" / "1_plotQA" / "7.mp4"),)
+    table = tmp_path / "MLVU_MCQ.tsv"
+    for prefix, folder in (("./MLVU/video/1_plotQA", "1_plotQA"), ("./video/2_needle/", "2_needle")):
+        (question,) = load("mlvu", write_table(table, [row | {"prefix": prefix, "task_type": "plotQA"}]))
+        assert Path(question.videos[0]).parent.name == folder and Path(question.videos[0]).exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "says"),
+    [
+        (
+            "mathvista",
+            {"question_type": "multi choice"},
+            "'question_type': expected one of 'multi_choice', .*multi cho",
+        ),
+        ("mathverse", {"question_type": "open"}, "field 'question_type': expected one of 'multi-choice'.* got 'open'"),
+        ("videommmu", {"question_type": "essay"}, "field 'question_type': expected one of .*, got 'essay'; the annot"),
+        ("mathvista", {"image": None}, "expected a field 'decoded_image' or 'image', got the fields"),
+        ("mathvista", {"image": " "}, "field 'decoded_image': expected an image, got ' '"),
+        ("mathverse", {"image": {"bytes": None, "path": None}}, "field 'image': expected an image, got"),
+        ("mathverse", {"problem_index": None}, "expected a field 'problem_index'"),
+        ("mathvista", {"choices": None}, "expected a field 'choices'"),
+        ("videommmu", {"id": None}, "expected a field 'id' or 'path' or 'video'"),
+        ("videommmu", {"question_type": "open", "answer": "[]"}, r"field 'answer': expected one answer, got '\[\]'"),
+        ("videommmu", {"question_type": "open", "answer": ["2", "3"]}, "field 'answer': expected one answer"),
+        ("longvideobench", {"correct_choice": 1.7}, "field 'correct_choice': expected a whole number, got 1.7"),
+        ("longvideobench", {"correct_choice": "0.5"}, "field 'correct_choice': expected a whole number, got '0.5'"),
+        ("mlvu", {"question": "Which?", "candidates": "['one' 'two']"}, r"expected a list such as \['a', 'b'\], got"),
+        ("mlvu", {"question": "Which?", "candidates": "['one'\n 'two', 'three']"}, "expected a list such as"),
+    ],
+)
+def test_missing_and_ambiguous_fields_are_errors(tmp_path, name, changes, says):
+    with pytest.raises(DataError, match=says):
+        load(name, write_json(tmp_path / "rows.json", [ROWS[name] | changes]))
+
+
+def test_answers_are_read_as_published(tmp_path):
+    def only(name: str, **changes) -> Question:
+        (question,) = load(name, write_json(tmp_path / "rows.json", [ROWS[name] | changes]))
+        return question
+
+    assert only("longvideobench", correct_choice="1.0").answer == "B"
+    assert only("videommmu", question_type="open", answer="['2.5']").answer == "2.5"
+    # A list of numbers is one answer.
+    assert only("videommmu", question_type="open", answer="[2, 3]").answer == "[2, 3]"
+    assert only("mathvista", metadata={"skills": [1, "x"], "grade": 3}).meta["groups"]["skills"] == "1, x"
+    labels = only("mlvu", question="Which?", candidates=["A.cat", "B.dog"], answer="dog")
+    assert labels.prompt == "Which?\n(A) cat\n(B) dog\nOnly give the best option.\nBest option: ("
+    assert labels.answer == "B"
+
+
+def test_none_and_nan_are_texts_of_options(tmp_path):
+    row = {"id": "a", "question": "What?", "video_path": "v.mp4", "correct_choice": 2, "topic_category": "nan"}
+    row |= {"option0": "one", "option1": "nan", "option2": "None", "option3": None}
+    (question,) = load("longvideobench", write_table(tmp_path / "LongVideoBench.tsv", [row]))
+    assert question.options == ("one", "nan", "None") and question.answer == "C"
+    assert "topic_category" not in question.meta["groups"]
+
+
 def test_newer_annotations_and_other_counts_are_warned_of(tmp_path, caplog):
     rows = [row | {"reasoning_type": "new"} for row in videomme_rows()]
     path = write_json(tmp_path / "rows.json", rows)
@@ -636,6 +734,7 @@ ROWS = {
     | {"answer_type": "text", "query": "Which?", "image": "i.png", "metadata": {"task": "x", "skills": ["a"]}},
     "mathverse": {
         "sample_index": "1",
+        "problem_index": 3,
         "problem_version": "Text Lite",
         "question": "x?",
         "answer": "B",
@@ -667,7 +766,8 @@ ODD = (
 
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_damaged_fields_never_raise_other_errors(tmp_path, name):
-    assert all(question.answer for question in load(name, write_json(tmp_path / "rows.json", [ROWS[name]])))
+    whole = load(name, write_json(tmp_path / "rows.json", [ROWS[name]]))
+    assert all(question.answer for question in whole)
     for field in ROWS[name]:
         for value in ODD:
             path = write_json(tmp_path / "rows.json", [ROWS[name] | {field: value}])
@@ -676,7 +776,13 @@ def test_damaged_fields_never_raise_other_errors(tmp_path, name):
             except DataError as error:
                 assert "rows.json: item 1" in str(error)
             else:
-                assert all(q.id and q.question and q.answer and q.prompt for q in questions)
+                # A damaged value is read as text or left out; the task, the media and the rest stay.
+                assert [(q.task_type, len(q.media)) for q in questions] == [(q.task_type, len(q.media)) for q in whole]
+                assert all(q.id and q.question.strip() and q.prompt.strip() for q in questions)
+                for question in questions:
+                    right = f"<think></think><answer>{question.answer}</answer>"
+                    score = quality_score(right, question.task_type, question.answer, options=question.options)
+                    assert score == 1 or field == "answer"
 
 
 def test_parquet_needs_pyarrow(tmp_path, monkeypatch):

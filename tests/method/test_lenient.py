@@ -3,8 +3,9 @@
 import pytest
 
 from rmsd_fast.method.answers import ALL_TASKS, TASK_TYPES, parse_answer, parse_answer_body
+from rmsd_fast.method.exact import exact_match
 from rmsd_fast.method.lenient import field_letter, final_text, lenient_response
-from rmsd_fast.method.quality import agreement, boxes_iou, exact_match, quality_score
+from rmsd_fast.method.quality import agreement, boxes_iou, quality_score
 
 OPTIONS = ["Apples.", "Candles.", "Berries.", "The three kinds are of the same number."]
 
@@ -72,6 +73,22 @@ def test_truncated_answers_count_only_with_a_closed_block_or_a_letter_at_the_sta
     assert read("The answer is B because", truncated=True) is None
     assert read("A man walks into the", truncated=True) is None
     assert read("from 3 to 5", "temporal", truncated=True) is None
+    # An unfinished reasoning has no answer, whatever it mentions.
+    for text in ("<think>B. The video", "<think>The answer is B. Candles because", "<think><answer>B</answer>? No,"):
+        assert read(text, truncated=True) is None
+    assert read("<thinking>B. The video", truncated=True) is None
+    assert read("<think>The answer is B") is None
+    # The whole response ended, so only its tag is missing.
+    assert read("<think>Candles are red. <answer>B</answer>") == "B"
+
+
+def test_answers_inside_the_reasoning_do_not_count():
+    assert read("<think>maybe <answer>A</answer>, no</think>B", truncated=True) == "B"
+    assert read("<think>maybe <answer>A</answer>, no</think>It may be B or D, so D") == "D"
+    assert read("<think>maybe <answer>A</answer>, no</think>I cannot tell.", truncated=True) is None
+    assert read("<think>x is <answer>3</answer>, no</think>It is 4", "exact") == "It is 4"
+    # Nothing follows the reasoning.
+    assert read("<think>So <answer>A</answer></think>", "exact") == "A"
 
 
 @pytest.mark.parametrize(
@@ -108,6 +125,32 @@ def test_boxes_in_a_picture():
         ("[[3, [1,2,3,4]]]", {"3": ((1, 2, 3, 4),)}),
         ('Sure: {"12": [1,2,3,4], "13": [5,6', {"12": ((1, 2, 3, 4),)}),
         ("{'7': [1,2,3,4]}", {"7": ((1, 2, 3, 4),)}),
+        # Lists before the boxes, and text in brackets.
+        ('Seconds [4, 5] have boxes: {"4": [1,2,3,4]}', {"4": ((1, 2, 3, 4),)}),
+        ('[{"note": "x"}] {"boxes": {"4": [1,2,3,4]}}', {"4": ((1, 2, 3, 4),)}),
+        # A code block comes before text.
+        ('{"1": [0,0,1,1]} is an example.\n```json\n{"4": [1,2,3,4]}\n```', {"4": ((1, 2, 3, 4),)}),
+        # Several values, of which the last one about a second counts.
+        ('{"1": [0,0,1,1]}\n{"1": [1,2,3,4]}\n{"2": [5,6,7,8]}', {"1": ((1, 2, 3, 4),), "2": ((5, 6, 7, 8),)}),
+        # Invalid items are left out.
+        ('{"4": [1,2,3,4], "5": [1,2], "6": null, "cup": [1,2,3,4]}', {"4": ((1, 2, 3, 4),)}),
+        ('{"4": [[1,2,3,4], [5,6]]}', {"4": ((1, 2, 3, 4),)}),
+        # Objects with a time and a box, as Qwen3-VL writes them.
+        (
+            '[{"time": 3, "bbox_2d": [1,2,3,4]}, {"time": 4.0, "bbox_2d": [5,6,7,8], "label": "cup"}]',
+            {"3": ((1, 2, 3, 4),), "4": ((5, 6, 7, 8),)},
+        ),
+        ('[{"time": "3s", "bbox_2d": [1,2,3,4]}]', {"3": ((1, 2, 3, 4),)}),
+        ('[{"timestamp": "01:03", "bbox": [1,2,3,4]}]', {"63": ((1, 2, 3, 4),)}),
+        (
+            '[{"time": 3, "bbox_2d": [1,2,3,4]}, {"time": 3, "bbox_2d": [5,6,7,8]}]',
+            {"3": ((1, 2, 3, 4), (5, 6, 7, 8))},
+        ),
+        ('[{"bbox_2d": [1,2,3,4]}]', None),
+        # Deviations from JSON.
+        ("{'7': [[1,2,3,4], [5,6,7,8]]}", {"7": ((1, 2, 3, 4), (5, 6, 7, 8))}),
+        ("[{'time': 3, 'bbox_2d': [1,2,3,4]},]", {"3": ((1, 2, 3, 4),)}),
+        ("{7: [1,2,3,4], 8: [5,6,7,8],}", {"7": ((1, 2, 3, 4),), "8": ((5, 6, 7, 8),)}),
         ('{"12": [1,2,3]}', None),
         ("[1,2,3,4]", None),
         ("no boxes", None),
@@ -115,6 +158,28 @@ def test_boxes_in_a_picture():
 )
 def test_boxes_by_second(text, boxes):
     assert read(text, "boxes") == boxes
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"12": [1,2,3,4], "13": [[5,6,7,8], [1,1,2,2]], "14": [5,6',
+        '```json\n{"12": [1,2,3,4], "13": [[5,6,7,8], [1,1,2,2]], "14": [[5,6,7,8], [',
+        '[{"time": 12, "bbox_2d": [1,2,3,4]}, {"time": 13, "bbox_2d": [[5,6,7,8], [1,1,2,2]]}, {"time": 14, "bbox',
+        '<think>long</think><answer>{"12": [1,2,3,4], "13": [[5,6,7,8], [1,1,2,2]], "14',
+        "{'12': [1,2,3,4], '13': [[5,6,7,8], [1,1,2,2]], '14': [",
+    ],
+)
+def test_complete_boxes_of_truncated_answers_count(text):
+    assert read(text, "boxes", truncated=True) == {"12": ((1, 2, 3, 4),), "13": ((5, 6, 7, 8), (1, 1, 2, 2))}
+    assert read("<think>" + text.replace("</think>", ""), "boxes", truncated=True) is None
+
+
+def test_many_boxes_of_a_truncated_answer_count():
+    text = "{" + ", ".join(f'"{second}": [1, 2, 3, 4]' for second in range(200)) + ', "200": [1'
+    assert len(read(text, "boxes", truncated=True)) == 200
+    text = "[" + ", ".join(f'{{"time": {second}, "bbox_2d": [1, 2, 3, 4]}}' for second in range(200)) + ', {"time'
+    assert len(read(text, "boxes", truncated=True)) == 200
 
 
 def test_exact_answers_are_found():
@@ -145,11 +210,83 @@ def test_exact_answers_are_found():
         ("[1, 2]", "[1,2]", 1),
         ("RED", "red", 1),
         ("A b", "b", 0),
+        # Whole numbers are exact.
+        ("4.6", "5", 0),
+        ("99.6", "100", 0),
+        ("-0.4", "0", 0),
+        ("5.0", "5", 1),
+        (".5", "0.5", 1),
+        ("it is -5", "5", 0),
+        ("it is -5", "-5", 1),
+        ("x = - 5", "-5", 1),
+        ("\u22125", "-5", 1),
+        ("\u22125", "5", 0),
+        # Powers, roots and products are other values.
+        ("15^2", "15", 0),
+        ("10^3", "10", 0),
+        ("10³", "103", 0),
+        ("\\sqrt{5}", "5", 0),
+        ("√5", "5", 0),
+        ("2\\pi", "2", 0),
+        ("2x", "2", 0),
+        ("x_1 = 5 m^2", "5", 1),
+        ("5 m²", "5", 1),
+        ("1e3", "1000", 1),
+        ("1e5000", "1", 0),
+        ("1.5 \\times 10^{3}", "1500", 1),
+        ("2 x 10^3 N", "2000", 1),
+        # A list is not a number with thousands.
+        ("100, 200", "100200", 0),
+        ("100,200", "100200", 1),
+        ("1,2,3", "123", 0),
+        ("[1,200]", "[1, 200]", 1),
+        ("1{,}200", "1200", 1),
+        # The answer is yes or no as a whole.
+        ("no way to know; yes", "no", 0),
+        ("I have no idea", "no", 0),
+        ("no way to know", "no", 0),
+        ("yes and no", "yes", 0),
+        ("not yes", "yes", 0),
+        ("No, it is not open.", "no", 1),
+        ("Yes, it is.", "yes", 1),
+        ("The answer is **no**", "no", 1),
+        ("false", "true", 0),
+        # Numbers at the edge of a phrase are whole.
+        ("-3/4", "3/4", 0),
+        ("x = 5.2", "x=5", 0),
+        ("so x = 5", "x=5", 1),
+        ("9" * 5000, "5", 0),
+        ("5 or rather " + "9" * 5000, "5", 0),
+        ("1/" + "9" * 5000, "5", 0),
+        ("5." + "9" * 5000, "6.0", 0),
     ],
 )
 def test_exact_match(answer, reference, score):
     assert exact_match(answer, reference) == score
     assert quality_score(f"<think></think><answer>{answer}</answer>", "exact", reference) == score
+
+
+@pytest.mark.parametrize("task", ALL_TASKS)
+def test_long_numbers_are_read_or_refused(task):
+    digits = "9" * 5000
+    forms = (
+        "{0}",
+        "{0}:00 - {0}:10",
+        "{0} to 1{0}",
+        "1/{0}",
+        "{0}/7",
+        "1e{0}",
+        "10^{0}",
+        "10^999999999",
+        "1e999999999",
+    )
+    forms += ("[1,2,{0},3]", '{{"{0}": [1,2,3,4]}}', '{{"1": [1,2,3,{0}]}}', "{0} million", "0.{0}", "x = {0}")
+    for form in forms:
+        for text in (form.format(digits), f"<answer>{form.format(digits)}</answer>", f"It is {form.format(digits)}."):
+            response = lenient_response(text, task, options=OPTIONS if task == "mcq" else None)
+            assert response is None or parse_answer(response, task) is not None
+            truth = {"mcq": "A", "temporal": "1 to 2", "spatial": "1,2,3,4", "boxes": '{"1": [1,2,3,4]}'}.get(task, "5")
+            assert 0 <= quality_score(response or text, task, truth) <= 1
 
 
 def test_viou_is_the_mean_over_annotated_boxes():
@@ -187,4 +324,6 @@ def test_final_text():
     assert final_text("<answer>x</answer><answer> y </answer>") == "y"
     assert final_text("<answer>x") == "x"
     assert final_text("<answer>x", closed=True) is None
+    assert final_text("<answer>x</answer></think>y") == "y"
+    assert final_text("<think>x") is None and final_text("<think><answer>x") == "x"
     assert final_text("plain") == "plain"

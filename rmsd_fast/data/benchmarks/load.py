@@ -23,6 +23,7 @@ from rmsd_fast.data.benchmarks.record import MediaFolder, Record
 from rmsd_fast.data.benchmarks.tables import annotation_files, read_rows
 from rmsd_fast.data.errors import DataError, several_faults
 from rmsd_fast.data.records import Question
+from rmsd_fast.method.quality import parse_ground_truth
 
 log = logging.getLogger("rmsd_fast")
 
@@ -94,6 +95,7 @@ def load_benchmark(
         record = Record(where, file, row, media, seen)
         try:
             for question in reader.read(record):
+                _check_answer(where, question)
                 if question.id in places:
                     todo = f"it was already used at {places[question.id]}; remove one of the two"
                     raise DataError.at(where, "id", "an id that occurs once", question.id, todo)
@@ -109,6 +111,14 @@ def load_benchmark(
         raise DataError(f"{path}: expected the annotation of {name}, got a file without rows; download it again")
     _warn(name, path, unknown, len(questions) if check_count else None)
     return questions
+
+
+def _check_answer(where: str, question: Question) -> None:
+    """Raise DataError if the answer cannot be scored, so that an evaluation does not fail at this question."""
+    try:
+        parse_ground_truth(question.answer, question.task_type, question.options)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{where}: question {question.id!r}: {error}") from error
 
 
 def _warn(name: str, path: Path, unknown: Counter[str], count: int | None) -> None:

@@ -29,7 +29,7 @@ def read(record: Record) -> list[Question]:
             record.need("id", "problem_id"),
             question,
             "mcq",
-            videos=(record.video("video_path", [path, f"videos/{path}"]),),
+            videos=(record.medium("video_path", [path], [f"videos/{path}"]),),
             options=options,
             answer=_answer(record, options),
             prompt=prompt,
@@ -66,5 +66,8 @@ def _answer(record: Record, options: tuple[str, ...]) -> str:
     choice = record.get("correct_choice")
     if choice is None:
         return record.letter(options, "answer", "solution")
-    record.row["correct_choice"] = int(record.number("correct_choice"))
+    index = record.number("correct_choice")
+    if not index.is_integer():
+        raise record.fail("correct_choice", "a whole number", choice, "download the annotation again")
+    record.row["correct_choice"] = int(index)
     return record.letter(options, "correct_choice")

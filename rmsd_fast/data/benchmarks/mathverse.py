@@ -15,8 +15,9 @@ from rmsd_fast.data.records import Question
 
 PATTERNS = ("**/testmini-*.parquet", "**/testmini*.parquet", "**/testmini.json")
 COUNTS = (3940,)
-IGNORED = {"question_for_eval", "query_cot", "problem_index"}
+IGNORED = {"question_for_eval", "query_cot"}
 VERSIONS = ("Text Dominant", "Text Lite", "Vision Intensive", "Vision Dominant", "Vision Only")
+_KINDS = {"multi-choice": "mcq", "multi_choice": "mcq", "free-form": "exact", "free_form": "exact"}
 _LETTER = re.compile(r"\s*\(?([A-H])\)?[.:]?\s*")
 
 
@@ -26,25 +27,32 @@ def read(record: Record) -> list[Question]:
     version = record.text("problem_version")
     if version not in VERSIONS:
         raise record.fail("problem_version", f"one of {', '.join(VERSIONS)}", version, "leave other versions out")
-    image = record.image("image")
-    is_choice = record.text("question_type") == "multi-choice"
+    task = record.kind(_KINDS, "question_type")
     answer = record.plain_answer("answer")
-    if is_choice:
+    if task == "mcq":
         letter = _LETTER.fullmatch(answer)
         if letter is None:
             raise record.fail("answer", "a letter from A to H", answer, "download the annotation again")
         answer = letter[1]
-    metadata = record.get("metadata")
-    metadata = metadata if isinstance(metadata, dict) else {}
-    groups = {name: str(metadata[name]) for name in ("subject", "subfield") if metadata.get(name)}
+    groups = {}
+    if isinstance(record.get("metadata"), dict):
+        metadata = record.inner("metadata")
+        groups = record.groups(subject=metadata.label("subject"), subfield=metadata.label("subfield"))
+    # The versions of a problem are not independent, although their images differ.
+    cluster = record.label("problem_index")
+    if cluster is None:
+        raise record.fail("problem_index", "a number or a text", record.need("problem_index"), "download it again")
     return [
         record.question(
             record.need("sample_index"),
             question if isinstance(question, str) and question.strip() else "Answer the question that the image shows.",
-            "mcq" if is_choice else "exact",
-            images=(image,) if image else (),
+            task,
+            images=(record.needed_image("image"),),
             answer=answer,
             prompt=record.text("query_wo"),
-            meta={"groups": {"version": version, "question_type": record.text("question_type"), **groups}},
+            meta={
+                "cluster": cluster,
+                "groups": {"version": version, "question_type": record.text("question_type"), **groups},
+            },
         )
     ]

@@ -27,7 +27,9 @@ IGNORED = {
     "source",
     "split",
 }
-IGNORED |= {"answer_option", "img_height", "img_width", "key"}
+IGNORED |= {"answer_option", "img_height", "img_width", "key", "choices"}
+_KINDS = {"multi_choice": "mcq", "multi-choice": "mcq", "free_form": "exact", "free-form": "exact"}
+_GROUPS = ("task", "category", "context", "grade", "skills")
 
 
 def read(record: Record) -> list[Question]:
@@ -35,28 +37,24 @@ def read(record: Record) -> list[Question]:
     query = record.text("query", "question")
     question = record.text("question", "query")
     unit = record.get("unit")
-    options = record.options("choices")
-    is_choice = record.text("question_type") == "multi_choice"
-    metadata = record.get("metadata")
-    metadata = metadata if isinstance(metadata, dict) else record.row
-    image = record.image("decoded_image") or record.image("image")
-    groups = {name: str(metadata[name]) for name in ("task", "category", "context", "grade") if metadata.get(name)}
-    skills = metadata.get("skills")
+    task = record.kind(_KINDS, "question_type")
+    options = record.choices("choices") if task == "mcq" else None
+    metadata = record.inner("metadata") if isinstance(record.get("metadata"), dict) else record
+    groups = record.groups(**{name: metadata.label(name) for name in _GROUPS})
     return [
         record.question(
             record.need("pid", "index", "key"),
             f"{question} (Unit: {unit})" if unit and f"(Unit: {unit})" not in question else question,
-            "mcq" if is_choice else "exact",
-            images=(image,) if image else (),
-            options=options if is_choice else None,
-            answer=record.letter(options, "answer") if is_choice else record.plain_answer("answer"),
+            task,
+            images=(record.needed_image("decoded_image", "image"),),
+            options=options,
+            answer=record.letter(options, "answer") if options else record.plain_answer("answer"),
             prompt=query,
             meta={
                 "groups": {
                     "question_type": record.text("question_type"),
                     **record.groups(answer_type=record.label("answer_type")),
                     **groups,
-                    **({"skills": ", ".join(skills)} if isinstance(skills, list) else {}),
                 }
             },
         )

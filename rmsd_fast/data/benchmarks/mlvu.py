@@ -23,6 +23,8 @@ COUNTS = (2174, 502)
 IGNORED = {"index", "duration", "data_source", "data_type", "problem_type", "question_id"}
 _LABEL = re.compile(r"\n\(([A-Z])\) ?")
 _TASK_FILE = re.compile(r"[0-9]+_(\w+)")
+_TASKS = ("plotQA", "needle", "ego", "count", "order", "anomaly_reco", "topic_reasoning")
+_FOLDERS = {task: f"{number}_{task}" for number, task in enumerate(_TASKS, start=1)}
 
 
 def _split(text: str) -> tuple[str, tuple[str, ...] | None]:
@@ -34,27 +36,35 @@ def _split(text: str) -> tuple[str, tuple[str, ...] | None]:
     return question, tuple(text.strip() for text in texts)
 
 
+def _video(record: Record, name: str, task: str | None) -> str:
+    """Return the path of a video. Tasks of the authors' download have folders with videos of equal names."""
+    guesses = [name, f"video/{name}", f"videos/{name}"]
+    if isinstance(folder := record.get("prefix"), str) and folder.strip("./"):
+        return record.medium("video", [f"{folder}/{name}", f"{folder.rstrip('/').rpartition('/')[2]}/{name}"], guesses)
+    if task in _FOLDERS:
+        return record.medium("video", [f"{_FOLDERS[task]}/{name}"], [f"video/{_FOLDERS[task]}/{name}", *guesses])
+    return record.medium("video", [name], guesses)
+
+
 def read(record: Record) -> list[Question]:
     """Return the question of a row. Options may be a list, or lines "(A) text" of the question."""
     question = record.text("question", "problem")
     options = record.options("candidates", "options")
     shown = question
     if options:
-        shown = "\n".join([question, *(f"({line[0]}) {line[3:]}" for line in lettered(options))])
+        shown = "\n".join([question, *(f"({line[0]}) {line[2:].removeprefix(' ')}" for line in lettered(options))])
     else:
         question, options = _split(question)
     name = record.text("video_name", "video", "path")
-    folder = record.get("prefix") or ""
     in_file = _TASK_FILE.fullmatch(record.file.stem)
     task = record.label("task_type", "question_type") or (in_file[1] if in_file else None)
-    names = [f"{folder}/{name}", name, f"video/{name}", f"videos/{name}", f"video/{record.file.stem}/{name}"]
     identity = record.get("problem_id")
     return [
         record.question(
             record.nth(f"{task}/{name}" if task else name) if identity is None else identity,
             question,
             "mcq",
-            videos=(record.video("video", names if folder else names[1:]),),
+            videos=(_video(record, name, task),),
             options=options,
             answer=record.letter(options, "answer", "solution"),
             prompt=f"{shown}\nOnly give the best option.\nBest option: (",

@@ -6,11 +6,14 @@ import ast
 import base64
 import binascii
 import hashlib
+import io
+import itertools
 import math
 import os
 import re
+import tokenize
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -47,32 +50,40 @@ class MediaFolder:
                 files.setdefault(name, []).append(os.path.relpath(os.path.join(folder, name), self.root))
         return files
 
-    def find(self, where: str, name: str, candidates: Sequence[str]) -> str:
+    def find(self, where: str, name: str, paths: Sequence[str], guesses: Sequence[str] = ()) -> str:
         """Return the absolute path of a medium.
 
-        It is the first candidate that exists, otherwise the only file below the root with the name of a candidate,
-        otherwise the first candidate, as a missing file.
+        It is the first path or guess that exists, otherwise the only file below the root whose absolute path ends with
+        a whole path, otherwise the first path, as a missing file. Names without a folder do not count for the second
+        step if another path has one, since folders distinguish files of the same name.
 
         Args:
             where: location of the row.
             name: field that names the medium.
-            candidates: paths relative to the root.
+            paths: the medium as the annotation names it, relative to the root or to a folder below it.
+            guesses: usual places relative to the root.
         Raises:
-            DataError: the path is outside the root, or several files have the name.
+            DataError: the path is outside the root, or several files match.
         """
         # Unlike Path.is_file, os.path.isfile accepts names that are too long.
-        exists = next((path for path in candidates if os.path.isfile(self.root / path)), None)
+        exists = next((path for path in (*paths, *guesses) if os.path.isfile(self.root / path)), None)
         if exists is None:
-            found = [file for path in candidates for file in self._by_name.get(os.path.basename(path), ())]
-            if len(set(found)) > 1:
+            endings = [path for path in paths if os.path.dirname(path)] or paths
+            found = {file for path in endings for file in self._ending_with(path)}
+            if len(found) > 1:
                 todo = "set data.media_root to the folder of one copy"
                 raise DataError.at(where, name, "one file of this name below data.media_root", sorted(found)[:3], todo)
-            exists = found[0] if found else candidates[0]
+            exists = found.pop() if found else paths[0]
 
         def fail(_: str, expected: str, got: object, todo: str) -> DataError:
             return DataError.at(where, name, expected, got, todo)
 
         return media_paths([exists], name, self.root, self.follow_symlinks, fail)[0]
+
+    def _ending_with(self, path: str) -> list[str]:
+        """Return the files below the root whose absolute path ends with all folders and the name of a path."""
+        files = self._by_name.get(os.path.basename(path), ())
+        return [file for file in files if str(self.root / file).endswith(f"{os.sep}{path}")]
 
     def write_image(self, where: str, name: str, data: bytes) -> str:
         """Write an image into the cache folder, if it is not there yet, and return its path."""
@@ -219,6 +230,24 @@ class Record:
             raise self.fail(names[0], "a text or a number", value, "download the annotation again")
         return value.strip()
 
+    def kind(self, kinds: Mapping[str, str], *names: str) -> str:
+        """Return the task type of a required field, one of the published spellings."""
+        value = self.need(*names)
+        if not isinstance(value, str) or value not in kinds:
+            expected = f"one of {', '.join(map(repr, kinds))}"
+            raise self.fail(
+                names[0], expected, value, "the annotation may be newer than this reader; leave the row out"
+            )
+        return kinds[value]
+
+    def needed_image(self, *names: str) -> str:
+        """Return the path of a required image, from the first field that has one; see `image`."""
+        for name in names:
+            if path := self.image(name):
+                return path
+        self.need(*names)
+        raise self.fail(names[0], "an image", self.get(*names), "download the annotation again")
+
     def image(self, *names: str) -> str | None:
         """Return the path of an optional image: a path, the bytes of an image, or its base64 text."""
         value = self.get(*names)
@@ -233,14 +262,17 @@ class Record:
             return self.media.write_image(self.where, names[0], value)
         if value is None or (isinstance(value, str) and not value.strip()):
             return None
-        return self.video(names[0], [value])
+        return self.medium(names[0], [value])
 
-    def video(self, name: str, candidates: Iterable[object]) -> str:
-        """Return the path of a medium below the media root; see `MediaFolder.find`."""
-        paths = [path for path in candidates if isinstance(path, str) and path.strip() and "\0" not in path]
-        if not paths:
+    def medium(self, name: str, paths: Iterable[object], guesses: Iterable[object] = ()) -> str:
+        """Return the path of a medium below the media root; see `MediaFolder.find`. Only texts count."""
+        named, guessed = (
+            [os.path.normpath(path) for path in given if isinstance(path, str) and path.strip() and "\0" not in path]
+            for given in (paths, guesses)
+        )
+        if not named:
             raise self.fail(name, "the name of a file", self.row.get(name), "download the annotation again")
-        return self.media.find(self.where, name, [os.path.normpath(path) for path in paths])
+        return self.media.find(self.where, name, named, guessed)
 
     def number(self, name: str, *, least: float = -math.inf) -> float:
         """Return a required finite number of at least `least`, also if a table stores it as text."""
@@ -281,10 +313,20 @@ class Record:
         if not text.strip().startswith("["):
             raise self.fail(name, "a list", text, "download the annotation again")
         try:
-            return ast.literal_eval(text)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            # numpy writes lists without commas.
-            raise self.fail(name, "a list such as ['a', 'b']", short(text), "download the annotation again") from None
+            value = ast.literal_eval(text.strip())
+            faulty = _has_adjacent_texts(text.strip())
+        except (ValueError, SyntaxError, MemoryError, RecursionError, tokenize.TokenError):
+            faulty = True
+        if faulty:
+            raise self.fail(name, "a list such as ['a', 'b']", short(text), "download the annotation again")
+        return value
+
+
+def _has_adjacent_texts(text: str) -> bool:
+    """Return whether two texts follow each other without a comma. numpy writes lists so, and Python joins the texts."""
+    kinds = [token.type for token in tokenize.generate_tokens(io.StringIO(text).readline)]
+    kinds = [kind for kind in kinds if kind not in (tokenize.NL, tokenize.NEWLINE)]
+    return (tokenize.STRING, tokenize.STRING) in itertools.pairwise(kinds)
 
 
 def lettered(options: Sequence[str]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from rmsd_fast.data.json_records import read_text
 
 # (location for messages, name of the file, row)
 Row = tuple[str, Path, dict[str, Any]]
+_OPTION = re.compile(r"option[0-9]+|[A-Z]")
 SUFFIXES = (".json", ".jsonl", ".tsv", ".csv", ".parquet")
 
 
@@ -95,14 +97,14 @@ def _table(path: Path) -> Iterator[Row]:
             if None in row or None in row.values():
                 expected = f"{len(reader.fieldnames)} cells as in the header"
                 raise DataError(f"{where}: expected {expected}, got another number; the file may be truncated")
-            yield where, path, {name: _cell(value) for name, value in row.items()}
+            yield where, path, {name: _cell(name, value) for name, value in row.items()}
     except csv.Error as error:
         raise DataError(f"{path}: expected a table, got text that cannot be parsed ({error}); fix it") from error
 
 
-def _cell(value: str) -> str | None:
-    """Return a cell of a table. Tables of pandas write missing values as empty cells or nan."""
-    return None if value in ("", "nan", "None") else value
+def _cell(name: str, value: str) -> str | None:
+    """Return a cell of a table. Tables of pandas write missing values as empty cells or nan; options may be "nan"."""
+    return None if not value or (value == "nan" and not _OPTION.fullmatch(name)) else value
 
 
 def _lines(path: Path) -> Iterator[Row]:

@@ -25,16 +25,15 @@ def read(record: Record) -> list[Question]:
     question = record.text("question", "problem")
     options = record.choices("options", "candidates")
     video = record.text("videoID", "video")
-    names = [
-        f"{folder}{video}{end}" for folder in ("", "video/", "videos/", "data/") for end in (".mp4", ".MP4", ".mkv")
-    ]
+    names = [f"{video}{end}" for end in (".mp4", ".MP4", ".mkv")]
+    guesses = [f"{folder}/{name}" for folder in ("video", "videos", "data") for name in names]
     identity = record.get("question_id")
     return [
         record.question(
             record.nth(video) if identity is None else identity,
             question,
             "mcq",
-            videos=(record.video("videoID", [*names, record.get("path")]),),
+            videos=(record.medium("videoID", names, [*guesses, record.get("path")]),),
             options=options,
             answer=record.letter(options, "answer", "solution"),
             prompt=_PROMPT.format(question=question, options="\n".join(lettered(options))),

@@ -9,12 +9,18 @@ Source of the prompts: lmms-eval 0.7.3, tasks/videommmu.
 
 from __future__ import annotations
 
+import re
+
 from rmsd_fast.data.benchmarks.record import Record, lettered
 from rmsd_fast.data.records import Question
 
 PATTERNS = ("**/test*.parquet", "**/VideoMMMU.tsv", "**/videommmu*.json*")
 COUNTS = (900,)
 IGNORED = {"index", "link_selected", "data_source", "process", "data_type", "original_question_type", "problem_id"}
+_KINDS = dict.fromkeys(("multiple-choice", "multiple choice", "perception", "comprehension"), "mcq")
+_KINDS |= dict.fromkeys(("open", "open-ended", "numerical"), "exact")
+# A list of texts, or an empty list, that a table stores as text.
+_TEXTS = re.compile(r"""\s*\[\s*['"\]]""")
 TRACKS = ("perception", "comprehension", "adaptation")
 _IGNORE_QUIZ = "\nPlease ignore the Quiz question in last frame of the video."
 _APPLY = (
@@ -26,13 +32,15 @@ _APPLY = (
 def read(record: Record) -> list[Question]:
     """Return the question of a row. An image in the row is shown after the video, also at the mark `<image 1>`."""
     question = record.text("question", "problem")
-    options = record.options("options")
     path = record.get("path", "video")
-    video = str(record.get("id") or path).rpartition("/")[2].removesuffix(".mp4")
+    video = record.text("id", "path", "video").rpartition("/")[2].removesuffix(".mp4")
     subject = "_".join(video.split("_")[1:-1])
     image = record.image("image", "image_path")
     track = _track(record, image)
-    is_choice = record.get("question_type", "problem_type") not in ("open", "open-ended", "numerical")
+    # Without a type, the question must have options.
+    typed = record.get("question_type", "problem_type") is not None
+    is_choice = not typed or record.kind(_KINDS, "question_type", "problem_type") == "mcq"
+    options = record.choices("options") if is_choice else record.options("options")
     shown = "\n".join([question, *lettered(options)]) if options else question
     if track == "adaptation":
         prompt = _APPLY.format(kind="multi-choice" if is_choice else "open-ended") + shown
@@ -43,7 +51,7 @@ def read(record: Record) -> list[Question]:
             f"{track}/{video}" if track in TRACKS else record.nth(video),
             question,
             "mcq" if is_choice else "exact",
-            videos=(record.video("id", [path, f"{video}.mp4", f"videos/{video}.mp4"]),),
+            videos=(record.medium("id", [path or f"{video}.mp4"], [f"{video}.mp4", f"videos/{video}.mp4"]),),
             images=(image,) if image else (),
             options=options if is_choice else None,
             answer=record.letter(options, "answer", "solution") if is_choice else _open_answer(record),
@@ -63,8 +71,11 @@ def _track(record: Record, image: str | None) -> str:
 
 
 def _open_answer(record: Record) -> str:
-    """Return the answer of an open question; the first one of a list."""
-    value = record.get("answer", "solution")
-    if isinstance(value, list) or (isinstance(value, str) and value.startswith("[")):
-        return str((record.list("answer", "solution") or [""])[0])
+    """Return the answer of an open question. A list of texts, as in MMMU, must have one item; "[2, 3]" is a text."""
+    value = record.need("answer", "solution")
+    if isinstance(value, list) or (isinstance(value, str) and _TEXTS.match(value)):
+        items = record.list("answer", "solution") or []
+        if len(items) != 1 or not str(items[0]).strip():
+            raise record.fail("answer", "one answer", value, "choose one of the answers")
+        return str(items[0]).strip()
     return record.plain_answer("answer", "solution")

@@ -61,7 +61,7 @@ def read(record: Record) -> list[Question]:
     """Return the five questions of a record, with ids `<vid>#<n>/what` and so on."""
     video = str(record.need("vid"))
     domain = record.label("domain")
-    path = record.video("vid", [f"{video}.mp4", f"videos/{video}.mp4", f"{domain}/{video}.mp4"])
+    path = record.medium("vid", [f"{video}.mp4"], [f"videos/{video}.mp4", f"{domain}/{video}.mp4"])
     length = round(record.number("frame_count", least=1) / record.number("fps", least=1e-3), 2)
     groups = {"duration": "short" if length < 60 else "medium" if length < 180 else "long"}
     groups |= record.groups(domain=domain)
@@ -124,7 +124,7 @@ def _boxes(record: Record) -> list[dict]:
     boxes = record.list("bboxes") or []
     keys = {"timestamp", *_CORNERS}
     if not boxes or not all(
-        isinstance(box, dict) and keys <= set(box) and all(is_number(box[name]) for name in _CORNERS) for box in boxes
+        isinstance(box, dict) and keys <= set(box) and all(is_number(box[name]) for name in keys) for box in boxes
     ):
         raise record.fail("bboxes", f"boxes with {', '.join(sorted(keys))}", boxes, "download the annotation again")
     return boxes
@@ -135,5 +135,8 @@ def _truth(boxes: list[dict], size: tuple[int, int]) -> str:
     by_second: dict[str, list] = {}
     for box in boxes:
         corners = zip(_CORNERS, size * 2, strict=True)
-        by_second.setdefault(str(box["timestamp"]), []).append([1000 * box[name] / length for name, length in corners])
+        second = box["timestamp"]
+        # Answers name whole seconds, which are compared as text.
+        second = int(second) if second == int(second) else second
+        by_second.setdefault(str(second), []).append([1000 * box[name] / length for name, length in corners])
     return json.dumps(by_second)

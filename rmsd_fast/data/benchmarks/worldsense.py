@@ -47,8 +47,8 @@ def _question(video: Record, asked: Record, identity: str | None) -> Question:
     name = str(video.get("video", "key") or "")
     question = asked.text("question")
     options = asked.choices("candidates", "options")
-    paths = [video.get("video_path"), f"videos/{name}.mp4", f"{name}.mp4"]
-    path = video.video("video_path", paths if name else paths[:1])
+    guesses = [f"videos/{name}.mp4", f"{name}.mp4"] if name else []
+    path = video.medium("video_path", [video.get("video_path") or (f"{name}.mp4" if name else None)], guesses)
     return asked.question(
         asked.nth(name or path.rpartition("/")[2]) if identity is None else identity,
         question,

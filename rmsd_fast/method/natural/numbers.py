@@ -219,8 +219,11 @@ def read_number(body: str) -> str:
         return as_it_is
     if re.fullmatch(r"\s*(?:one |a |the )?number[.\s]*", body, re.IGNORECASE):
         raise Unreadable("no_answer")
-    if (fraction := _FRACTION.fullmatch(body)) and int(fraction[3]):
-        return fraction[1] + decimal_text(round(Decimal(fraction[2]) / Decimal(fraction[3]), 9))
+    if (fraction := _FRACTION.fullmatch(body)) and Decimal(fraction[3]):
+        try:
+            return fraction[1] + decimal_text(round(Decimal(fraction[2]) / Decimal(fraction[3]), 9))
+        except ArithmeticError:
+            raise Unreadable("not_a_number") from None
     if body.strip() in _HALVES:
         return _HALVES[body.strip()]
     text = plain(body)
@@ -275,7 +278,15 @@ def _with_digits(text: str) -> str:
 
 
 def _value(count: re.Match[str]) -> Decimal:
-    """Return the value of a number with its sign, exponent and scale."""
+    """Return the value of a number with its sign, exponent and scale. Raise Unreadable if it is too large."""
+    try:
+        return _scaled(count)
+    except (ArithmeticError, ValueError):
+        # Python converts at most 4300 digits, and decimals have a largest exponent.
+        raise Unreadable("not_a_number") from None
+
+
+def _scaled(count: re.Match[str]) -> Decimal:
     value = Decimal(count["number"].replace(",", ""))
     if count["power"]:
         # The 3 of "5³" may mark a footnote.
