@@ -335,6 +335,9 @@ class DiscriminatorConfig:
     score_l2: float = number(1e-3, least=0)
     """Weight of the mean squared score of both sides (2604.28123). It fixes the offset that the pair loss leaves
     free."""
+    export: bool = False
+    """Whether the run also writes its last discriminator to the folder `discriminator/`, for evaluate.reranker. With
+    --resume and --allow-changes, a finished run writes it afterwards."""
 
 
 @dataclass
@@ -503,6 +506,10 @@ class EvaluateConfig:
     rollouts: int = number(0, least=0)
     """Number of responses sampled per question in addition to the greedy one, at `rollout.temperature`; their mean
     score is reported as `sampled`, with pass@k and majority@k."""
+    reranker: str = ""
+    """Folder `discriminator/` of a run with `discriminator.export`: the discriminator scores the sampled responses to
+    closed questions, and `best@k` is the score of the response that it prefers. For rmsd_fast.evaluate only; empty =
+    none."""
     parse: str = choice("strict", of=("strict", "lenient"))
     """Reading of the answers in the main score. `strict` = an answer counts only in the required format; `lenient` =
     any clear statement counts. Both scores are reported."""

@@ -69,10 +69,12 @@ def main(argv: list[str] | None = None) -> int:
 def evaluate(settings: RunConfig, world: World, stop: StopSignal, output: Path) -> None:
     """Evaluate `model.path` and write `output`. The answers are written next to it, as `<stem>.predictions.jsonl`.
 
-    If an evaluation with the same model, settings and questions was interrupted, continue it.
+    With `evaluate.reranker`, its discriminator ranks the sampled answers. If an evaluation of the same model, settings
+    and questions was interrupted, continue it.
     """
     from rmsd_fast.data.media import MediaReader
     from rmsd_fast.files import write_text_atomic
+    from rmsd_fast.models.folders import open_folder, resolve_folder
     from rmsd_fast.runtime.process_group import on_main
     from rmsd_fast.stages.answer_store import AnswerStore, delete_parts
     from rmsd_fast.stages.build import load
@@ -81,22 +83,37 @@ def evaluate(settings: RunConfig, world: World, stop: StopSignal, output: Path) 
     from rmsd_fast.stages.evaluation_table import format_table
     from rmsd_fast.stages.material import prepare_material
     from rmsd_fast.stages.protocol import evaluation_identity, model_identity
+    from rmsd_fast.stages.reranker import load_reranker
 
     material = prepare_material(settings, world, training=False)
     questions = material.heldout
     model = on_main(world, lambda: model_identity(material.model_path))
     identity = evaluation_identity(settings, questions, model)
+    ranked = settings.evaluate.reranker
+    if ranked:
+        on_main(world, lambda: bool(open_folder(resolve_folder(ranked), discriminator=True)))
+        identity["reranker"] = on_main(world, lambda: model_identity(ranked))
     path = output.with_suffix(".predictions.jsonl")
     with AnswerStore(path, identity, world) as store, MediaReader(settings.data, world.device) as media:
         stop.output = path
         student = load(material.model_path, settings, world)
         records = answer_questions(
-            student, questions, settings, world, media, name=material.model_path, stop=stop, store=store
+            student,
+            questions,
+            settings,
+            world,
+            media,
+            name=material.model_path,
+            stop=stop,
+            store=store,
+            reranker=load_reranker(student, settings, world) if ranked else None,
         )
 
     def write() -> None:
         result = {"model": material.model_path, **evaluation_of({"model": records}, questions, settings)}
         result["protocol"]["model"] |= model
+        if ranked:
+            result["protocol"]["reranker"] = identity["reranker"]
         write_records(path, records)
         write_text_atomic(output, json.dumps(result, indent=2) + "\n")
         print(format_table(result))

@@ -95,6 +95,7 @@ def check_together(settings: RunConfig) -> None:
             "evaluate.prompt=benchmark: expected evaluate.benchmark, since only questions of a benchmark have its "
             "prompt, got none; set evaluate.benchmark, or evaluate.prompt=rmsd"
         )
+    _check_reranker(settings)
     video = settings.video
     if (video.num_frames is None) == (video.fps is None):
         raise SettingsError(
@@ -197,6 +198,25 @@ def _is_address(url: str) -> bool:
         return parts.scheme == "http" and bool(parts.hostname) and bool(parts.port) and plain
     except ValueError:
         return False
+
+
+def _check_reranker(settings: RunConfig) -> None:
+    evaluate = settings.evaluate
+    if settings.discriminator.export and settings.model.quantize != "none":
+        raise SettingsError(
+            "discriminator.export: expected false with model.quantize, since the weights of the discriminator would be "
+            f"rounded again and score differently, got true with model.quantize={settings.model.quantize}; set "
+            "discriminator.export=false or model.quantize=none"
+        )
+    if not evaluate.reranker:
+        return
+    if evaluate.rollouts < 2:
+        raise SettingsError(
+            "evaluate.reranker: expected evaluate.rollouts of 2 or more, the sampled responses that it chooses from, "
+            f"got {evaluate.rollouts}; set e.g. evaluate.rollouts=8"
+        )
+    # An end token is appended to truncated responses.
+    check_room(settings, evaluate.max_new_tokens + 1, "a response of evaluate.max_new_tokens and its end token")
 
 
 def _check_adapter(settings: RunConfig) -> None:

@@ -48,6 +48,7 @@ from rmsd_fast.stages.run import (
     record_stage1,
     restore,
     run_steps,
+    write_discriminator,
     write_facts,
 )
 from rmsd_fast.stages.run_folder import run_folder
@@ -70,6 +71,11 @@ def train(
         resume: folder of the run to continue; None for a new run.
         allow_changes: whether settings and inputs may differ from those of the run to continue.
     """
+    if settings.evaluate.reranker:
+        raise SettingsError(
+            "evaluate.reranker: expected none in training, since only rmsd_fast.evaluate ranks responses, got "
+            f"{settings.evaluate.reranker}; leave it out, and evaluate the run's export/ with it"
+        )
     material = prepare_material(settings, world)
     notes = on_main(world, lambda: check_replay_start(settings, material, resume))
     notes += on_main(world, lambda: check_servers(settings, material.model_path))
@@ -204,7 +210,7 @@ def _imitation_steps(
 
 
 def distillation(run: TrainingRun) -> None:
-    """Run the discriminator warm-up and stage 2. It ends by writing `export/`."""
+    """Run the discriminator warm-up and stage 2. It ends by writing `export/`, and `discriminator/` if asked to."""
     settings = run.settings
     state = build_distillation(run.stage1, settings, run.world, run.material, run.media)
     engines = {"policy": state.policy}
@@ -220,6 +226,8 @@ def distillation(run: TrainingRun) -> None:
     if "distill" in settings.stages:
         _adversarial_steps(run, state, engines, "distill", distill.step)
         export(run, state.student, state.policy, run.folder / "export", "distill")
+    if settings.discriminator.export:
+        write_discriminator(run, state)
     for engine in engines.values():
         engine.close()
 

@@ -235,11 +235,11 @@ def activate(layers: Iterable[Any], name: str | None) -> None:
 
 
 @torch.no_grad()
-def merged_weights(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
+def merged_weights(model: nn.Module, name: str | None) -> dict[str, torch.Tensor]:
     """Return the weights of the model with an adapter merged into them, under the names of the model without adapters.
 
-    The sums are computed in float32 and rounded once. They are in host memory, because all of them together take as
-    much memory as the model. Quantized weights are dequantized.
+    With `name=None`, they are those of the backbone. The sums are computed in float32 and rounded once. They are in
+    host memory, because all of them together take as much memory as the model. Quantized weights are dequantized.
     """
     layers = adapted_layers(model)
     weights = {
@@ -257,7 +257,7 @@ def merged_weights(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def merged_weight(layer: Any, name: str) -> torch.Tensor:
+def merged_weight(layer: Any, name: str | None) -> torch.Tensor:
     """Return the weight of a layer with an adapter merged into it, [out, in].
 
     The sum is computed in float32 and rounded once to the dtype of the layer. The layer itself does not change.
@@ -270,8 +270,8 @@ def merged_weight(layer: Any, name: str) -> torch.Tensor:
     return merged.to(base.dtype)
 
 
-def _merged_adapters(layer: Any, name: str) -> list[str]:
-    return [START, name] if START in layer.lora_A else [name]
+def _merged_adapters(layer: Any, name: str | None) -> list[str]:
+    return [*([START] if START in layer.lora_A else []), *([] if name is None else [name])]
 
 
 def write_adapter(student: Student, name: str, folder: Path, *, base_model: str) -> None:

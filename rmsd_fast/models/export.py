@@ -18,6 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from rmsd_fast.config import ModelError, VideoConfig
 from rmsd_fast.files import os_errors_of_safetensors, staged_folder
 from rmsd_fast.models.adapters import ADAPTER_FOLDER, POLICY, adapted_layers, merged_weights, write_adapter
@@ -56,14 +58,19 @@ def export_student(
         ModelError: the folder holds files that are not an export of a student.
     """
     folder = Path(folder)
+    check_replaceable(folder)
+    with staged_folder(folder, replace=True) as staged:
+        fill_export(student, staged, base_model=base_model, stage=stage, video=video, adapter_base=adapter_base)
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raise ModelError if a folder holds files that are not an export."""
     # A folder with config.json may be the base model or contain the user's files.
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not is_export(folder))):
         raise ModelError(
             f"{folder}: expected no folder, an empty one or an earlier export (recognized by its README.md), got other "
             "files; choose another folder"
         )
-    with staged_folder(folder, replace=True) as staged:
-        fill_export(student, staged, base_model=base_model, stage=stage, video=video, adapter_base=adapter_base)
 
 
 def fill_export(
@@ -77,16 +84,31 @@ def fill_export(
 ) -> None:
     """Write the files of `export_student` into an empty folder, which the caller later moves into place."""
     adapted = bool(adapted_layers(student.model))
-    merged = {"state_dict": merged_weights(student.model, POLICY)} if adapted else {}
-    with os_errors_of_safetensors(folder):
-        student.model.save_pretrained(folder, **merged)
+    write_model(student, folder, merged_weights(student.model, POLICY) if adapted else None)
     if adapted:
         write_adapter(student, POLICY, folder / ADAPTER_FOLDER, base_model=adapter_base)
+    card = model_card(student.family, base_model=base_model, stage=stage, video=video)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def write_model(student: Student, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
+    """Write weights, settings, tokenizer and preprocessor in the form that all versions of transformers read.
+
+    Args:
+        student: the student.
+        folder: an empty folder.
+        weights: the weights to write by name; None = those of the student's model.
+    """
+    with os_errors_of_safetensors(folder):
+        student.model.save_pretrained(folder, **({} if weights is None else {"state_dict": weights}))
     student.tokenizer.save_pretrained(folder)
     write_preprocessor(student.preprocessor, folder, student.family)
     make_portable(folder, eos_id=student.eos_id)
-    card = model_card(student.family, base_model=base_model, stage=stage, video=video)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    share_weights(folder)
+
+
+def share_weights(folder: Path) -> None:
+    """Make the weights of a folder as readable as its config.json."""
     # safetensors creates files that only their owner can read, but a server may run under another account.
     mode = (folder / "config.json").stat().st_mode & 0o777
     for weights in folder.glob("*.safetensors"):

@@ -29,6 +29,8 @@ from rmsd_fast.models.families import Family, family_of
 
 # Files that are read from a folder. Weights must be safetensors, so that nothing is unpickled.
 MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "adapter/*.json", "adapter/*.safetensors")
+# File of a discriminator that a student does not have.
+VALUE_HEAD = "value_head.safetensors"
 MOST_HASHED_AT_ONCE = 4
 
 
@@ -115,14 +117,25 @@ class ModelFolder:
     response_opening: str
 
 
-def open_folder(path: Path) -> ModelFolder:
+def open_folder(path: Path, *, discriminator: bool = False) -> ModelFolder:
     """Read a model folder and check that a run can use it. Of the weights, only the headers are read.
 
+    Args:
+        path: the folder.
+        discriminator: whether a discriminator is expected, and not a student.
     Raises:
-        ModelError: the model is of an unsupported family, files are missing or damaged, or they belong to different
-            models.
+        ModelError: the model is of an unsupported family, files are missing or damaged, they belong to different
+            models, or the folder holds a student instead of a discriminator or the reverse.
     """
     family = read_family(path)
+    if (path / VALUE_HEAD).is_file() != discriminator:
+        raise ModelError(
+            f"{path}: expected a discriminator with {VALUE_HEAD}, got none; use the folder discriminator/ of a run "
+            "with discriminator.export=true"
+            if discriminator
+            else f"{path}: expected a student, got a discriminator ({VALUE_HEAD}), which only scores responses; use "
+            "the folder export/ of the run"
+        )
     _check_rope(path, family)
     _check_weights(path)
     _check_generation(path)

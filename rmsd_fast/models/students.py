@@ -25,6 +25,7 @@ from rmsd_fast.models.liger import apply_liger
 from rmsd_fast.models.quantize import QuantizedBase
 from rmsd_fast.models.shared_prefix import is_shared_prefix, run_shared_prefix
 
+LM_HEAD = "lm_head.weight"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -101,7 +102,14 @@ class MediaFeatures:
         return range(start, start + self.counts[prompt])
 
 
-def load_student(path: str | Path, *, dtype: str, attn_implementation: str = "sdpa", liger: bool = False) -> Student:
+def load_student(
+    path: str | Path,
+    *,
+    dtype: str,
+    attn_implementation: str = "sdpa",
+    liger: bool = False,
+    discriminator: bool = False,
+) -> Student:
     """Load a student with its tokenizer and preprocessor.
 
     Args:
@@ -109,6 +117,8 @@ def load_student(path: str | Path, *, dtype: str, attn_implementation: str = "sd
         dtype: "float32" or "bfloat16".
         attn_implementation: attention of transformers: "sdpa", "eager" or "flash_attention_2".
         liger: whether to use Liger's RMSNorm, RoPE and SwiGLU, which require CUDA.
+        discriminator: whether the folder holds a discriminator, whose language-model head may be missing and must not
+            be used; see `models.discriminator_folder`.
     Raises:
         ModelError: the model does not exist or is of an unsupported family, or files are missing or damaged.
         NotInstalled: the attention implementation, or liger-kernel, is not installed.
@@ -116,7 +126,7 @@ def load_student(path: str | Path, *, dtype: str, attn_implementation: str = "sd
     if dtype not in DTYPES:
         raise ModelError(f"model.dtype: expected one of {sorted(DTYPES)}, got {dtype!r}")
     folder = resolve_folder(path)
-    files = open_folder(folder)
+    files = open_folder(folder, discriminator=discriminator)
     try:
         model, info = family_of(files.config).model_class.from_pretrained(
             folder,
@@ -136,8 +146,10 @@ def load_student(path: str | Path, *, dtype: str, attn_implementation: str = "sd
             f"{folder}: expected *.safetensors that match config.json, but the weights cannot be loaded "
             f"({first_line(error)}); download or export the model again"
         ) from error
-    if info["missing_keys"] or info.get("mismatched_keys"):
-        names = sorted(map(str, [*info["missing_keys"], *info.get("mismatched_keys", [])]))
+    names = sorted(map(str, [*info["missing_keys"], *info.get("mismatched_keys", [])]))
+    if discriminator:
+        names = [name for name in names if name != LM_HEAD]
+    if names:
         raise ModelError(
             f"{folder}: {len(names)} weights are missing or have a different shape (first: {names[0]}); "
             "download or export the model again"

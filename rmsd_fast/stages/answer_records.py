@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from operator import itemgetter
 
 from rmsd_fast.config import BENCHMARKS, RunConfig
 from rmsd_fast.data.records import Question
@@ -156,18 +157,24 @@ def score_response(
 
 
 def with_samples(
-    record: dict, question: Question, responses: Sequence[tuple[str, bool, bool]], settings: RunConfig
+    record: dict,
+    question: Question,
+    responses: Sequence[tuple[str, bool, bool]],
+    settings: RunConfig,
+    ranks: Sequence[float | None] | None = None,
 ) -> dict:
     """Return the record of a greedy answer with those of sampled ones.
 
     `sampled` is their mean score. For closed questions, `samples` has the scores of each, and the answer that
-    `evaluate.parse` reads, as text (see `votes_of`) or null, for majority votes.
+    `evaluate.parse` reads, as text (see `votes_of`) or null, for majority votes. With a reranker, it also has the
+    reranker's scores, and `best_response` is the text with the highest one.
 
     Args:
         record: result of `answer_record`.
         question: the question.
         responses: (text, whether it was truncated, whether all logits were finite) of each sampled response.
         settings: settings of the run.
+        ranks: the reranker's score of each response to a closed question, None for one whose logits were not finite.
     """
     nothing = {"score": 0.0, "strict": 0.0, "lenient": 0.0, "meaning": 0.0}
     scores, answers = [], []
@@ -181,13 +188,20 @@ def with_samples(
         result["sampled_meaning"] = _mean([scored["meaning"] for scored in scores])
     if question.task_type in GRADED_TASKS:
         result["samples"] = {**samples, "answers": votes_of(answers, question.task_type)}
+        if ranks is not None:
+            result["samples"]["reranker"] = list(ranks)
+            ranked = [(rank, text) for rank, (text, _, _) in zip(ranks, responses, strict=True) if rank is not None]
+            result["best_response"] = max(ranked, key=itemgetter(0))[1] if ranked else ""
     return result
 
 
 def without_samples(record: dict, question: Question, settings: RunConfig) -> dict:
     """Return the record of a question that could not be used, with scores 0 of its sampled responses."""
     count = settings.evaluate.rollouts
-    return with_samples(record, question, [("", False, False)] * count, settings) if count else record
+    if not count:
+        return record
+    ranks = [None] * count if settings.evaluate.reranker else None
+    return with_samples(record, question, [("", False, False)] * count, settings, ranks)
 
 
 def votes_of(answers: Sequence[ParsedAnswer | None], task: str) -> list[str | None]:

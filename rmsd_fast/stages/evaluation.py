@@ -14,6 +14,7 @@ from rmsd_fast.data.media import MediaReader
 from rmsd_fast.data.media_file import MediaError
 from rmsd_fast.data.prompts import Prompt, PromptBuilder, PromptError
 from rmsd_fast.data.records import Question
+from rmsd_fast.method.answers import GRADED_TASKS
 from rmsd_fast.models.students import Student
 from rmsd_fast.rollout.base import Rollout, Sampling
 from rmsd_fast.rollout.hf import HfRollout
@@ -29,6 +30,7 @@ from rmsd_fast.stages.answer_records import (
 )
 from rmsd_fast.stages.answer_store import AnswerStore
 from rmsd_fast.stages.protocol import video_of
+from rmsd_fast.stages.reranker import Reranker
 from rmsd_fast.stages.summaries import count_unusable
 
 log = logging.getLogger("rmsd_fast")
@@ -44,6 +46,7 @@ def answer_questions(
     name: str,
     stop: StopSignal | None = None,
     store: AnswerStore | None = None,
+    reranker: Reranker | None = None,
 ) -> list[dict]:
     """Return a student's answers, one record per question, as the same list on every process.
 
@@ -64,10 +67,11 @@ def answer_questions(
         name: name of the student for messages.
         stop: stop signal, checked between batches.
         store: keeps the answers of each batch, and has those of an interrupted evaluation.
+        reranker: scores the sampled responses to closed questions, if given.
     Raises:
         Stopped: the program was asked to end.
     """
-    answering = Answering(student, settings, world, media, clusters_of(questions))
+    answering = Answering(student, settings, world, media, clusters_of(questions), reranker)
     # Batches do not depend on what is answered already, so that rounding gives the same answers after a kill.
     done = store.done if store is not None else {}
     batches = plan_batches(questions, settings.evaluate.prompts_per_batch, world.size)
@@ -132,6 +136,7 @@ class Answering:
         world: this process in the run.
         media: reader of the videos and images.
         clusters: the cluster of each question by its id.
+        reranker: see `answer_questions`.
     """
 
     def __init__(
@@ -141,8 +146,10 @@ class Answering:
         world: World,
         media: MediaReader | None,
         clusters: dict[str, str],
+        reranker: Reranker | None = None,
     ) -> None:
         evaluate, rollout = settings.evaluate, settings.rollout
+        self._reranker = reranker
         self._student, self._settings, self._clusters = student, settings, clusters
         self._builder = PromptBuilder(student, video_of(settings), media, prompt=evaluate.prompt)
         # As many rows at a time for sampled answers as for greedy ones.
@@ -213,10 +220,19 @@ class Answering:
             seed=self._settings.seed,
         )
         sampled = self._sampler.generate(model, prompts, sampling, features=features)
+        ranks = self._rank(prompts, sampled)
         return [
-            with_samples(record, prompt.question, list(map(_ended, rollouts)), self._settings)
-            for record, prompt, rollouts in zip(records, prompts, sampled, strict=True)
+            with_samples(record, prompt.question, list(map(_ended, rollouts)), self._settings, ranks.get(number))
+            for number, (record, prompt, rollouts) in enumerate(zip(records, prompts, sampled, strict=True))
         ]
+
+    def _rank(self, prompts: list[Prompt], sampled: list[list[Rollout]]) -> dict[int, list[float | None]]:
+        """Return the reranker's scores of the responses to each closed question, by the index of the prompt."""
+        if self._reranker is None:
+            return {}
+        closed = [index for index, prompt in enumerate(prompts) if prompt.question.task_type in GRADED_TASKS]
+        chosen = [prompts[i] for i in closed], [sampled[i] for i in closed]
+        return dict(zip(closed, self._reranker.score(*chosen, self._builder), strict=True))
 
     def _record(self, question: Question, response: str, **ended) -> dict:
         return answer_record(question, self._clusters[question.id], response, self._settings, **ended)

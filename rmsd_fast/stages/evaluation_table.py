@@ -70,6 +70,9 @@ def _remarks(name: str, student: Entry, unusable: Entry | None) -> list[str]:
     entry = student.get("closed") or student["all"]
     if share := entry.get("only_lenient_share"):
         lines.append(f"{name}: {share:.1%} of the answers could only be read leniently")
+    for other, gain in student.get("sampled", {}).get("best_gain", {}).items():
+        what = {"greedy": "the greedy answer", "sampled": "the mean", "majority": "the majority"}[other]
+        lines.append(f"{name}, best of the samples minus {what}: {signed_interval(gain)}")
     if entry["low"] is None:
         lines.append(f"{name}: there is no interval, because all {entry['n']} questions are about one video")
     if unusable and unusable["count"]:
@@ -88,9 +91,9 @@ def _group_rows(students: Mapping[str, Entry]) -> list[tuple[str, tuple[str, ...
 
 
 def _sample_rows(students: Mapping[str, Entry]) -> list[tuple[str, tuple[str, ...]]]:
-    """Return label and keys of pass@k and majority@k."""
+    """Return label and keys of majority@k, best@k and pass@k, the upper bound of the others."""
     rows: dict[tuple[str, ...], str] = {}
-    for kind in ("pass", "majority"):
+    for kind in ("majority", "best", "pass"):
         for student in students.values():
             rows |= {("sampled", kind, k): f"{kind}@{k}" for k in _at(student, "sampled", kind) or {}}
     return [(label, path) for path, label in rows.items()]

@@ -151,15 +151,15 @@ def distinct_texts(group: RolloutGroup, builder: PromptBuilder) -> DistinctTexts
     exception is a rollout that spells a special token with ordinary tokens; it keeps its own tokens.
     """
     index_of: dict[tuple[int, ...], int] = {}
-    students = [_canonical_ids(rollout, builder) for rollout in group.rollouts]
+    students = [canonical_ids(rollout, builder) for rollout in group.rollouts]
     teachers = [builder.encode_response(group.targets.answers[k].text) for k in group.kept]
     indices = [index_of.setdefault(tuple(ids.tolist()), len(index_of)) for ids in (*students, *teachers)]
     responses = [torch.tensor(ids) for ids in index_of]
     return DistinctTexts(responses, indices[: len(students)], indices[len(students) :])
 
 
-def _canonical_ids(rollout: Rollout, builder: PromptBuilder) -> torch.Tensor:
-    """Encode a rollout like a teacher response, cut to at most one token more than were sampled."""
+def canonical_ids(rollout: Rollout, builder: PromptBuilder) -> torch.Tensor:
+    """Encode a rollout like a teacher response, cut to at most one token more than were sampled, int64 [R]."""
     ids = rollout.token_ids
     sampled = torch.cat([ids, ids.new_tensor([builder.eos_id])]) if rollout.truncated else ids
     try:

@@ -21,6 +21,7 @@ from rmsd_fast.data.media import MediaReader
 from rmsd_fast.data.prompts import Prompt
 from rmsd_fast.data.records import Question
 from rmsd_fast.files import write_text_atomic
+from rmsd_fast.models.discriminator_folder import export_discriminator
 from rmsd_fast.models.export import export_student, fill_export
 from rmsd_fast.models.folders import model_digests
 from rmsd_fast.models.liger import describe_liger
@@ -515,6 +516,13 @@ def export(run: TrainingRun, student: Student, engine: Engine, folder: Path, sta
     """Write the student in Hugging Face format. All processes wait until it is written."""
     with engine.full_weights():
         on_main(run.world, lambda: export_student(student, folder, **_origin(run, stage)))
+
+
+def write_discriminator(run: TrainingRun, state: StageState) -> None:
+    """Write the discriminator to `discriminator/`. All processes wait until it is written."""
+    engine, folder, base = state.discriminator, run.folder / "discriminator", run.settings.model.path
+    with engine.full_weights():
+        on_main(run.world, lambda: export_discriminator(engine.module, state.student, folder, base_model=base))
 
 
 def _origin(run: TrainingRun, stage: str) -> dict[str, Any]:

@@ -1,9 +1,10 @@
-"""Estimate pass@k and majority@k from the sampled responses to a question."""
+"""Estimate pass@k, best@k and majority@k from the sampled responses to a question."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import comb
+from itertools import groupby
+from math import comb, inf
 
 
 def sizes_of(n: int) -> list[int]:
@@ -28,6 +29,34 @@ def pass_at_k(scores: Sequence[float], k: int) -> float:
         raise ValueError(f"k: expected 1 to {n}, the number of responses, got {k}")
     # The i-th smallest score is the maximum of the subsets that contain it and k - 1 of the i smaller ones.
     return min(1.0, sum(score * comb(i, k - 1) for i, score in enumerate(sorted(scores))) / comb(n, k))
+
+
+def best_at_k(scores: Sequence[float], ranks: Sequence[float | None], k: int) -> float:
+    """Return the expected score of the highest-ranked of k responses, from n >= k responses.
+
+    It is the mean over all subsets of k responses. If several responses have the highest rank, one of them is drawn.
+
+    Args:
+        scores: score of each response, [n].
+        ranks: value by which each response is chosen, [n]; None = only if there is no other.
+        k: size of the subsets, 1 to n.
+    """
+    n = len(scores)
+    if not 1 <= k <= n:
+        raise ValueError(f"k: expected 1 to {n}, the number of responses, got {k}")
+    order = sorted(range(n), key=lambda i: _rank(ranks[i]))
+    total, start = 0.0, 0
+    for _, tied in groupby(order, key=lambda i: _rank(ranks[i])):
+        members = list(tied)
+        # As in pass_at_k, the i-th smallest rank is the highest of comb(i, k - 1) subsets. Tied responses share theirs.
+        chosen = sum(comb(i, k - 1) for i in range(start, start + len(members)))
+        total += chosen * sum(scores[i] for i in members) / len(members)
+        start += len(members)
+    return total / comb(n, k)
+
+
+def _rank(value: float | None) -> float:
+    return -inf if value is None else value
 
 
 def majority_at_k(scores: Sequence[float], answers: Sequence[str | None], k: int) -> float:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 
 from rmsd_fast.bootstrap import mean_interval, score_interval
 from rmsd_fast.data.benchmarks import aggregate
 from rmsd_fast.method.answers import ALL_TASKS, GRADED_TASKS
-from rmsd_fast.stages.sample_estimates import majority_at_k, pass_at_k, sizes_of
+from rmsd_fast.stages.sample_estimates import best_at_k, majority_at_k, pass_at_k, sizes_of
 
 # Both ways to read an answer; `evaluate.parse` chooses the one of `score`.
 READINGS = ("strict", "lenient")
@@ -24,7 +25,9 @@ def summarize(records: list[dict], *, details: bool = True) -> dict:
 
     Open questions have no metric; their score is the share of valid answers. If some of them are about generated clips,
     `meaning` is the share of correct answers to them. If the records have scores of sampled responses, `sampled` holds
-    the same means for these scores, and `pass` and `majority` by k over closed questions.
+    the same means for these scores, and `pass` and `majority` by k over closed questions. If a reranker scored the
+    sampled responses, it also holds `best` by k, and in `best_gain` the paired differences of the best of all from the
+    greedy answer, the mean and the majority.
 
     Args:
         records: the answers, as `stages.answer_records` writes them.
@@ -58,9 +61,7 @@ def compare(after: list[dict], before: list[dict], *, seed: int = 0, details: bo
     scores of sampled responses, if both students have them. With `details`, it also compares both readings and groups.
     """
 
-    def difference(rows: list[dict]) -> dict:
-        bounds = mean_interval([row["score"] for row in rows], [row["cluster"] for row in rows], seed=seed)
-        return _entry(rows, bounds)
+    difference = partial(difference_entry, seed=seed)
 
     result = _compare(after, before, difference)
     samples = _of_samples(after), _of_samples(before)
@@ -79,6 +80,12 @@ def compare(after: list[dict], before: list[dict], *, seed: int = 0, details: bo
 def mean_entry(rows: list[dict]) -> dict:
     """Return {"mean", "low", "high", "n", "clusters"} of the rows' scores; see `bootstrap.score_interval`."""
     return _entry(rows, score_interval([row["score"] for row in rows], [row["cluster"] for row in rows]))
+
+
+def difference_entry(rows: list[dict], *, seed: int = 0) -> dict:
+    """Return the same of rows whose scores are paired differences; see `bootstrap.mean_interval`."""
+    bounds = mean_interval([row["score"] for row in rows], [row["cluster"] for row in rows], seed=seed)
+    return _entry(rows, bounds)
 
 
 def count_unusable(records: list[dict]) -> dict:
@@ -143,7 +150,7 @@ def _of_samples(records: list[dict]) -> list[dict]:
 
 
 def _estimates(records: list[dict]) -> dict:
-    """Return `pass` and `majority` by k over the closed questions, as read by `evaluate.parse`."""
+    """Return `pass`, `majority` and `best` by k over the closed questions, as read by `evaluate.parse`."""
     rows = [record for record in records if record["task_type"] in GRADED_TASKS]
     # Predictions of earlier versions have no scores of single responses.
     if not rows or not all("samples" in row for row in rows):
@@ -156,7 +163,32 @@ def _estimates(records: list[dict]) -> dict:
         result["pass"][str(k)] = mean_entry(passed)
         voted = [majority_at_k(s, a, k) for s, a in zip(scores, answers, strict=True)]
         result["majority"][str(k)] = mean_entry([{**row, "score": v} for row, v in zip(rows, voted, strict=True)])
+    if all("reranker" in row["samples"] for row in rows):
+        result |= _of_best(rows)
     return result
+
+
+def _of_best(rows: list[dict]) -> dict:
+    """Return the scores of the responses that a reranker prefers, by k, and what they gain."""
+    samples = [row["samples"] for row in rows]
+    n = min(len(sample["score"]) for sample in samples)
+    by_k = {k: [best_at_k(sample["score"], sample["reranker"], k) for sample in samples] for k in sizes_of(n)}
+    others = {
+        "greedy": [row["score"] for row in rows],
+        "sampled": [row["sampled"] for row in rows],
+        "majority": [majority_at_k(sample["score"], sample["answers"], n) for sample in samples],
+    }
+    gains = {
+        name: [{**row, "score": best - other} for row, best, other in zip(rows, by_k[n], values, strict=True)]
+        for name, values in others.items()
+    }
+    return {
+        "best": {
+            str(k): mean_entry([{**row, "score": score} for row, score in zip(rows, best, strict=True)])
+            for k, best in by_k.items()
+        },
+        "best_gain": {name: difference_entry(gain) for name, gain in gains.items()},
+    }
 
 
 def _by_task(records: list[dict], measure: Callable[[list[dict]], dict]) -> dict:

@@ -1,4 +1,4 @@
-"""Test pass@k and majority@k against their definitions."""
+"""Test pass@k, best@k and majority@k against their definitions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from statistics import fmean
 
 import pytest
 
-from rmsd_fast.stages.sample_estimates import majority_at_k, pass_at_k, sizes_of
+from rmsd_fast.stages.sample_estimates import best_at_k, majority_at_k, pass_at_k, sizes_of
 
 
 def test_sizes_are_powers_of_two_and_n():
@@ -39,3 +39,24 @@ def test_majority_by_hand():
     assert majority_at_k([0.0, 0.0], [None, None], 2) == 0.0
     # Blocks are disjoint, and a remainder is left out: (A, A), (B, B).
     assert majority_at_k([1, 1, 0, 0, 1], ["A", "A", "B", "B", "A"], 2) == 0.5
+
+
+@pytest.mark.parametrize("ranks", [[0.5, -1, 2, 0, 1], [1, 1, 2, 2, 2], [None, 3, None, 0, 0], [None] * 5])
+def test_best_at_k_is_the_mean_of_the_preferred_over_all_subsets(ranks):
+    scores = [0.2, 0.9, 0.0, 1.0, 0.55]
+
+    def preferred(subset):
+        values = [float("-inf") if ranks[i] is None else ranks[i] for i in subset]
+        return fmean(scores[i] for i, value in zip(subset, values, strict=True) if value == max(values))
+
+    for k in range(1, 6):
+        assert best_at_k(scores, ranks, k) == pytest.approx(fmean(map(preferred, combinations(range(5), k))))
+    # Ranked by its own scores, the best is that of pass@k.
+    assert best_at_k(scores, scores, 3) == pytest.approx(pass_at_k(scores, 3))
+
+
+def test_best_at_k_by_hand():
+    # The preferred of two is the first in 1 of 3 pairs, or the second in 2 of 3.
+    assert best_at_k([1, 0, 0], [1, 2, 0], 2) == pytest.approx(1 / 3)
+    with pytest.raises(ValueError, match="k: expected 1 to 2, the number of responses, got 0"):
+        best_at_k([1, 0], [0, 1], 0)

@@ -15,6 +15,7 @@ from train_runs import forget_steps, metrics, mini_arguments, only_run, run_trai
 
 from rmsd_fast.config import SettingsError
 from rmsd_fast.models.adapters import DISCRIMINATOR, POLICY, adapted_layers, merged_weights
+from rmsd_fast.models.discriminator_folder import load_discriminator
 from rmsd_fast.models.export import export_student
 from rmsd_fast.models.students import load_student
 from rmsd_fast.runtime.process_group import start, stop
@@ -367,3 +368,13 @@ def test_settings_that_adapters_can_have_are_accepted():
 def test_an_unknown_target_is_refused(folder, material, world):
     with pytest.raises(SettingsError, match=r"model\.lora_targets: .*'up_proj'.* got 'w1'; leave it out"):
         state_of(folder, material, world, "model.lora_targets=[q_proj,w1]")
+
+
+def test_a_finished_run_writes_its_discriminator_afterwards(whole, tmp_path):
+    run = Path(shutil.copytree(whole, tmp_path / "run"))
+    done = run_train(["--resume", str(run), "--allow-changes", "discriminator.export=true"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    saved = load_file(run / "checkpoints" / "step_9" / "engines" / "discriminator" / "weights.safetensors")
+    discriminator, _ = load_discriminator(run / "discriminator", dtype="float32")
+    assert torch.equal(discriminator.value_weight, saved["value_weight"]) and discriminator.value_weight.any()
+    assert metrics(run) == metrics(whole) and not (whole / "discriminator").exists()
