@@ -2,7 +2,8 @@
 
 Questions about one video are not independent. Scores get a Wilson interval with an effective number of questions
 (`score_interval`), and differences a bootstrap over clusters (`mean_interval`). Both widen if there are few clusters.
-With one question per cluster, the former is the ordinary Wilson interval.
+With one question per cluster, the former is the ordinary Wilson interval. Neither has an interval for a single cluster,
+also if it is a single question, because it shows nothing of the variation between clusters.
 """
 
 from __future__ import annotations
@@ -56,11 +57,11 @@ def score_interval(values: npt.ArrayLike, clusters: Sequence[str] | None = None)
     if scores.min() < 0 or scores.max() > 1:
         raise ValueError(f"values: expected scores in [0, 1], got {scores.min():g} to {scores.max():g}")
     n, index, count = len(scores), *_cluster_index(clusters, len(scores))
+    if count == 1:
+        return None
     mean = float(scores.mean())
     effective = float(n)
-    if clusters is not None and count < n:
-        if count == 1:
-            return None
+    if count < n:
         deviations = scores - mean
         independent = float((deviations**2).sum()) * n / (n - 1)
         between = float((np.bincount(index, deviations, count) ** 2).sum()) * count / (count - 1)

@@ -16,6 +16,7 @@ from rmsd_fast.report_page.samples import STUDENT_ORDER
 from rmsd_fast.report_page.style import svg_style
 from rmsd_fast.report_page.svg import curve_svg
 from rmsd_fast.report_page.text import visible
+from rmsd_fast.stages.summary_rows import detail_rows, entry_at
 
 STYLES = {"untrained": (6, "circle"), "stage1": (1, "square"), "stage2": (2, "diamond"), "control": (4, "circle")}
 _MORE_STYLES = ((5, "square"), (3, "circle"), (7, "diamond"), (8, "circle"))
@@ -156,38 +157,22 @@ def _score_table(evaluation: Mapping[str, Any], names: Mapping[str, str]) -> str
     )
 
 
-def _detail_rows(students: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, tuple[str, ...]]]:
-    """Return label and keys of further scores: both readings, usable questions, groups, pass@k and majority@k."""
-    rows: dict[tuple[str, ...], str] = {
-        ("strict", "closed"): "closed, strict format",
-        ("lenient", "closed"): "closed, any clear statement",
-        ("usable", "closed"): "closed, only questions that could be used",
-    }
-    for student in students.values():
-        for name, values in _mapping(student.get("groups")).items():
-            rows |= {("groups", name, key): f"{name}: {key}" for key in _mapping(values)}
-        for kind in ("pass", "majority"):
-            sizes = _mapping(_mapping(student.get("sampled")).get(kind))
-            rows |= {("sampled", kind, k): f"{kind}@{k}" for k in sizes}
-    return [(label, path) for path, label in rows.items()]
-
-
-def _mapping(item: object) -> Mapping[str, Any]:
-    return item if isinstance(item, Mapping) else {}
+# Further scores of closed questions, before those of groups and samples.
+_READINGS = (
+    ("closed, strict format", ("strict", "closed")),
+    ("closed, any clear statement", ("lenient", "closed")),
+    ("closed, only questions that could be used", ("usable", "closed")),
+)
 
 
 def _detail_table(evaluation: Mapping[str, Any], names: Mapping[str, str]) -> str:
-    """Return a table of the scores of `_detail_rows`, or "" if there are none (earlier versions)."""
+    """Return a table of readings, usable questions, groups and samples, or "" without them (earlier versions)."""
     students = evaluation["students"]
     keys = in_order(list(students), STUDENT_ORDER)
     body = []
-    for label, path in _detail_rows(students):
-        entries = []
-        for key in keys:
-            entry: object = students[key]
-            for step in path:
-                entry = _mapping(entry).get(step)
-            entries.append(_mapping(entry))
+    for label, path in (*_READINGS, *detail_rows(students.values())):
+        found = [entry_at(students[key], path) for key in keys]
+        entries = [entry if isinstance(entry, Mapping) else {} for entry in found]
         if any(entries):
             n = next((int(value(e, "n")) for e in entries if math.isfinite(value(e, "n"))), "–")
             cells = "".join(f"<td>{interval(entry)}</td>" for entry in entries)

@@ -13,6 +13,7 @@ from rmsd_fast.stages.evaluation_table import benchmark_lines
 from rmsd_fast.stages.paper_numbers import paper_lines
 from rmsd_fast.stages.protocol import differences_of
 from rmsd_fast.stages.summaries import READINGS, compare, summarize
+from rmsd_fast.stages.summary_rows import Row, detail_rows, entry_at
 
 # Students of a run folder, the last one of a run first.
 _LAST_FIRST = ("stage2", "control", "stage1", "untrained")
@@ -152,9 +153,9 @@ def format_comparison(result: Mapping[str, Any]) -> str:
         lines.append(f"{name}{'' if number == 0 else f', and its difference from {base}'}")
         difference = result["differences"].get(name)
         for label, path in rows:
-            if not (entry := _at(student, path)):
+            if not (entry := entry_at(student, path)):
                 continue
-            change = _at(difference, path) if difference else None
+            change = entry_at(difference, path) if difference else None
             text = f"{100 * entry['mean']:5.1f}{_bounds(entry)}  n={entry['n']}, videos={entry['clusters']}"
             lines.append(f"  {label:<{width}}  {text}" + (f"  {_points(change)}" if change else ""))
         if difference:
@@ -171,15 +172,13 @@ def format_comparison(result: Mapping[str, Any]) -> str:
     return "\n".join([*lines, *paper_lines(result["benchmark"])])
 
 
-def _rows(students: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, tuple[str, ...]]]:
+def _rows(students: Mapping[str, Mapping[str, Any]]) -> list[Row]:
     rows: dict[tuple[str, ...], str] = {("all",): "all", ("closed",): "closed"}
     rows |= {(reading, "closed"): f"closed, {reading}" for reading in READINGS}
     rows |= {("sampled", "closed"): "closed, sampled", ("meaning",): "meaning"}
     for student in students.values():
         rows |= {("tasks", task): task for task in student["tasks"]}
-        for name, values in student.get("groups", {}).items():
-            rows |= {("groups", name, value): f"{name}: {value}" for value in values}
-    return [(label, path) for path, label in rows.items()]
+    return [*((label, path) for path, label in rows.items()), *detail_rows(students.values())]
 
 
 def _remarks(base: str, name: str, difference: Mapping[str, Any]) -> list[str]:
@@ -190,12 +189,6 @@ def _remarks(base: str, name: str, difference: Mapping[str, Any]) -> list[str]:
             lines.append(f"  {len(questions)} questions are only in {owner}, and not in the difference: {shown}")
     lines += [f"  evaluated differently: {change}" for change in difference["protocol"]]
     return lines
-
-
-def _at(result: Any, path: Sequence[str]) -> Any:
-    for key in path:
-        result = (result or {}).get(key)
-    return result
 
 
 def _points(change: Mapping[str, Any]) -> str:

@@ -7,8 +7,9 @@ from typing import Any
 
 from rmsd_fast.method.answers import ALL_TASKS
 from rmsd_fast.stages.answer_records import REASONS
-from rmsd_fast.stages.paper_numbers import paper_lines
+from rmsd_fast.stages.paper_numbers import RULE_BASED, paper_lines
 from rmsd_fast.stages.summaries import READINGS, signed_interval
+from rmsd_fast.stages.summary_rows import detail_rows, entry_at
 
 Entry = Mapping[str, Any]
 
@@ -21,7 +22,7 @@ def format_table(result: Mapping[str, Any]) -> str:
     differences follow.
     """
     students = result["students"]
-    rows = [*_group_rows(students), *_sample_rows(students)]
+    rows = detail_rows(students.values())
     width = max([9, *(len(label) for label, _ in rows)])
     lines = [f"{'task':<{width}} floor  " + "  ".join(f"{name:>20}" for name in students)]
 
@@ -34,7 +35,7 @@ def format_table(result: Mapping[str, Any]) -> str:
         floor = result["floors"].get(task, {}).get("score")
         add(task, [row_of(student, task) for student in students.values()], floor)
     for label, path in rows:
-        add(label, [_at(student, *path) for student in students.values()])
+        add(label, [entry_at(student, path) for student in students.values()])
     for name, student in students.items():
         lines += _remarks(name, student, result.get("unusable", {}).get(name))
         lines += benchmark_lines(name, result.get("benchmark"), student)
@@ -46,13 +47,18 @@ def format_table(result: Mapping[str, Any]) -> str:
 
 
 def benchmark_lines(name: str, benchmark: str | None, student: Entry) -> list[str]:
-    """Return a line per reading with a benchmark's own numbers, or nothing for other questions."""
-    return [f"{name}, {benchmark}, {reading}: {_numbers(own)}" for reading, own in student.get("benchmark", {}).items()]
+    """Return a line per reading with a benchmark's own numbers, or nothing for other questions.
+
+    They are in percent, as the paper's scores below them; the logarithms of V-STaR's LGM are times 100 too.
+    """
+    title = f"{name}, {benchmark}{RULE_BASED.get(benchmark or '', '')}"
+    readings = student.get("benchmark", {}).items()
+    return [f"{title}, {reading}, in percent: {_numbers(own)}" for reading, own in readings]
 
 
 def _numbers(own: Mapping[str, Any]) -> str:
     """Return the numbers of `benchmarks.aggregate` as text, those of its parts after a semicolon."""
-    single = ", ".join(f"{key} {value:.3f}" for key, value in own.items() if not isinstance(value, Mapping))
+    single = ", ".join(f"{key} {100 * value:.1f}" for key, value in own.items() if not isinstance(value, Mapping))
     parts = (f"{key}: {_numbers(value)}" for key, value in own.items() if isinstance(value, Mapping))
     return "; ".join(filter(None, [single, *parts]))
 
@@ -79,30 +85,6 @@ def _remarks(name: str, student: Entry, unusable: Entry | None) -> list[str]:
         reasons = ", ".join(f"{count} because {REASONS[reason]}" for reason, count in unusable["reasons"].items())
         lines.append(f"{name}: {unusable['count']} questions could not be used and score 0 ({reasons})")
     return lines
-
-
-def _group_rows(students: Mapping[str, Entry]) -> list[tuple[str, tuple[str, ...]]]:
-    """Return label and keys of each value of each breakdown."""
-    rows: dict[tuple[str, ...], str] = {}
-    for student in students.values():
-        for name, values in student.get("groups", {}).items():
-            rows |= {("groups", name, value): f"{name}: {value}" for value in values}
-    return [(label, path) for path, label in rows.items()]
-
-
-def _sample_rows(students: Mapping[str, Entry]) -> list[tuple[str, tuple[str, ...]]]:
-    """Return label and keys of majority@k, best@k and pass@k, the upper bound of the others."""
-    rows: dict[tuple[str, ...], str] = {}
-    for kind in ("majority", "best", "pass"):
-        for student in students.values():
-            rows |= {("sampled", kind, k): f"{kind}@{k}" for k in _at(student, "sampled", kind) or {}}
-    return [(label, path) for path, label in rows.items()]
-
-
-def _at(result: Any, *keys: str) -> Any:
-    for key in keys:
-        result = (result or {}).get(key)
-    return result
 
 
 def _cell(entry: Entry | None) -> str:

@@ -30,6 +30,13 @@ PAPER: dict[str, tuple[str, dict[str, float]]] = {
     ),
 }
 
+# Benchmarks whose answers this package scores by rules, while the field asks a language model; see docs/evaluation.md.
+RULE_BASED = {
+    "mathvista": " (rule-based)",
+    "mathverse": " (rule-based)",
+    "vstar": " (rule-based: what, and the means that contain it)",
+}
+
 
 def paper_lines(benchmark: str | None) -> list[str]:
     """Return a line with the paper's scores of a benchmark, or nothing if the paper has none."""
@@ -37,4 +44,5 @@ def paper_lines(benchmark: str | None) -> list[str]:
         return []
     title, scores = PAPER[benchmark]
     text = "; ".join(f"{name} {score:.1f}" for name, score in scores.items())
-    return [f"the paper (arXiv 2603.11423) on {title}, in percent: {text}"]
+    judged = ", usually scored with a language model" if RULE_BASED.get(benchmark) == " (rule-based)" else ""
+    return [f"the paper (arXiv 2603.11423) on {title}{judged}, in percent: {text}"]

@@ -14,7 +14,6 @@ def test_one_question_per_video_gives_wilsons_interval():
     scores, videos = [1.0] * 8 + [0.0] * 2, [f"{i}.mp4" for i in range(10)]
     # The Wilson score interval of 8 in 10 at 95% is 0.490 to 0.943.
     assert score_interval(scores, videos) == score_interval(scores) == pytest.approx((0.4902, 0.9433), abs=1e-4)
-    assert score_interval([1.0], ["a"]) == score_interval([1.0])
 
 
 def test_equal_answers_about_a_video_count_as_one():
@@ -36,7 +35,11 @@ def test_edges_of_clustered_intervals():
     # Videos that vary less than chance do not make the interval narrower than that of independent questions.
     assert score_interval([0.0, 1.0] * 10, [str(i // 2) for i in range(20)])[0] < score_interval([0.0, 1.0] * 10)[0]
     # One video says nothing about others.
-    assert score_interval([0.0, 1.0], ["a", "a"]) is None and mean_interval([0.1, 0.2], ["a", "a"]) is None
+    for interval in (score_interval, mean_interval):
+        assert interval([0.0, 1.0], ["a", "a"]) is None
+        # A single question is a single cluster, named or not.
+        assert interval([1.0], ["a"]) is None and interval([1.0]) is None
+        assert interval([0.0, 1.0], ["a", "b"]) == interval([0.0, 1.0]) is not None
     assert mean_interval([0.0, 0.0, 0.0]) == (0.0, 0.0)
 
 

@@ -57,8 +57,21 @@ def test_differences_are_paired_and_other_questions_are_named(tmp_path, capsys):
     assert "100.0 [ 71.4, 100.0]  n=22, videos=11  +50.0 [+50.0, +50.0]" in text
     assert "2 questions are only in" in text and "not in the difference: 20, 21, 22, 23" in text
     assert "evaluated differently: video.num_frames: 16, not 64" in text
-    assert f"{base}, mlvu, strict: mean 0.500\n" in text and f"{better}, mlvu, lenient: mean 1.000\n" in text
+    assert f"{base}, mlvu, strict, in percent: mean 50.0\n" in text
+    assert f"{better}, mlvu, lenient, in percent: mean 100.0\n" in text
     assert "on MLVU-MCQ, in percent: Qwen3-VL-4B 72.4; SFT+RL, same budget 73.1; R-MSD 73.2" in text
+
+
+def test_pass_and_majority_of_samples_are_shown(tmp_path, capsys):
+    base, other = (write(tmp_path / f"{name}.json", {"1": 1.0, "3": 0.0}) for name in "ab")
+    predictions = tmp_path / "b.predictions.jsonl"
+    samples = {"samples": {"score": [1.0, 0.0], "answers": ["A", "A"]}, "sampled": 0.5}
+    records = [json.loads(line) | samples for line in predictions.read_text().splitlines()]
+    write_records(predictions, records)
+    assert evaluate.main(["--compare", base, other]) == 0
+    rows = [line.split()[:2] for line in capsys.readouterr().out.splitlines() if "@" in line]
+    # The base has no samples, so there are no differences.
+    assert rows == [["pass@1", "50.0"], ["pass@2", "100.0"], ["majority@1", "50.0"], ["majority@2", "50.0"]]
 
 
 def test_another_reading_is_named(tmp_path, capsys):

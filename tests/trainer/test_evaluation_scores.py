@@ -11,8 +11,10 @@ from rmsd_fast.data.records import Question
 from rmsd_fast.stages.answer_records import NOT_FINITE, answer_record, clusters_of, reason_of, votes_of, with_samples
 from rmsd_fast.stages.evaluation import plan_batches
 from rmsd_fast.stages.evaluation_files import read_predictions, write_evaluation, write_predictions
-from rmsd_fast.stages.evaluation_table import format_table
+from rmsd_fast.stages.evaluation_table import benchmark_lines, format_table
+from rmsd_fast.stages.paper_numbers import paper_lines
 from rmsd_fast.stages.summaries import compare, count_unusable, summarize
+from rmsd_fast.stages.summary_rows import detail_rows, entry_at
 
 RIGHT, WRONG = "<think>x</think><answer>A</answer>", "<think>x</think><answer>B</answer>"
 
@@ -163,6 +165,42 @@ def test_sampled_answers_have_pass_and_majority():
     # One of four is right: C(3, 2) / C(4, 2) of the pairs hold only wrong ones.
     assert {k: e["mean"] for k, e in result["pass"].items()} == {"1": 0.25, "2": 0.5, "4": 1.0}
     assert result["majority"]["4"]["mean"] == 0.5 and result["pass"]["4"]["clusters"] == 2
+
+
+def test_rows_of_groups_and_samples_of_all_students():
+    short, long = ({"groups": {"duration": {name: {"mean": 0.5}}}} for name in ("short", "long"))
+    sampled = {"sampled": {"pass": {"1": {}, "8": {}}, "majority": {"8": {"mean": 1.0}}}}
+    rows = detail_rows([short, long | sampled, short])
+    assert rows == [
+        ("duration: short", ("groups", "duration", "short")),
+        ("duration: long", ("groups", "duration", "long")),
+        ("pass@1", ("sampled", "pass", "1")),
+        ("pass@8", ("sampled", "pass", "8")),
+        ("majority@8", ("sampled", "majority", "8")),
+    ]
+    assert [entry_at(sampled, path) for _, path in rows[3:]] == [{}, {"mean": 1.0}]
+    assert entry_at(short, rows[1][1]) is None and entry_at({"groups": "x"}, ("groups", "duration", "short")) is None
+    assert detail_rows([{"groups": None, "sampled": {"pass": []}}, None]) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "mark", "paper"),
+    [
+        ("mathvista", "mathvista (rule-based), lenient, in percent: ", "on MathVista, usually scored with a language"),
+        ("mathverse", "mathverse (rule-based), lenient, in percent: ", "on MathVerse, usually scored with a language"),
+        (
+            "vstar",
+            "vstar (rule-based: what, and the means that contain it), lenient, in percent: ",
+            "on V-STaR, in per",
+        ),
+        ("mlvu", "mlvu, lenient, in percent: ", "on MLVU-MCQ, in percent: "),
+    ],
+)
+def test_scores_by_rules_are_marked_beside_the_number(name, mark, paper):
+    student = {"benchmark": {"lenient": {"mean": 0.125, "score": 0.5, "chain1": {"tiou": 0.25}}}}
+    (line,) = benchmark_lines("m", name, student)
+    assert line == f"m, {mark}mean 12.5, score 50.0; chain1: tiou 25.0"
+    assert paper in paper_lines(name)[0]
 
 
 def test_questions_about_a_video_are_in_one_batch():
