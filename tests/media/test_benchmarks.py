@@ -13,6 +13,7 @@ import pytest
 
 from rmsd_fast.config import BENCHMARKS, EvaluateConfig, NotInstalled, SettingsError
 from rmsd_fast.data.benchmarks import aggregate, load_benchmark
+from rmsd_fast.data.benchmarks.aggregates import ASKS, MLVU_DEV, VERSIONS
 from rmsd_fast.data.benchmarks.load import _READERS
 from rmsd_fast.data.errors import DataError
 from rmsd_fast.data.question_text import question_text
@@ -640,6 +641,11 @@ def test_a_video_of_another_task_is_not_used(tmp_path):
         ("videommmu", {"id": None}, "expected a field 'id' or 'path' or 'video'"),
         ("videommmu", {"question_type": "open", "answer": "[]"}, r"field 'answer': expected one answer, got '\[\]'"),
         ("videommmu", {"question_type": "open", "answer": ["2", "3"]}, "field 'answer': expected one answer"),
+        (
+            "mathvista",
+            {"question_type": "free_form", "choices": None, "precision": 1.5},
+            "field 'precision': expected a number of decimals, got 1.5",
+        ),
         ("longvideobench", {"correct_choice": 1.7}, "field 'correct_choice': expected a whole number, got 1.7"),
         ("longvideobench", {"correct_choice": "0.5"}, "field 'correct_choice': expected a whole number, got '0.5'"),
         ("mlvu", {"question": "Which?", "candidates": "['one' 'two']"}, r"expected a list such as \['a', 'b'\], got"),
@@ -658,6 +664,11 @@ def test_answers_are_read_as_published(tmp_path):
 
     assert only("longvideobench", correct_choice="1.0").answer == "B"
     assert only("videommmu", question_type="open", answer="['2.5']").answer == "2.5"
+    # The answer 1.2 with two decimals is 1.20, so 1.24 is wrong.
+    free = {"question_type": "free_form", "choices": None, "answer": "1.2"}
+    for precision, answer in ((None, "1.2"), (1.0, "1.2"), (2.0, "1.20"), ("2", "1.20")):
+        assert only("mathvista", **free, precision=precision).answer == answer
+    assert only("mathvista", **free | {"answer": "12"}, precision=1).answer == "12"
     # A list of numbers is one answer.
     assert only("videommmu", question_type="open", answer="[2, 3]").answer == "[2, 3]"
     assert only("mathvista", metadata={"skills": [1, "x"], "grade": 3}).meta["groups"]["skills"] == "1, x"
@@ -684,8 +695,11 @@ def test_newer_annotations_and_other_counts_are_warned_of(tmp_path, caplog):
     assert "videomme has 2,700 questions, got 3; scores are not comparable with published ones" in text
     caplog.clear()
     with caplog.at_level(logging.WARNING, logger="rmsd_fast"):
-        load("videomme", write_json(tmp_path / "rows.json", videomme_rows()))
+        load("videomme", write_json(tmp_path / "rows.json", videomme_rows()), most=3)
     assert not caplog.text
+    with caplog.at_level(logging.WARNING, logger="rmsd_fast"):
+        load("videomme", tmp_path / "rows.json", most=2)
+    assert "evaluate.max_questions=2: only the first of 3 questions of videomme are answered" in caplog.text
 
 
 def test_damaged_files_are_named(tmp_path):
@@ -805,10 +819,31 @@ def test_plain_means():
 
 
 def test_mlvu_is_the_mean_over_tasks():
-    result = aggregate("mlvu", rows_of("task", {"count": [1, 1, 1, 0], "plotQA": [0, 1], "ego": [0]}))
-    assert result == {"mean": 4 / 7, "score": (0.75 + 0.5 + 0) / 3, "tasks": {"count": 0.75, "ego": 0.0, "plotQA": 0.5}}
-    # Without task types there is no M-Avg.
-    assert aggregate("mlvu", rows_of("other", {"x": [1, 0]})) == {"mean": 0.5}
+    scores = {"plotQA": [1, 1, 1, 0], "needle": [0, 1], "ego": [0], "count": [1], "order": [0], "topic_reasoning": [1]}
+    scores["anomaly_reco"] = [0, 0]
+    result = aggregate("mlvu", rows_of("task", scores))
+    assert result["mean"] == 6 / 12 and result["score"] == pytest.approx((0.75 + 0.5 + 0 + 1 + 0 + 1 + 0) / 7)
+    assert result["tasks"]["plotQA"] == 0.75 and list(result["tasks"]) == list(MLVU_DEV)
+    # The test has two more tasks, and another spelling of one.
+    scores |= {"needleQA": scores.pop("needle"), "sportsQA": [1], "tutorialQA": [1]}
+    assert aggregate("mlvu", rows_of("task", scores))["score"] == pytest.approx(5.25 / 9)
+
+
+@pytest.mark.parametrize("name", ["mlvu", "videommmu", "mathverse", "vstar"])
+def test_a_part_of_a_benchmark_has_no_score(name):
+    group, names = {
+        "mlvu": ("task", MLVU_DEV),
+        "videommmu": ("track", ("perception", "comprehension", "adaptation")),
+        "mathverse": ("version", VERSIONS),
+        "vstar": ("ask", ASKS),
+    }[name]
+    rows = rows_of(group, {value: [0.5] for value in names})
+    assert aggregate(name, rows)["score"] > 0
+    # A task without questions, a question without a task, and an unknown task.
+    for partial in (rows[1:], [*rows, ({}, 1.0)], [*rows, ({group: "other"}, 1.0)]):
+        result = aggregate(name, partial)
+        assert "score" not in result and result["mean"] == pytest.approx(sum(s for _, s in partial) / len(partial))
+    assert aggregate(name, [({"x": "y"}, 0.5)]) == {"mean": 0.5}
 
 
 def test_videommmu_and_mathverse_are_means_over_all_parts():
