@@ -34,8 +34,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from rmsd_fast.data.easyvideor1 import groups_of, tagged_letter, with_video_marks, without_copies
 from rmsd_fast.data.errors import DataError
-from rmsd_fast.data.evaluation_records import groups_of, tagged_letter, with_video_marks, without_copies
 from rmsd_fast.data.ground_truths import GroundTruthError, read_ground_truth
 from rmsd_fast.data.marks import with_video_mark
 from rmsd_fast.data.option_lists import find_options, shows_options

@@ -22,6 +22,8 @@ _MOST_DIGITS = 40
 # The exponent of a unit or the index of a variable; the exponent of a number changes its value.
 _EXPONENT_OF_A_NAME = re.compile(r"(?<=[^\W\d_])[\^_]\{?[-+]?\w+\}?")
 # A number next to one of these is part of an expression with another value.
+_NAME_IN_BRACES = re.compile(r"\{([^\W\d_][^\W\d_/ ]*)\}")
+_DENIED_NUMBER = re.compile(r"(?:\b(?:not|never)|n't)\s+(?:\w+\s+)?[-+]?\.?\d")
 _EXPRESSION = re.compile(
     r"\^|√|π|\\?\b(?:sqrt|[dt]?frac|pi|log|ln|sin|cos|tan)(?![a-z])|(?<=\d)(?:sqrt|pi)\b|\d\s*\\|\d\s?[xyz]\b"
 )
@@ -32,8 +34,9 @@ _OPPOSITES = {"yes": "no", "no": "yes", "true": "false", "false": "true"}
 def exact_match(predicted: str, truth: str) -> float:
     """Return 1 if an answer states the reference of an `exact` question, otherwise 0.
 
-    - A whole number must be the only number of the answer. A number with decimals must equal the only number after it
-      is rounded to these decimals. Powers, roots and fractions are not numbers; `1e3` and `1 x 10^3` are.
+    - A whole number must be the only number of the answer, and not denied. A number with decimals must equal the only
+      number after it is rounded to these decimals. Powers, roots and fractions are not numbers; `1e3` and `1 x 10^3`
+      are.
     - "yes", "no", "true" and "false" must begin or end the answer, without their opposite.
     - Any other reference must be the answer, or a phrase of it without a denial or an alternative ("not", "or").
     """
@@ -66,8 +69,8 @@ def _joined(text: str) -> str:
 
 def _only_number(answer: str, reference: str) -> Fraction | None:
     """Return the only number of an answer, rounded to the decimals of the reference; None if there is none."""
-    answer = _EXPONENT_OF_A_NAME.sub("", answer)
-    if _EXPRESSION.search(answer):
+    answer = _EXPONENT_OF_A_NAME.sub("", _NAME_IN_BRACES.sub(r" \1", answer))
+    if _EXPRESSION.search(answer) or _DENIED_NUMBER.search(answer):
         return None
     values = {_value(number) for number in _NUMBER.findall(answer)}
     if len(values) != 1 or None in values:

@@ -151,6 +151,7 @@ def _load_questions(settings: RunConfig, role: str, path: str, root: str) -> lis
             follow_symlinks=data.follow_symlinks,
             image_cache=data.disk_cache,
             check_count=not settings.evaluate.max_questions,
+            most=settings.evaluate.max_questions or 0,
         )
     return load_questions(
         path,

@@ -21,7 +21,7 @@ from rmsd_fast.made.real_clips import write_real_questions
 from rmsd_fast.made.student import build_tiny_student
 from rmsd_fast.made.teacher import SimulatedTeacher, write_simulated_pool
 from rmsd_fast.models.adapters import import_peft
-from rmsd_fast.models.families import family_of
+from rmsd_fast.models.families import Family, family_of
 from rmsd_fast.models.folders import ModelFolder, model_digests, open_folder, resolve_folder
 from rmsd_fast.models.liger import check_liger
 from rmsd_fast.models.quantize import import_bitsandbytes
@@ -122,9 +122,12 @@ def check_model(folder: Path, settings: RunConfig, *, training: bool) -> ModelFo
 
     Raises:
         ModelError: the folder cannot be used, or not with `rollout.engine`.
-        SettingsError: with vLLM, prompts and responses are too long for the model or, in this process, the KV cache.
+        SettingsError: the family's boxes cannot be read with `evaluate.prompt`, or with vLLM, prompts and responses are
+            too long for the model or, in this process, the KV cache.
     """
     model = open_folder(folder)
+    if settings.evaluate.benchmark == "vstar" and settings.evaluate.prompt == "benchmark":
+        check_boxes(family_of(model.config))
     if training and (uses_vllm(settings) or uses_servers(settings)):
         check_family(family_of(model.config).title, str(folder), settings.rollout.engine)
         check_length(
@@ -135,6 +138,16 @@ def check_model(folder: Path, settings: RunConfig, *, training: bool) -> ModelFo
             kv_cache_gib=settings.rollout.vllm_kv_cache_gib if uses_vllm(settings) else math.inf,
         )
     return model
+
+
+def check_boxes(family: Family) -> None:
+    """Raise SettingsError if a family does not write boxes from 0 to 1000 with the prompts of V-STaR."""
+    if family.pixel_boxes:
+        raise SettingsError(
+            "evaluate.prompt: expected rmsd with evaluate.benchmark=vstar, got benchmark: that prompt does not name "
+            f"the range of coordinates, and {family.title} models write pixels, which would be read as 0 to 1000; set "
+            "evaluate.prompt=rmsd"
+        )
 
 
 def check_packages(settings: RunConfig, *, training: bool) -> None:

@@ -71,7 +71,7 @@ def test_pass_and_majority_of_samples_are_shown(tmp_path, capsys):
     assert evaluate.main(["--compare", base, other]) == 0
     rows = [line.split()[:2] for line in capsys.readouterr().out.splitlines() if "@" in line]
     # The base has no samples, so there are no differences.
-    assert rows == [["pass@1", "50.0"], ["pass@2", "100.0"], ["majority@1", "50.0"], ["majority@2", "50.0"]]
+    assert rows == [["majority@1", "50.0"], ["majority@2", "50.0"], ["pass@1", "50.0"], ["pass@2", "100.0"]]
 
 
 def test_another_reading_is_named(tmp_path, capsys):

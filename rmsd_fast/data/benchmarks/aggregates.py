@@ -1,6 +1,7 @@
 """Aggregate the scores of a benchmark's questions to the number that its authors report.
 
-Every result has `score`, that number, unless the annotation lacks the groups that it needs; all scores are shares.
+Every result has `score`, that number, unless a group that it needs has no question, or a question has no group. All
+scores are shares.
 """
 
 from __future__ import annotations
@@ -10,9 +11,12 @@ from collections.abc import Mapping, Sequence
 
 from rmsd_fast.config import BENCHMARKS, SettingsError
 from rmsd_fast.data.benchmarks.mathverse import VERSIONS
+from rmsd_fast.data.benchmarks.mlvu import TASKS as MLVU_DEV
 from rmsd_fast.data.benchmarks.videommmu import TRACKS
 from rmsd_fast.data.benchmarks.vstar import ASKS
 
+# MLVU's test has two more tasks with options than its dev.
+MLVU_TEST = (*MLVU_DEV, "sportsQA", "tutorialQA")
 # Groups and score of each question.
 Rows = Sequence[tuple[Mapping[str, str], float]]
 
@@ -39,29 +43,30 @@ def aggregate(name: str, rows: Rows) -> dict[str, float | dict]:
     if name == "vstar":
         return vstar(rows)
     if name in _PARTS:
-        part, group, order = _PARTS[name]
-        parts = _by_group(rows, group, order)
-        if parts and set(order) <= set(parts):
+        part, group, complete = _PARTS[name]
+        parts = _by_group(rows, group, complete[0])
+        whole = any(set(map(_spelled, parts)) == set(map(_spelled, needed)) for needed in complete)
+        if whole and all(groups.get(group) for groups, _ in rows):
             return {"mean": mean, "score": _mean(list(parts.values())), part: parts}
         return {"mean": mean, part: parts} if parts else {"mean": mean}
     return {"mean": mean, "score": mean}
 
 
-# Benchmarks whose number is the mean over groups: name of the result, group, order of the groups.
+# Benchmarks whose number is the mean over groups: name of the result, group, and the sets of groups that it needs.
 _PARTS = {
-    "mlvu": ("tasks", "task", ()),
-    "videommmu": ("tracks", "track", TRACKS),
-    "mathverse": ("versions", "version", VERSIONS),
+    "mlvu": ("tasks", "task", (MLVU_DEV, MLVU_TEST)),
+    "videommmu": ("tracks", "track", (TRACKS,)),
+    "mathverse": ("versions", "version", (VERSIONS,)),
 }
 
 
 def vstar(rows: Rows) -> dict[str, float | dict]:
     """Return V-STaR's numbers: accuracy of what, tIoU and vIoU of both chains, and their means.
 
-    `am` is the arithmetic mean of accuracy, tIoU and vIoU of a chain, and `lgm` the mean of -ln(1 - x) over the three,
-    with x at most 1 - 1e-9. `mam` and `mlgm` are the means over the chains. `score` is mLGM, unless one of the five
-    asks has no question. Unlike the published script, an item whose answer to what is empty still counts in the
-    others.
+    `am` is the arithmetic mean of accuracy, tIoU and vIoU of a chain, and `lgm` the mean of -ln(1 - x) over the
+    three, with x at most 1 - 1e-9. `mam` and `mlgm` are the means over the chains. `score` is mLGM, unless one of
+    the five asks has no question, or a question has another ask. Unlike the published script, an item whose answer
+    to what is empty still counts in the others.
     """
     asked = {ask: [score for groups, score in rows if groups.get("ask") == ask] for ask in ASKS}
     means = {ask: _mean(scores) for ask, scores in asked.items() if scores}
@@ -79,20 +84,26 @@ def vstar(rows: Rows) -> dict[str, float | dict]:
         if values:
             chains[f"chain{chain}"] = values
     result |= chains
-    if len(means) == len(ASKS):
+    if len(means) == len(ASKS) and sum(map(len, asked.values())) == len(rows):
         result["mam"] = _mean([chain["am"] for chain in chains.values()])
         result["mlgm"] = result["score"] = _mean([chain["lgm"] for chain in chains.values()])
     return result
 
 
 def _by_group(rows: Rows, group: str, order: Sequence[str]) -> dict[str, float]:
-    """Return the mean score of each value of a group: those of `order`, or all of them if `order` is empty."""
+    """Return the mean score of each value of a group, those of `order` first."""
     values: dict[str, list[float]] = {}
     for groups, score in rows:
         if (value := groups.get(group)) is not None:
             values.setdefault(value, []).append(score)
-    names = [name for name in order or sorted(values) if name in values]
+    places = {_spelled(name): place for place, name in enumerate(order)}
+    names = sorted(values, key=lambda name: (places.get(_spelled(name), len(places)), name))
     return {name: _mean(values[name]) for name in names}
+
+
+def _spelled(name: str) -> str:
+    """Return the name of a group in one spelling: needle, needleQA; topic_reasoning, topicReasoning."""
+    return name.lower().replace("_", "").replace(" ", "").removesuffix("qa")
 
 
 def _mean(values: Sequence[float]) -> float:

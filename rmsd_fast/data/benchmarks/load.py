@@ -56,6 +56,7 @@ def load_benchmark(
     follow_symlinks: bool = False,
     image_cache: str | os.PathLike | None = None,
     check_count: bool = True,
+    most: int = 0,
 ) -> list[Question]:
     """Return the questions of a benchmark, including those whose media are missing.
 
@@ -70,6 +71,7 @@ def load_benchmark(
         image_cache: folder for images that the annotation contains; None or "" means
             `$XDG_CACHE_HOME/rmsd_fast/benchmarks`. Each image is written once.
         check_count: whether to warn if the number of questions differs from the published one.
+        most: evaluate.max_questions; a warning says if it leaves questions out. 0 = no limit.
     Raises:
         DataError: the path is wrong, a required field is missing or damaged, an id occurs twice, or a medium's path is
             outside the root. Several faults of a file are reported together.
@@ -110,6 +112,14 @@ def load_benchmark(
     if not questions:
         raise DataError(f"{path}: expected the annotation of {name}, got a file without rows; download it again")
     _warn(name, path, unknown, len(questions) if check_count else None)
+    if 0 < most < len(questions):
+        log.warning(
+            "evaluate.max_questions=%d: only the first of %s questions of %s are answered, which may all belong to one "
+            "task; the scores are not those of the benchmark",
+            most,
+            f"{len(questions):,}",
+            name,
+        )
     return questions
 
 

@@ -4,7 +4,7 @@ Annotations: parquet of AI4Math/MathVista, the authors' `testmini.json`, or VLME
 `query`, which contains a hint about the form of the answer.
 
 The field lets a language model extract the answer. Here, rules extract it, and `exact` compares it: a number after
-rounding to the decimals of the reference.
+rounding to the field `precision`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ PATTERNS = ("**/testmini*.parquet", "**/testmini.json", "**/MathVista_MINI.tsv")
 COUNTS = (1000,)
 IGNORED = {
     "image",
-    "precision",
     "index",
     "category",
     "task",
@@ -48,7 +47,7 @@ def read(record: Record) -> list[Question]:
             task,
             images=(record.needed_image("decoded_image", "image"),),
             options=options,
-            answer=record.letter(options, "answer") if options else record.plain_answer("answer"),
+            answer=record.letter(options, "answer") if options else _answer(record),
             prompt=query,
             meta={
                 "groups": {
@@ -59,3 +58,13 @@ def read(record: Record) -> list[Question]:
             },
         )
     ]
+
+
+def _answer(record: Record) -> str:
+    """Return the answer; a number with decimals has as many of them as `precision` says, such as 1.20."""
+    answer = record.plain_answer("answer")
+    decimals = 0.0 if record.get("precision") is None else record.number("precision", least=0)
+    if not decimals.is_integer() or decimals > 20:
+        raise record.fail("precision", "a number of decimals", record.get("precision"), "download the annotation again")
+    whole, point, digits = answer.partition(".")
+    return f"{whole}.{digits:0<{int(decimals)}}" if point and digits.isdecimal() else answer

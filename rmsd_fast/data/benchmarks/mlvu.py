@@ -23,8 +23,8 @@ COUNTS = (2174, 502)
 IGNORED = {"index", "duration", "data_source", "data_type", "problem_type", "question_id"}
 _LABEL = re.compile(r"\n\(([A-Z])\) ?")
 _TASK_FILE = re.compile(r"[0-9]+_(\w+)")
-_TASKS = ("plotQA", "needle", "ego", "count", "order", "anomaly_reco", "topic_reasoning")
-_FOLDERS = {task: f"{number}_{task}" for number, task in enumerate(_TASKS, start=1)}
+TASKS = ("plotQA", "needle", "ego", "count", "order", "anomaly_reco", "topic_reasoning")
+_FOLDERS = {task: f"{number}_{task}" for number, task in enumerate(TASKS, start=1)}
 
 
 def _split(text: str) -> tuple[str, tuple[str, ...] | None]:

@@ -46,6 +46,7 @@ class Family:
         preprocessing: the rules of `rmsd_fast.data.preprocess` that choose frames and sizes.
         flat_text_config: whether config.json may have the settings of the language model at its top level.
         time_stamps: whether prompts state the times of a video. If not, the model counts them from the first frame.
+        pixel_boxes: whether its models write boxes in pixels of the resized picture unless a prompt asks for 0 to 1000.
         media_text: function (frames or their layout, preprocessor) that returns the text which replaces a medium's pad
             token in a prompt.
         position_ids: function (model, ids [P], types [P], media) that returns the positions of a prompt, int64 [3, P]:
@@ -70,6 +71,7 @@ class Family:
     preprocessing: str
     flat_text_config: bool
     time_stamps: bool
+    pixel_boxes: bool
     media_text: Callable[[Frames | MediaLayout, Preprocessor], str]
     position_ids: Callable[[PreTrainedModel, torch.Tensor, torch.Tensor, Sequence[Frames]], torch.Tensor]
     deepstack_layers: Callable[[PreTrainedConfig], int]

@@ -129,6 +129,7 @@ QWEN2_5_VL = Family(
     preprocessing="qwen2_vl",
     flat_text_config=True,
     time_stamps=False,
+    pixel_boxes=True,
     media_text=media_text,
     position_ids=position_ids,
     deepstack_layers=_deepstack_layers,

@@ -156,6 +156,7 @@ QWEN3_VL = Family(
     preprocessing="qwen3_vl",
     flat_text_config=False,
     time_stamps=True,
+    pixel_boxes=False,
     media_text=media_text,
     position_ids=position_ids,
     deepstack_layers=_deepstack_layers,
