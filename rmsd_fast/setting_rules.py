@@ -200,6 +200,15 @@ def _is_address(url: str) -> bool:
         return False
 
 
+def refuse_reranker(settings: RunConfig) -> None:
+    """Raise SettingsError if a training run is to rank answers, which only rmsd_fast.evaluate does."""
+    if settings.evaluate.reranker:
+        raise SettingsError(
+            "evaluate.reranker: expected none in training, since only rmsd_fast.evaluate ranks responses, got "
+            f"{settings.evaluate.reranker}; leave it out, and evaluate the run's export/ with it"
+        )
+
+
 def _check_reranker(settings: RunConfig) -> None:
     evaluate = settings.evaluate
     if settings.discriminator.export and settings.model.quantize != "none":

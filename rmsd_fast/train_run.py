@@ -71,11 +71,6 @@ def train(
         resume: folder of the run to continue; None for a new run.
         allow_changes: whether settings and inputs may differ from those of the run to continue.
     """
-    if settings.evaluate.reranker:
-        raise SettingsError(
-            "evaluate.reranker: expected none in training, since only rmsd_fast.evaluate ranks responses, got "
-            f"{settings.evaluate.reranker}; leave it out, and evaluate the run's export/ with it"
-        )
     material = prepare_material(settings, world)
     notes = on_main(world, lambda: check_replay_start(settings, material, resume))
     notes += on_main(world, lambda: check_servers(settings, material.model_path))

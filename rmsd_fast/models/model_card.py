@@ -133,7 +133,7 @@ removed in training.
 
 ## Versions
 
-- The oldest version of transformers that loads this folder is {oldest}.
+- The files have the form of exported students, which transformers {oldest} and later versions load.
 {family_card}
 
 ## Prompts

@@ -34,6 +34,7 @@ from rmsd_fast.stages.discriminator_pass import discriminator_pass
 from rmsd_fast.stages.evaluation import answer_questions
 from rmsd_fast.stages.evaluation_table import format_table
 from rmsd_fast.stages.groups import make_group
+from rmsd_fast.stages.plan import describe_plan
 from rmsd_fast.stages.reranker import Reranker, load_reranker
 from rmsd_fast.stages.summaries import summarize
 from rmsd_fast.train_run import train
@@ -321,6 +322,8 @@ def test_training_refuses_a_reranker():
     settings = load_settings("quickstart", ["evaluate.reranker=x"])
     with pytest.raises(SettingsError, match="evaluate.reranker: expected none in training"):
         train(settings, WORLD, None)
+    with pytest.raises(SettingsError, match="evaluate.reranker: expected none in training"):
+        describe_plan(settings)
 
 
 def test_the_backbone_of_a_head_has_no_adapter(folder, material, world, tmp_path):
