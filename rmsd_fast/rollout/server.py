@@ -20,7 +20,7 @@ import math
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlsplit
@@ -176,7 +176,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path != "/status":
             self._refuse(404, f"expected GET /status, got {self.path!r:.80}")
             return
-        self._answer(json.dumps(service.status()).encode(), "application/json")
+        self._answer([json.dumps(service.status()).encode()], "application/json")
 
     def do_POST(self) -> None:
         if (service := self._service()) is None:
@@ -205,7 +205,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(500, f"{type(error).__name__}: {first_line(error)}; look at the output of the server")
         else:
             if answer is not None:
-                self._answer(*answer)
+                self._answer(answer, CONTENT_TYPE)
 
     def _service(self) -> Service | None:
         """Return the service. Return None after an answer that refuses a client, or if vLLM is still starting."""
@@ -267,10 +267,7 @@ class _Handler(BaseHTTPRequestHandler):
         finally:
             service.close(session)
 
-    def _answer(self, *parts: bytes | memoryview | str) -> None:
-        kind = CONTENT_TYPE
-        if isinstance(parts[-1], str):
-            *parts, kind = parts
+    def _answer(self, parts: Sequence[bytes | memoryview], kind: str) -> None:
         self.send_response(200)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(sum(map(len, parts))))

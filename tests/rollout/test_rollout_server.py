@@ -351,24 +351,29 @@ def test_a_server_that_ends_while_it_decodes(material, world, error, expected):
             state.rollouts.update(state.policy, 1)
 
 
-@pytest.mark.parametrize("ends", [False, True])
-def test_an_error_of_the_engine_in_a_call(material, world, ends, monkeypatch, caplog):
-    """It is not the fault of the client. Only errors of the GPU, such as an illegal access, end the server."""
-    error = torch.AcceleratorError("CUDA error: an illegal memory access") if ends else KeyError("model.weird")
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (KeyError("model.weird"), "KeyError: 'model.weird'; look at the output of the server; the last checkpoint"),
+        (torch.AcceleratorError("CUDA error: illegal access"), "the server has ended .*CUDA error: illegal access"),
+        (KeyboardInterrupt(), "the server was stopped while the run used it; start it again; the last checkpoint"),
+    ],
+    ids=["fault", "GPU", "signal"],
+)
+def test_an_error_of_the_engine_in_a_call(material, world, error, expected, caplog):
+    """It is not the fault of the client. Only signals and errors of the GPU end the server."""
 
     def fail(weights, names):
         raise error
 
     with serve(material) as found, connected(material, world, found.url) as state:
         found.engine.load = fail
-        with pytest.raises(
-            RolloutError, match="illegal memory.*--resume" if ends else "KeyError: 'model.weird'.*--res"
-        ):
+        with pytest.raises(RolloutError, match=expected):
             state.rollouts.update(state.policy, 0)
-        if ends:
-            wait_until(lambda: found.ended is not None)
-        else:
+        if isinstance(error, KeyError):
             assert "/weights failed" in caplog.text and found.service.loop.call(lambda: 3) == 3
+        else:
+            wait_until(lambda: found.ended is error)
 
 
 def test_a_connection_that_breaks_during_a_question_ends_the_run(material, world, served, monkeypatch):
@@ -546,6 +551,13 @@ def test_a_server_whose_vllm_is_starting(material):
     finally:
         starting.shutdown()
         starting.server_close()
+
+
+def test_a_hundred_connections_wait_for_a_busy_server():
+    busy = server.RolloutServer("127.0.0.1", 0, token="", most_bytes=2**20)
+    with closing(busy.socket), ExitStack() as stack:
+        for _ in range(100):
+            stack.enter_context(socket.create_connection(busy.server_address, timeout=20))
 
 
 def test_a_server_on_all_addresses_names_its_machine():
@@ -771,18 +783,20 @@ def test_a_server_that_is_killed_ends_the_run(tmp_path):
     helper, port = [sys.executable, rollout_servers.__file__, *arguments], free_port()
     arguments.append(f"rollout.server_urls=[http://127.0.0.1:{port}]")
     with ServerProcess(helper, tmp_path / "server.log", port=port) as found:
-        run = subprocess.Popen(
-            command(arguments, processes=2),
-            env=environment(),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        with (tmp_path / "run.log").open("wb") as log:
+            run = subprocess.Popen(
+                command(arguments, processes=2), env=environment(), stdout=subprocess.DEVNULL, stderr=log
+            )
+        end = time.monotonic() + 300
         # After the checkpoint of the second step.
-        while run.poll() is None and not list(tmp_path.glob("runs/*/checkpoints/step_*2")):
+        while run.poll() is None and not list(tmp_path.glob("runs/*/checkpoints/step_*2")) and time.monotonic() < end:
             time.sleep(0.05)
         found.kill()
-        _, errors = run.communicate(timeout=120)
+        try:
+            run.wait(120)
+        finally:
+            run.kill()
+    errors = (tmp_path / "run.log").read_text(errors="replace")
     assert run.returncode, errors[-3000:]
     assert errors.count("rmsd_fast.train: rollout server") == 1 and "rmsd_fast/rollout" not in errors, errors[-3000:]
     assert "continue the run with --resume" in errors

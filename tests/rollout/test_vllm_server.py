@@ -193,7 +193,7 @@ def mini(tmp_path_factory):
     with ServerProcess(program(arguments[1:]), folder / "server.log") as found:
         yield SimpleNamespace(url=found.url, made=folder / "made")
         assert found.end(signal.SIGTERM) == 0
-        assert "stopped by SIGTERM" in found.log() and "Traceback" not in found.log()
+        assert "stopped by SIGTERM: the server has ended" in found.log() and "Traceback" not in found.log()
 
 
 @pytest.mark.parametrize(
