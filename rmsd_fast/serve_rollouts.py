@@ -33,17 +33,24 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         tell(f"rmsd_fast.serve_rollouts: {error}")
         return 2
+    import torch
+
     from rmsd_fast.program import run_program
+    from rmsd_fast.rollout.base import RolloutError
+    from rmsd_fast.rollout.service import out_of_memory
     from rmsd_fast.stages.rollout_servers import start_server
 
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("rmsd_fast").setLevel(logging.INFO)
 
     def work(world, stop) -> None:
-        server, loop = start_server(settings, world, arguments.host, arguments.port)
-        server.start()
+        stop.otherwise = "the server has ended; a run that used it can be continued with --resume"
+        server, loop = start_server(settings, world, arguments.host, arguments.port, arguments.sequences)
         print(f"serving rollouts at {server.url}", flush=True)
-        loop.run(stop.check)
+        try:
+            loop.run(stop.check)
+        except torch.OutOfMemoryError as error:
+            raise RolloutError(out_of_memory(error)) from error
 
     return run_program("rmsd_fast.serve_rollouts", settings, work, trains=False)
 
@@ -58,9 +65,30 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("recipe", help="YAML file or name of the recipe of the run")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings of the run")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
+    parser.add_argument(
+        "--host", type=_host, default="127.0.0.1", help="address to listen on (default: this machine only)"
+    )
     parser.add_argument("--port", type=_port, default=8400, help="port to listen on (default: 8400)")
+    parser.add_argument(
+        "--sequences",
+        type=_sequences,
+        default=0,
+        help="responses that are decoded together, of all processes of the run that send to this server (default: "
+        "rollout.prompts_per_batch x rollout.n, those of one process)",
+    )
     return parser.parse_intermixed_args(argv)
+
+
+def _host(text: str) -> str:
+    if text.strip() == text != "":
+        return text
+    raise argparse.ArgumentTypeError(f"expected an address of this machine, got {text!r}")
+
+
+def _sequences(text: str) -> int:
+    if text.isdecimal() and int(text) > 0:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
 
 
 def _port(text: str) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 from rmsd_fast.config import (
@@ -73,14 +73,15 @@ def train(
     """
     material = prepare_material(settings, world)
     notes = on_main(world, lambda: check_replay_start(settings, material, resume))
-    notes += on_main(world, lambda: check_servers(settings, material.model_path))
+    servers = on_main(world, lambda: check_servers(settings, material.model_path))
     notes += on_main(world, lambda: _plan_memory(settings, material.model_path, world))
     with dump_folder(settings, world, resume), run_folder(settings, world, resume) as folder:
         stop.run_folder = folder
         with MediaReader(settings.data, world.device) as media:
             resumed = resume is not None
             run = open_run(settings, world, folder, material, media, stop, resumed=resumed, allow_changes=allow_changes)
-            for line in notes:
+            run.servers = servers
+            for line in (*servers, *notes):
                 run.metrics.message(line)
             run_stages(run)
         on_main(world, lambda: finish(run))
@@ -206,8 +207,13 @@ def _imitation_steps(
 
 def distillation(run: TrainingRun) -> None:
     """Run the discriminator warm-up and stage 2. It ends by writing `export/`, and `discriminator/` if asked to."""
+    state = build_distillation(run.stage1, run.settings, run.world, run.material, run.media)
+    with closing(state.rollouts):
+        _distillation(run, state)
+
+
+def _distillation(run: TrainingRun, state: StageState) -> None:
     settings = run.settings
-    state = build_distillation(run.stage1, settings, run.world, run.material, run.media)
     engines = {"policy": state.policy}
     if state.discriminator is not None:
         engines["discriminator"] = state.discriminator

@@ -123,6 +123,9 @@ class RolloutEngine(Protocol):
             policy_version: version to record in the rollouts.
         """
 
+    def close(self) -> None:
+        """Leave rollout servers, if this engine uses any."""
+
 
 def sampling_noise(sampling: Sampling, question_id: str, index: int) -> np.ndarray:
     """Return uniform numbers in [0, 1) for one rollout, float64 [max_new_tokens].

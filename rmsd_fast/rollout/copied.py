@@ -59,6 +59,10 @@ class CopyRollout:
         check_sums([to_host(trained_sums), frozen], held, version)
         self._frozen_sums = frozen
 
+    def close(self) -> None:
+        """Leave the servers; see `RolloutEngine`."""
+        self.sampler.close()
+
     @torch.no_grad()
     def generate(
         self,

@@ -78,6 +78,9 @@ class HfRollout:
         with _generating(model):
             return encode_media(model, prompts)
 
+    def close(self) -> None:
+        """Do nothing: this engine uses no server."""
+
     @torch.no_grad()
     def generate(
         self,

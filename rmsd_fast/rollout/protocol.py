@@ -1,6 +1,8 @@
 """Messages between a training run and a rollout server: bytes in the format of safetensors, with a description in JSON.
 
-Nothing is unpickled. A message that does not have exactly the expected form is refused with `MessageError`.
+Nothing is unpickled. A message that does not have exactly the expected form is refused with `MessageError`. The library
+safetensors is not used, since it would copy every tensor once more on each side. Here, tensors are sent from where they
+are, and received ones use the memory of the message.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,7 +22,7 @@ from rmsd_fast.rollout.base import Sampling
 from rmsd_fast.rollout.samples import Completion, Medium, Request
 
 # Changed with every change of a message. Run and server must have the same.
-PROTOCOL = 1
+PROTOCOL = 2
 # Environment variable with the secret that run and server share.
 TOKEN = "RMSD_ROLLOUT_TOKEN"
 CONTENT_TYPE = "application/x-rmsd-fast"
@@ -27,6 +30,10 @@ CONTENT_TYPE = "application/x-rmsd-fast"
 BUCKET_BYTES = 256 * 2**20
 # Descriptions are small: names of weights, or the fields of a request.
 MOST_HEADER_BYTES = 16 * 2**20
+# Tensors of messages have at most so many dimensions: convolutions have five.
+MOST_DIMENSIONS = 8
+# Above what any run uses: a server must not try them.
+MOST_RESPONSES, MOST_TEMPERATURE = 4096, 1e4
 # Settings of a language model that do not change what it computes, or that exports may change.
 _NOT_COMPARED = {
     *("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "_attn_implementation"),
@@ -83,31 +90,36 @@ def unpack(body: bytes | bytearray) -> tuple[dict[str, Any], dict[str, torch.Ten
             for name, field in header.items()
         )
         dtypes = [_DTYPES[dtype] for _, _, dtype, _ in fields]
-        if not isinstance(description, dict):
-            raise TypeError("a description that is not an object")
+        if not isinstance(description, dict) or any(len(shape) > MOST_DIMENSIONS for *_, shape in fields):
+            raise TypeError("a description that is not an object, or too many dimensions")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise MessageError(f"expected a header in JSON, got a damaged one ({type(error).__name__})") from error
     tensors, first, done = {}, 8 + length, 0
     for (offsets, name, _, shape), dtype in zip(fields, dtypes, strict=True):
-        if offsets != (done, done + math.prod(shape) * dtype.itemsize) or (first + done) % dtype.itemsize:
+        count = math.prod(shape)
+        if offsets != (done, done + count * dtype.itemsize) or (first + done) % dtype.itemsize:
             raise MessageError(f"tensor {name!r}: expected its bytes at {done}, got {list(offsets)}")
         done = offsets[1]
         if first + done > len(body):
             break
-        # torch.frombuffer refuses to return no elements.
-        tensors[name] = torch.empty(shape, dtype=dtype)
-        if tensors[name].numel():
-            count = math.prod(shape)
-            tensors[name] = torch.frombuffer(body, dtype=dtype, count=count, offset=first + offsets[0]).view(shape)
+        try:
+            # torch.frombuffer refuses to return no elements.
+            flat = torch.frombuffer(body, dtype=dtype, count=count, offset=first + offsets[0]) if count else None
+            tensors[name] = torch.empty(shape, dtype=dtype) if flat is None else flat.view(shape)
+        except RuntimeError as error:
+            raise MessageError(f"tensor {name!r}: expected a shape, got {shape}") from error
     if first + done != len(body):
         raise MessageError(f"expected {first + done} bytes, got {len(body)}")
     return description, tensors
 
 
+def digest(tensor: torch.Tensor) -> int:
+    """Return the CRC-32 of a tensor's bytes in host memory, which depends on their order, unlike `bit_sum`."""
+    return zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
 def _count(value: Any) -> int:
-    if type(value) is not int or not 0 <= value < 2**48:
-        raise ValueError(f"expected a size, got {value!r:.40}")
-    return value
+    return integer(value, "a size", 0, 2**48)
 
 
 def pack_request(
@@ -127,7 +139,7 @@ def pack_request(
 
 
 def unpack_request(
-    description: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], *, vocabulary: int, width: int
+    description: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], *, vocabulary: int, width: int, patches: int
 ) -> tuple[Request, Sampling]:
     """Return the request of a message, and its sampling parameters without seed and step.
 
@@ -136,17 +148,17 @@ def unpack_request(
         tensors: tensors of the message.
         vocabulary: number of ids.
         width: width of a token's vision features over all layers.
+        patches: patches of a medium per vision token.
     Raises:
         MessageError: a field is missing or has another form, a value is out of range, or features do not fit.
     """
     try:
         fields, params = description["request"], description["sampling"]
-        sampling = Sampling(int(params["n"]), float(params["temperature"]), int(params["max_new_tokens"]))
+        sampling = _sampling(params)
         ids, types, positions = (tensors[name] for name in ("input_ids", "mm_token_type_ids", "position_ids"))
         media = tuple(_medium(field, tensors[f"medium.{i}"]) for i, field in enumerate(fields["media"]))
-        request = Request(
-            str(fields["question_id"]), ids, types, positions, media, int(fields["seed"]), str(fields["salt"])
-        )
+        seed = integer(fields["seed"], "seed", 0, 2**63 - 1 - sampling.n)
+        request = Request(_text(fields["question_id"]), ids, types, positions, media, seed, _text(fields["salt"]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise MessageError(f"request: expected all of its fields ({type(error).__name__}: {error})") from error
     name, size = f"question {request.question_id!r}", len(ids) if ids.dim() == 1 else 0
@@ -156,8 +168,6 @@ def unpack_request(
         raise MessageError(f"{name}: expected ids [P], types [P] and positions [3, P]")
     if not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
         raise MessageError(f"{name}: expected ids from 0 to {vocabulary - 1}, got {int(ids.min())} to {int(ids.max())}")
-    if sampling.n < 1 or sampling.max_new_tokens < 1 or not 0 <= sampling.temperature < math.inf:
-        raise MessageError(f"{name}: expected n and max_new_tokens of at least 1 and a temperature, got {params}")
     for medium in media:
         (features,) = medium.layers
         tokens = int((types[medium.start : medium.end] != 0).sum()) if 0 <= medium.start < medium.end <= size else 0
@@ -167,13 +177,55 @@ def unpack_request(
                 f"{name}: expected features [{tokens}, {width}] of a video or an image at its place, got a "
                 f"{medium.kind!r:.20} with {list(features.shape)}"
             )
+        if math.prod(medium.grid_thw) != tokens * patches:
+            raise MessageError(f"{name}: expected {tokens * patches} patches, got a grid of {list(medium.grid_thw)}")
     return request, sampling
 
 
+def _sampling(params: Mapping[str, Any]) -> Sampling:
+    temperature = params["temperature"]
+    if type(temperature) not in (int, float) or not 0 <= temperature < MOST_TEMPERATURE:
+        raise ValueError(f"temperature: expected 0 to {MOST_TEMPERATURE:g}, got {temperature!r:.40}")
+    n = integer(params["n"], "n", 1, MOST_RESPONSES)
+    return Sampling(n, float(temperature), integer(params["max_new_tokens"], "max_new_tokens", 1, 2**31))
+
+
 def _medium(field: Mapping[str, Any], features: torch.Tensor) -> Medium:
-    time, height, width = map(int, field["grid_thw"])
-    key, start, end = str(field["key"]), int(field["start"]), int(field["end"])
-    return Medium(str(field["kind"]), (time, height, width), start, end, (features,), key)
+    time, height, width = (integer(count, "grid_thw", 1, 2**20) for count in field["grid_thw"])
+    start, end = (integer(field[name], name, 0, 2**31) for name in ("start", "end"))
+    return Medium(_text(field["kind"]), (time, height, width), start, end, (features,), _text(field["key"]))
+
+
+def integer(value: Any, name: str, least: int, most: int) -> int:
+    """Return a whole number of a description.
+
+    Raises:
+        MessageError: it is another value, or out of range.
+    """
+    if type(value) is not int or not least <= value <= most:
+        raise MessageError(f"{name}: expected a whole number from {least} to {most}, got {value!r:.40}")
+    return value
+
+
+def _text(value: Any) -> str:
+    if type(value) is not str:
+        raise TypeError(f"expected a text, got {value!r:.40}")
+    return value
+
+
+def unpack_update(description: Mapping[str, Any]) -> tuple[int, list[str]]:
+    """Return the version of an update and the names of its weights.
+
+    Raises:
+        MessageError: a field is missing or has another form.
+    """
+    try:
+        version, names = description["version"], description["names"]
+        if type(names) is not list:
+            raise TypeError(f"names: expected a list, got {names!r:.40}")
+        return integer(version, "version", 1, 2**31), list(map(_text, names))
+    except (KeyError, TypeError) as error:
+        raise MessageError(f"update: expected all of its fields ({type(error).__name__}: {error})") from error
 
 
 def pack_completions(completions: Sequence[Completion]) -> list[memoryview]:
@@ -187,24 +239,28 @@ def pack_completions(completions: Sequence[Completion]) -> list[memoryview]:
     return pack({}, tensors)
 
 
-def unpack_completions(body: bytes | bytearray, n: int) -> list[Completion]:
+def unpack_completions(body: bytes | bytearray, n: int, vocabulary: int) -> list[Completion]:
     """Return the `n` completions of a message.
 
     Raises:
-        MessageError: the message is damaged, or a completion is missing or empty.
+        MessageError: the message is damaged, a completion is missing or empty, or has an id outside of `vocabulary`.
     """
     _, columns = unpack(body)
     expected = {"tokens": torch.int64, "banned_mass": torch.float64, "token_ids": torch.int64, "logp": torch.float32}
-    if {name: column.dtype for name, column in columns.items()} != expected:
+    if {name: column.dtype for name, column in columns.items() if column.dim() == 1} != expected:
         raise MessageError(f"expected the columns {', '.join(expected)}, got {', '.join(columns)}")
     lengths = columns["tokens"].tolist()
-    total = len(columns["token_ids"])
+    token_ids, logp = columns["token_ids"], columns["logp"]
     if len(lengths) != n or len(columns["banned_mass"]) != n or min(lengths) < 1:
         raise MessageError(f"expected {n} rollouts of at least one token, got lengths {lengths}")
-    if sum(lengths) != total or columns["logp"].shape != (total,):
-        raise MessageError(f"expected {sum(lengths)} tokens with log-probs, got {total}")
-    ids, logp = columns["token_ids"].split(lengths), columns["logp"].split(lengths)
-    return [Completion(*values) for values in zip(ids, logp, columns["banned_mass"].tolist(), strict=True)]
+    if not sum(lengths) == len(token_ids) == len(logp):
+        raise MessageError(f"expected {sum(lengths)} tokens with log-probs, got {len(token_ids)} and {len(logp)}")
+    if not 0 <= int(token_ids.min()) <= int(token_ids.max()) < vocabulary:
+        raise MessageError(
+            f"expected ids from 0 to {vocabulary - 1}, got {int(token_ids.min())} to {int(token_ids.max())}"
+        )
+    masses = columns["banned_mass"].tolist()
+    return [Completion(*values) for values in zip(token_ids.split(lengths), logp.split(lengths), masses, strict=True)]
 
 
 def model_facts(config: Any, *, eos_id: int, banned_ids: torch.Tensor, dtype: str) -> dict[str, Any]:
@@ -217,6 +273,10 @@ def model_facts(config: Any, *, eos_id: int, banned_ids: torch.Tensor, dtype: st
         dtype: `model.dtype`.
     """
     text = {name: value for name, value in config.text_config.to_dict().items() if name not in _NOT_COMPARED}
+    # Before version 5, transformers has two settings for the rotary embedding, and later one. `type` is an older name.
+    rope = {"rope_theta": text.pop("rope_theta", None), **(text.pop("rope_scaling", None) or {})}
+    rope |= text.pop("rope_parameters", None) or {}
+    rope.pop("type", None)
     digest = hashlib.blake2b(json.dumps(banned_ids.tolist()).encode(), digest_size=8).hexdigest()
     return json.loads(
         json.dumps(
@@ -226,6 +286,8 @@ def model_facts(config: Any, *, eos_id: int, banned_ids: torch.Tensor, dtype: st
                 "end token": eos_id,
                 "ids that are not sampled": f"{len(banned_ids)} ({digest})",
                 "features per vision token": feature_width(config),
+                "patches per vision token": config.vision_config.spatial_merge_size**2,
+                "rotary embedding": dict(sorted(rope.items())),
                 **{f"text_config.{name}": value for name, value in sorted(text.items())},
             }
         )

@@ -32,6 +32,9 @@ class ReplayRollout:
     def update(self, policy: PolicyEngine, version: int) -> None:
         """Do nothing: the rollouts do not depend on the policy's weights."""
 
+    def close(self) -> None:
+        """Do nothing: this engine uses no server."""
+
     def generate(
         self,
         model: torch.nn.Module,

@@ -118,6 +118,9 @@ class Sampler(Protocol):
             RolloutError: a request is too long or was read differently, or a completion is empty or incomplete.
         """
 
+    def close(self) -> None:
+        """Tell servers that the run has ended."""
+
 
 def make_request(
     prompt: Prompt, index: int, features: MediaFeatures, sampling: Sampling, *, salt: str, key: str

@@ -23,6 +23,7 @@ from rmsd_fast.rollout.protocol import (
     TOKEN,
     MessageError,
     check_facts,
+    digest,
     pack,
     pack_request,
     unpack,
@@ -32,12 +33,11 @@ from rmsd_fast.rollout.samples import Completion, Request
 from rmsd_fast.rollout.server import keep_alive
 from rmsd_fast.runtime.process_group import World, on_main, raise_together
 
-# Seconds to connect, and to wait for an answer. Other processes of the run wait longer for this one.
+# Seconds to connect, and for all answers of an update or of a batch of rollouts. Other processes of the run wait for
+# 1800 s in a collective.
 CONNECT_S, ANSWER_S = 20.0, 1500.0
 # A server notices within moments that a run was killed.
 FREE_S = 10.0
-# A request that was interrupted is sent again, since it changes nothing on the server.
-ATTEMPTS, PAUSE_S = 3, 1.0
 MOST_ANSWER_BYTES = 256 * 2**20
 _RESUME = "the last checkpoint is unaffected: continue the run with --resume"
 _START = "python -m rmsd_fast.serve_rollouts"
@@ -75,7 +75,8 @@ class ServerSampler:
     ) -> None:
         self.dtype, self._world, self._urls, self._token = dtype, world, list(urls), token
         self._version, self._names = 0, []
-        self._pool = ThreadPoolExecutor(at_once * len(urls), thread_name_prefix="rollouts")
+        self._vocabulary = facts["text_config.vocab_size"]
+        self._pools = [ThreadPoolExecutor(at_once, thread_name_prefix="rollouts") for _ in urls]
         # They stay open as long as the run lives, and so tell the servers when it ends.
         self._connections: list[tuple[HTTPConnection, HTTPResponse]] = []
         self._sessions = on_main(world, lambda: [self._open(url, facts, owner) for url in self._urls])
@@ -95,18 +96,33 @@ class ServerSampler:
         """Send weights to all servers, in buckets; see `Sampler`."""
         self._version += 1
         self._names = names
-        error = None
+        error, until = None, time.monotonic() + ANSWER_S
         if self._world.is_main:
-            try:
-                for bucket in _buckets(weights):
-                    description = {"version": self._version, "names": list(bucket)}
-                    self._send_to_all("/weights", description, bucket)
-            except Exception as caught:
-                error = caught
-        # Under ZeRO-3, all processes gather every layer together, also if the main process has failed.
+            # An error of the iterator is raised at once: the other processes may be waiting in a gather of ZeRO-3,
+            # where they would never meet this process in another collective.
+            for bucket in _buckets(weights):
+                try:
+                    self._send_bucket(bucket, until)
+                except Exception as caught:
+                    error = caught
+                    break
+                # Otherwise it would be held until the next one is complete.
+                bucket.clear()
+        # Under ZeRO-3, all processes gather every layer together, also if a server has failed.
         for _ in weights:
             pass
         raise_together(error, self._world)
+
+    def _send_bucket(self, bucket: dict[str, torch.Tensor], until: float) -> None:
+        """Send weights to all servers, and check that each server has them under the same names."""
+        description = {"version": self._version, "names": list(bucket)}
+        sent = {name: digest(value) for name, value in bucket.items()}
+        for url, received in self._send_to_all("/weights", "digests", description, bucket, until):
+            if wrong := [name for name, value in sent.items() if received.get(name) != value]:
+                raise RolloutError(
+                    f"rollout server {url}: expected the weights of update {self._version} as they were sent, got "
+                    f"other bytes for {wrong[0]} ({len(wrong)} of {len(sent)}); start the server again, and {_RESUME}"
+                )
 
     def commit(self) -> dict[str, int]:
         """Make all servers use the weights, and return the sums of the first one; see `Sampler`.
@@ -117,39 +133,47 @@ class ServerSampler:
         return on_main(self._world, self._commit)
 
     def _commit(self) -> dict[str, int]:
-        answers = self._send_to_all("/commit", {"version": self._version, "names": self._names}, {})
-        sums: list[dict[str, int]] = []
-        for url, answer in zip(self._urls, answers, strict=True):
-            try:
-                received = unpack(answer)[0]["sums"]
-                sums.append({str(group): int(value) for group, value in received.items()})
-            except (MessageError, KeyError, TypeError, ValueError, AttributeError) as error:
-                raise _lost(url, error) from error
-            if sums[-1] != sums[0]:
+        description = {"version": self._version, "names": self._names}
+        answers = self._send_to_all("/commit", "sums", description, {}, time.monotonic() + ANSWER_S)
+        (_, first), *others = answers
+        for url, sums in others:
+            if sums != first:
                 raise RolloutError(
                     f"rollout server {url}: expected the weights of {self._urls[0]}, got others; start both again, and "
-                    "continue the run with --resume"
+                    f"{_RESUME}"
                 )
-        return sums[0]
+        return first
 
     def _send_to_all(
-        self, path: str, description: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
-    ) -> list[bytearray]:
-        """Send a message to all servers at once, and return their answers."""
+        self,
+        path: str,
+        field: str,
+        description: Mapping[str, Any],
+        tensors: Mapping[str, torch.Tensor],
+        until: float,
+    ) -> list[tuple[str, dict[str, int]]]:
+        """Send a message to all servers at once, and return the URL of each and a field of its answer."""
 
-        def send(url: str, session: dict[str, str]) -> bytearray:
-            return _call(url, path, pack({**description, **session}, tensors), self._token)
+        def send(url: str, session: dict[str, str]) -> tuple[str, dict[str, int]]:
+            answer = _call(url, path, pack({**description, **session}, tensors), self._token, until)
+            try:
+                return url, {str(name): int(value) for name, value in unpack(answer)[0][field].items()}
+            except (MessageError, KeyError, TypeError, ValueError, AttributeError) as error:
+                raise _lost(url, error) from error
 
-        return list(self._pool.map(send, self._urls, self._sessions))
+        futures = [
+            pool.submit(send, url, session)
+            for pool, url, session in zip(self._pools, self._urls, self._sessions, strict=True)
+        ]
+        return [future.result() for future in futures]
 
     def sample(self, requests: list[Request], sampling: Sampling) -> list[list[Completion]]:
         """Return the completions of all requests; see `Sampler`."""
-        servers = len(self._urls)
-        # Processes with one request each do not all use the first server.
-        futures = [
-            self._pool.submit(self._sample, (self._world.rank + i) % servers, request, sampling)
-            for i, request in enumerate(requests)
-        ]
+        until, futures = time.monotonic() + ANSWER_S, []
+        for i, request in enumerate(requests):
+            # Processes with one request each do not all use the first server.
+            server = (self._world.rank + i) % len(self._urls)
+            futures.append(self._pools[server].submit(self._sample, server, request, sampling, until))
         error, drawn = None, []
         try:
             wait(futures, return_when=FIRST_EXCEPTION)
@@ -162,32 +186,23 @@ class ServerSampler:
         raise_together(error, self._world)
         return drawn
 
-    def _sample(self, server: int, request: Request, sampling: Sampling) -> list[Completion]:
+    def _sample(self, server: int, request: Request, sampling: Sampling, until: float) -> list[Completion]:
         url = self._urls[server]
         description = {"version": self._version, **self._sessions[server]}
-        body = pack_request(request, sampling, description, self.dtype)
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                return unpack_completions(_call(url, "/generate", body, self._token), sampling.n)
-            except MessageError as error:
-                raise _lost(url, error) from error
-            except _Interrupted:
-                if attempt == ATTEMPTS:
-                    raise
-                time.sleep(PAUSE_S)
-        raise AssertionError
+        answer = _call(url, "/generate", pack_request(request, sampling, description, self.dtype), self._token, until)
+        try:
+            return unpack_completions(answer, sampling.n, self._vocabulary)
+        except MessageError as error:
+            raise _lost(url, error) from error
 
     def close(self) -> None:
         """Tell the servers that the run has ended."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for pool in self._pools:
+            pool.shutdown(wait=False, cancel_futures=True)
         for connection, response in self._connections:
             response.close()
             connection.close()
         self._connections = []
-
-
-class _Interrupted(RolloutError):
-    """A connection that has ended before the answer."""
 
 
 def server_token() -> str:
@@ -213,6 +228,8 @@ def server_status(url: str, token: str) -> dict[str, Any]:
         ) from error
     if response.status == 401:
         raise SettingsError(f"rollout server {url}: {_error_of(content)}, as for the server")
+    if response.status in (403, 503):
+        raise SettingsError(f"rollout server {url}: {_error_of(content)}")
     try:
         status = json.loads(content)
         if response.status != 200 or not isinstance(status["facts"], dict):
@@ -265,28 +282,27 @@ def _open_when_free(url: str, body: list[memoryview], token: str) -> tuple[HTTPC
         time.sleep(0.2)
 
 
-def _call(url: str, path: str, body: list[memoryview], token: str) -> bytearray:
+def _call(url: str, path: str, body: list[memoryview], token: str, until: float) -> bytearray:
     """Send a message to a server, and return its answer.
 
     Raises:
-        _Interrupted: the connection has ended before the answer.
-        RolloutError: the server cannot be reached, or refuses the message.
+        RolloutError: the server cannot be reached, refuses the message, or has not answered at the time `until`.
     """
     try:
-        connection = _connect(url)
-    except OSError as error:
-        raise _lost(url, error) from error
-    with closing(connection):
-        try:
+        with closing(_connect(url)) as connection:
+            # A timeout of 0 would mean not to wait for the network at all.
+            connection.sock.settimeout(max(0.001, until - time.monotonic()))
             response = _post(connection, path, body, token)
             content = bytearray(response.read(MOST_ANSWER_BYTES))
-        except TimeoutError as error:
-            raise _lost(url, error) from error
-        except (OSError, HTTPException) as error:
-            raise _Interrupted(str(_lost(url, error))) from error
+    except TimeoutError as error:
+        late = TimeoutError(f"an update, or a batch of rollouts, takes more than {ANSWER_S:g} s")
+        raise _lost(url, late if time.monotonic() >= until else error) from error
+    except (OSError, HTTPException) as error:
+        raise _lost(url, error) from error
     if response.status != 200:
-        restarted = f"; {_RESUME}" if response.status == 410 else ""
-        raise RolloutError(f"rollout server {url}: {_error_of(content)}{restarted}")
+        # These servers have lost the run. Other messages have their own advice.
+        lost = f"; {_RESUME}" if response.status == 410 or response.status >= 500 else ""
+        raise RolloutError(f"rollout server {url}: {_error_of(content)}{lost}")
     return content
 
 

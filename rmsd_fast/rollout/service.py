@@ -15,16 +15,15 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from rmsd_fast.config import first_line
-from rmsd_fast.rollout.base import RolloutError, Sampling
-from rmsd_fast.rollout.protocol import unpack_request
+from rmsd_fast.config import UserError, first_line
+from rmsd_fast.rollout.base import Sampling
+from rmsd_fast.rollout.protocol import MessageError, digest, unpack_request, unpack_update
 from rmsd_fast.rollout.samples import Completion, Request, Sampler
 
 log = logging.getLogger("rmsd_fast")
 Result = TypeVar("Result")
 # Seconds between two looks for a signal while there is nothing to do.
 IDLE_S = 0.2
-_ENDS = "the server ends"
 
 
 class SteppedSampler(Sampler, Protocol):
@@ -56,19 +55,19 @@ class EngineLoop:
         self.engine = engine
         self._jobs: queue.SimpleQueue[tuple[Callable[[], Any], Future]] = queue.SimpleQueue()
         self._sampling: dict[int, Future[list[Completion]]] = {}
-        self._ended = False
+        self._end: Refusal | None = None
 
     @property
-    def busy(self) -> bool:
-        """Whether requests are in progress."""
-        return bool(self._sampling)
+    def in_progress(self) -> int:
+        """Return the number of requests in progress."""
+        return len(self._sampling)
 
     def call(self, work: Callable[[], Result]) -> Result:
         """Run `work` in the thread of the engine, and return its result or raise its error."""
         future: Future[Result] = Future()
         self._jobs.put((work, future))
-        if self._ended:
-            self._fail_jobs()
+        if self._end is not None:
+            self._fail_jobs(self._end)
         return future.result()
 
     def sample(self, add: Callable[[], int]) -> list[Completion]:
@@ -81,42 +80,39 @@ class EngineLoop:
         self.call(begin)
         return done.result()
 
-    def abort(self, reason: str) -> None:
-        """End all requests in progress with a RolloutError. Call this in the thread of the engine."""
+    def abort(self, reason: Refusal) -> None:
+        """End all requests in progress. Call this in the thread of the engine."""
         self.engine.abort()
-        waiting, self._sampling = self._sampling, {}
-        for future in waiting.values():
-            future.set_exception(RolloutError(reason))
+        self._fail_requests(reason)
 
     def run(self, check: Callable[[], None]) -> None:
-        """Work until `check`, which is called between steps, raises. Calls that are waiting then fail."""
-        try:
-            self._run(check)
-        finally:
-            self._ended = True
-            self._fail_jobs()
-            for future in self._sampling.values():
-                future.set_exception(RolloutError(_ENDS))
+        """Work until `check`, which is called between steps, or the engine raises. Calls that are waiting then fail.
 
-    def _fail_jobs(self) -> None:
+        The state of an engine is unknown after an error that is not about one request, so the server ends.
+        """
+        try:
+            while True:
+                check()
+                self._run_jobs()
+                if self._sampling:
+                    for number, completions in self.engine.step().items():
+                        self._sampling.pop(number).set_result(completions)
+        except BaseException as error:
+            self._end = _end_of(error)
+            raise
+        finally:
+            self._fail_jobs(self._end)
+            self._fail_requests(self._end)
+
+    def _fail_jobs(self, reason: Refusal) -> None:
         with suppress(queue.Empty):
             while True:
-                self._jobs.get_nowait()[1].set_exception(RolloutError(_ENDS))
+                self._jobs.get_nowait()[1].set_exception(reason)
 
-    def _run(self, check: Callable[[], None]) -> None:
-        while True:
-            check()
-            self._run_jobs()
-            if not self._sampling:
-                continue
-            try:
-                finished = self.engine.step()
-            except (RolloutError, torch.OutOfMemoryError) as error:
-                log.error("%s", first_line(error))
-                self.abort(first_line(error))
-                continue
-            for number, completions in finished.items():
-                self._sampling.pop(number).set_result(completions)
+    def _fail_requests(self, reason: Refusal) -> None:
+        waiting, self._sampling = self._sampling, {}
+        for future in waiting.values():
+            future.set_exception(reason)
 
     def _run_jobs(self) -> None:
         wait = not self._sampling
@@ -128,8 +124,35 @@ class EngineLoop:
             wait = False
             try:
                 future.set_result(work())
+            except torch.AcceleratorError as error:
+                # No later call of the GPU can succeed.
+                future.set_exception(_end_of(error))
+                raise
             except Exception as error:
                 future.set_exception(error)
+            except BaseException as error:
+                future.set_exception(_end_of(error))
+                raise
+
+
+def _end_of(error: BaseException) -> Refusal:
+    """Return what the runs are told about an error that ends the server."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return Refusal(503, f"{out_of_memory(error)}; the server has ended")
+    if isinstance(error, UserError):
+        return Refusal(503, f"{first_line(error)}; the server has ended: start it again")
+    if isinstance(error, Exception):
+        what = f"{type(error).__name__}: {first_line(error)}"
+        return Refusal(503, f"the server has ended ({what}); look at its output, and start it again")
+    return Refusal(503, "the server was stopped while the run used it; start it again")
+
+
+def out_of_memory(error: torch.OutOfMemoryError) -> str:
+    """Return what to do if the GPU of a server has too little memory."""
+    return (
+        f"out of memory on the server ({first_line(error)}); start it again with a lower rollout.vllm_kv_cache_gib or "
+        "fewer --sequences"
+    )
 
 
 class Service:
@@ -144,8 +167,12 @@ class Service:
     def __init__(self, loop: EngineLoop, facts: Mapping[str, Any], shown: Mapping[str, str]) -> None:
         self.loop, self.facts, self.shown = loop, facts, shown
         self.instance = uuid.uuid4().hex
-        self.width = facts["features per vision token"]
-        self._vocabulary = facts["text_config.vocab_size"]
+        # What requests must fit.
+        self._sizes = {
+            "vocabulary": facts["text_config.vocab_size"],
+            "width": facts["features per vision token"],
+            "patches": facts["patches per vision token"],
+        }
         self._session, self._owner = "", ""
         # The version of the weights: None while they are being replaced.
         self._version: int | None = None
@@ -153,7 +180,13 @@ class Service:
 
     def status(self) -> dict[str, Any]:
         """Return what the server is, and which run it serves."""
-        return {"instance": self.instance, "facts": dict(self.facts), "shown": dict(self.shown), "owner": self._owner}
+        return {
+            "instance": self.instance,
+            "facts": dict(self.facts),
+            "shown": dict(self.shown),
+            "owner": self._owner,
+            "in_progress": self.loop.in_progress,
+        }
 
     def open(self, owner: str) -> str:
         """Begin to serve a run, and return the name of the session.
@@ -183,22 +216,23 @@ class Service:
                 log.info("the connection of %s has ended", self._owner)
                 self._session = self._owner = ""
                 self._version = None
-                self.loop.abort("the run has ended")
+                self.loop.abort(Refusal(410, "expected the connection of the run to stay open, but the run has ended"))
 
         self.loop.call(end)
 
-    def load(self, description: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
-        """Take a bucket of weights. The first bucket of a version begins an update.
+    def load(self, description: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
+        """Take a bucket of weights, and return their digests. The first bucket of a version begins an update.
 
         Raises:
+            MessageError: the message has another form.
             Refusal: the session has ended, or rollouts are being sampled.
             RolloutError: the engine did not take exactly these weights.
         """
-        version, names = int(description["version"]), list(map(str, description["names"]))
+        version, names = unpack_update(description)
 
         def take() -> None:
             self._check_session(description)
-            if self.loop.busy:
+            if self.loop.in_progress:
                 raise Refusal(409, "expected weights after all rollouts, got some while rollouts are being sampled")
             begun, taken = self._taken
             self._version = None
@@ -208,16 +242,19 @@ class Service:
             self._taken = version, taken + names
 
         if set(names) != tensors.keys():
-            raise Refusal(400, f"expected {len(names)} weights, got {len(tensors)}")
+            raise MessageError(f"expected {len(names)} weights, got {len(tensors)}")
+        digests = {name: digest(tensors[name]) for name in names}
         self.loop.call(take)
+        return digests
 
     def commit(self, description: Mapping[str, Any]) -> dict[str, int]:
         """End an update, and return the sums of the engine's weights.
 
         Raises:
+            MessageError: the message has another form.
             Refusal: the session has ended, or the weights that arrived are not those that the run has sent.
         """
-        version, names = int(description["version"]), list(map(str, description["names"]))
+        version, names = unpack_update(description)
 
         def finish() -> dict[str, int]:
             self._check_session(description)
@@ -244,7 +281,7 @@ class Service:
             Refusal: the session has ended, or the server holds other weights than the run expects.
             RolloutError: the engine cannot answer the request.
         """
-        request, sampling = unpack_request(description, tensors, vocabulary=self._vocabulary, width=self.width)
+        request, sampling = unpack_request(description, tensors, **self._sizes)
 
         def add() -> int:
             self._check_session(description)
@@ -259,7 +296,11 @@ class Service:
 
     def _check_session(self, description: Mapping[str, Any]) -> None:
         if description.get("instance") != self.instance:
-            raise Refusal(410, "it was started again after the run had connected, and has lost the weights of the run")
+            raise Refusal(
+                410,
+                "expected the server that the run had connected to, got one that was started again and has lost the "
+                "weights of the run",
+            )
         if not self._session or description.get("session") != self._session:
-            now = f", and it now serves {self._owner}" if self._owner else ""
-            raise Refusal(410, f"the connection of the run has ended{now}")
+            now = f"that now serves {self._owner}" if self._owner else "without a run"
+            raise Refusal(410, f"expected the connection of the run to stay open, got a server {now}")

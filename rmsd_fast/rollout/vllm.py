@@ -226,6 +226,9 @@ class VllmSampler:
         self._sleep()
         return [finished[number] for number in numbers]
 
+    def close(self) -> None:
+        """Do nothing: the engine ends with this object."""
+
     def add(self, request: Request, sampling: Sampling) -> int:
         """Begin a request, and return its number. All requests in progress have the same temperature."""
         if not self._running:

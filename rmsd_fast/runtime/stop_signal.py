@@ -46,11 +46,13 @@ class StopSignal:
     Attributes:
         run_folder: folder of the run, or None before it is created.
         output: the file that a repeated command continues, or None.
+        otherwise: what the user can do if there is neither.
     """
 
     def __init__(self) -> None:
         self.run_folder: Path | None = None
         self.output: Path | None = None
+        self.otherwise = "nothing was written"
         self._terminated = self._interrupted = False
         self._deferred = False
         self._raised_s = -_REPEATED_S
@@ -80,7 +82,7 @@ class StopSignal:
         """What the user can do after the program has ended."""
         if self.run_folder:
             return f"continue with --resume {self.run_folder}"
-        return f"run the same command again to continue {self.output}" if self.output else "nothing was written"
+        return f"run the same command again to continue {self.output}" if self.output else self.otherwise
 
     @contextmanager
     def deferred(self) -> Iterator[None]:

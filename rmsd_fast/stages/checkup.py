@@ -13,6 +13,7 @@ import platform
 import shutil
 import tempfile
 import time
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -228,14 +229,15 @@ def _examine_training(
             return
     if makes_rollouts(settings):
         state = build_distillation(material.model_path, settings, world, material, media)
-        if sample is None:
-            sample, finding = _sample(state, material, count)
-            show(finding)
-        if sample:
-            examine_rollouts(state, sample, show)
-            show_time(time_distillation(state, sample))
-            show_time(time_evaluation(state, material, media))
-            show(after_update(state, sample))
+        with closing(state.rollouts):
+            if sample is None:
+                sample, finding = _sample(state, material, count)
+                show(finding)
+            if sample:
+                examine_rollouts(state, sample, show)
+                show_time(time_distillation(state, sample))
+                show_time(time_evaluation(state, material, media))
+                show(after_update(state, sample))
         state.policy.close()
         if state.discriminator is not None:
             state.discriminator.close()

@@ -86,13 +86,16 @@ def connect(model_path: str, settings: RunConfig, world: World) -> ServerSampler
     )
 
 
-def start_server(settings: RunConfig, world: World, host: str, port: int) -> tuple[RolloutServer, EngineLoop]:
-    """Start vLLM in this process, and return a server that listens but does not serve yet, and its loop.
+def start_server(
+    settings: RunConfig, world: World, host: str, port: int, sequences: int
+) -> tuple[RolloutServer, EngineLoop]:
+    """Start vLLM in this process, and return a server and its loop, which must run in this thread.
 
     Args:
         settings: settings of the run that it will serve.
         world: this process, which is alone.
         host, port: address to listen on.
+        sequences: responses that are decoded together; 0 = those of one process of the run.
     Raises:
         SettingsError: the address, the cache or the length of prompts cannot be used.
         ModelError: the model cannot be used with vLLM.
@@ -105,12 +108,15 @@ def start_server(settings: RunConfig, world: World, host: str, port: int) -> tup
         )
     # These are reported before minutes of loading.
     check_host(host, server_token())
-    version = check_vllm()
+    version = check_vllm(settings.rollout.engine)
     folder = resolve_folder(model_path_of(settings))
     model, facts = open_folder(folder), facts_of(folder, settings)
     rollout, dtype, max_tokens = settings.rollout, settings.model.dtype, facts["max_tokens"]
     check_family(family_of(model.config).title, str(folder), rollout.engine)
     check_length(model.config.text_config, dtype=dtype, max_tokens=max_tokens, kv_cache_gib=rollout.vllm_kv_cache_gib)
+    limit = most_bytes(model.config, dtype=DTYPES[dtype], max_tokens=max_tokens)
+    server = RolloutServer(host, port, token=server_token(), most_bytes=limit)
+    server.start()
     try:
         engine = VllmSampler(
             folder,
@@ -119,7 +125,7 @@ def start_server(settings: RunConfig, world: World, host: str, port: int) -> tup
             eos_id=facts["end token"],
             dtype=dtype,
             max_tokens=max_tokens,
-            sequences=rollout.prompts_per_batch * rollout.n,
+            sequences=sequences or rollout.prompts_per_batch * rollout.n,
             kv_cache_gib=rollout.vllm_kv_cache_gib,
             device=world.device,
         )
@@ -130,6 +136,5 @@ def start_server(settings: RunConfig, world: World, host: str, port: int) -> tup
         ) from error
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
     loop = EngineLoop(engine)
-    service = Service(loop, facts, {"vLLM": version, "on": device})
-    limit = most_bytes(model.config, dtype=DTYPES[dtype], max_tokens=max_tokens)
-    return RolloutServer(host, port, service, token=server_token(), most_bytes=limit), loop
+    server.service = Service(loop, facts, {"vLLM": version, "on": device})
+    return server, loop

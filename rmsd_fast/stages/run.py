@@ -77,6 +77,7 @@ class TrainingRun:
         skipped: number of skipped steps.
         bad: number of samples that could not be used.
         seen: number of samples so far.
+        servers: a line about each rollout server at the start, with its version of vLLM.
         listed: (stage, question id) of the questions in `bad_media.jsonl`.
     """
 
@@ -93,6 +94,7 @@ class TrainingRun:
     skipped: int = 0
     bad: float = 0.0
     seen: float = 0.0
+    servers: list[str] = field(default_factory=list)
     listed: set[tuple[str, str]] = field(default_factory=set)
 
     @property
@@ -211,6 +213,9 @@ def write_facts(run: TrainingRun, *, finished: bool) -> None:
         "liger": describe_liger(run.settings.model.liger, run.world.device),
         "losses": _losses(run),
     }
+    facts.pop("rollout_servers", None)
+    if run.servers:
+        facts["rollout_servers"] = run.servers
     if finished:
         facts["finished"] = _now()
     write_text_atomic(path, json.dumps(facts, indent=2) + "\n")

@@ -48,6 +48,7 @@ class HfSampler:
         # Tests stop the work here.
         self.ready = threading.Event()
         self.ready.set()
+        self.error: Exception | None = None
 
     @torch.no_grad()
     def load(self, weights, names: list[str]) -> None:
@@ -66,6 +67,8 @@ class HfSampler:
 
     def step(self) -> dict[int, list[Completion]]:
         self.ready.wait(60)
+        if self.error is not None:
+            raise self.error
         number, (request, sampling) = next(iter(self._waiting.items()))
         del self._waiting[number]
         return {number: [self._complete(request, sampling, index) for index in range(sampling.n)]}
@@ -116,31 +119,37 @@ def serving(settings: RunConfig, folder: str, *, token: str = "", port: int = 0,
         port: port to listen on; 0 = a free one.
         facts: facts that differ from those of the model.
     Returns:
-        The server with its `url`, `engine` and `service`.
+        The server with its `url`, `engine` and `service`, `stop`, which ends it as a signal does, and `ended`, the
+        error that has ended it.
     """
 
-    class Ended(Exception):
-        pass
+    class Ended(BaseException):
+        """What a signal raises."""
 
     def check() -> None:
         if ended.is_set():
             raise Ended
 
     def work() -> None:
-        with contextlib.suppress(Ended):
+        try:
             loop.run(check)
+        except BaseException as error:
+            found.ended = error
 
     engine, ended = HfSampler(folder), threading.Event()
     known = {**facts_of(Path(folder), settings), **facts}
     loop = EngineLoop(engine)
     service = Service(loop, known, {"vLLM": "none", "on": "CPU"})
     limit = most_bytes(engine.model.config, dtype=torch.float32, max_tokens=known["max_tokens"])
-    server = RolloutServer("127.0.0.1", port, service, token=token, most_bytes=limit)
+    server = RolloutServer("127.0.0.1", port, token=token, most_bytes=limit)
+    server.service = service
     server.start()
     thread = threading.Thread(target=work, daemon=True)
+    found = SimpleNamespace(url=server.url, engine=engine, service=service, server=server, ended=None)
+    found.stop = ended.set
     thread.start()
     try:
-        yield SimpleNamespace(url=server.url, engine=engine, service=service, server=server)
+        yield found
     finally:
         engine.ready.set()
         ended.set()

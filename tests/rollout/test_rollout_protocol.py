@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -95,6 +96,10 @@ def test_every_truncated_message_is_refused():
         message(field(shape=(True, 2)), b"\0" * 8),
         message(field(shape=(2**50,)), b"\0" * 8),
         message(field(shape=(3,)), b"\0" * 8),
+        message(field(shape=[1] * 9, offsets=(0, 4)), b"\0" * 4),
+        message(field(shape=(2**47, 2**47, 0), offsets=(0, 0))),
+        # Multiplied, they are a number with a megabyte.
+        message(field(shape=[2**47] * 200_000)),
         message(field(offsets=(4, 12)), b"\0" * 12),
         message(field(offsets=(0, 8, 8)), b"\0" * 8),
         message(field(offsets=(8, 0)), b"\0" * 8),
@@ -129,7 +134,7 @@ def sent(made: Request, sampling: Sampling = SAMPLING, dtype=torch.float32):
 
 
 def received(description, tensors):
-    return unpack_request(description, tensors, vocabulary=8, width=6)
+    return unpack_request(description, tensors, vocabulary=8, width=6, patches=4)
 
 
 def test_requests_survive():
@@ -160,7 +165,7 @@ def test_requests_survive():
         ({"media": (Medium("video", (1, 4, 2), 2, 5, (torch.randn(1, 6),), "k"),)}, r"expected features \[2, 6\]"),
         ({"media": (Medium("video", (1, 4, 2), 2, 5, (torch.randn(2, 5),), "k"),)}, r"expected features \[2, 6\]"),
         ({"media": (Medium("video", (1, 4, 2), 2, 9, (torch.randn(2, 6),), "k"),)}, r"expected features \[0, 6\]"),
-        ({"media": (Medium("video", (1, 4, 2), -5, 6, (torch.randn(2, 6),), "k"),)}, r"expected features \[0, 6\]"),
+        ({"media": (Medium("video", (1, 4, 2), -5, 6, (torch.randn(2, 6),), "k"),)}, "start: expected a whole num"),
         ({"media": (Medium("audio", (1, 4, 2), 2, 6, (torch.randn(2, 6),), "k"),)}, "got a 'audio'"),
     ],
 )
@@ -169,13 +174,54 @@ def test_requests_that_do_not_fit_are_refused(changes, expected):
         received(*sent(request(**changes)))
 
 
-UNUSABLE = [Sampling(0, 0.8, 7), Sampling(1, -1.0, 7), Sampling(1, math.nan, 7), Sampling(1, 1.0, 0)]
+UNUSABLE = [("n", value) for value in (0, 7.9, True, "3", 10**9, math.inf, None)]
+UNUSABLE += [("max_new_tokens", value) for value in (0, 1.0, 10**12)]
+UNUSABLE += [("temperature", value) for value in (-1.0, math.nan, math.inf, 10**400, True, "1")]
 
 
-@pytest.mark.parametrize("sampling", UNUSABLE)
-def test_sampling_parameters_are_checked(sampling):
-    with pytest.raises(MessageError, match="expected n and max_new_tokens of at least 1"):
-        received(*sent(request(), sampling))
+@pytest.mark.parametrize(("name", "value"), UNUSABLE)
+def test_sampling_parameters_are_checked(name, value):
+    description, tensors = sent(request())
+    description["sampling"][name] = value
+    with pytest.raises(MessageError, match=f"request: expected all of its fields .*{name}: expected"):
+        received(description, tensors)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"seed": 10**30}, "seed: expected a whole number from 0 to 9223372036854775805, got 1000"),
+        ({"seed": 2**63 - 2}, "seed: expected"),
+        ({"seed": -1}, "seed: expected"),
+        ({"question_id": 3}, "expected a text, got 3"),
+        ({"salt": None}, "expected a text, got None"),
+    ],
+)
+def test_fields_of_requests_are_checked(change, expected):
+    description, tensors = sent(request())
+    description["request"] |= change
+    with pytest.raises(MessageError, match=expected):
+        received(description, tensors)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"grid_thw": [10**6, 10**6, 10**6]}, "expected 8 patches, got a grid of"),
+        ({"grid_thw": [1, 4, 4]}, r"expected 8 patches, got a grid of \[1, 4, 4\]"),
+        ({"grid_thw": [-1, -4, 2]}, "grid_thw: expected a whole number from 1"),
+        ({"grid_thw": [1, 4, 2.0]}, "grid_thw: expected a whole number from 1"),
+        ({"grid_thw": [8, 1]}, "expected all of its fields"),
+        ({"start": "2"}, "start: expected a whole number"),
+        ({"end": True}, "end: expected a whole number"),
+        ({"key": 3}, "expected a text, got 3"),
+    ],
+)
+def test_media_of_requests_are_checked(change, expected):
+    description, tensors = sent(request())
+    description["request"]["media"][0] |= change
+    with pytest.raises(MessageError, match=expected):
+        received(description, tensors)
 
 
 def test_missing_fields_are_named():
@@ -196,7 +242,7 @@ COMPLETIONS = [
 
 
 def test_completions_survive():
-    received = unpack_completions(joined(pack_completions(COMPLETIONS)), 2)
+    received = unpack_completions(joined(pack_completions(COMPLETIONS)), 2, 8)
     for before, after in zip(COMPLETIONS, received, strict=True):
         assert torch.equal(before.token_ids, after.token_ids) and before.banned_mass == after.banned_mass
         assert torch.equal(before.logp.view(torch.int32), after.logp.view(torch.int32))
@@ -204,15 +250,23 @@ def test_completions_survive():
 
 def test_incomplete_completions_are_refused():
     with pytest.raises(MessageError, match="expected 3 rollouts of at least one token, got lengths"):
-        unpack_completions(joined(pack_completions(COMPLETIONS)), 3)
+        unpack_completions(joined(pack_completions(COMPLETIONS)), 3, 8)
     empty = [COMPLETIONS[0], Completion(torch.zeros(0, dtype=torch.int64), torch.zeros(0), 0.0)]
     with pytest.raises(MessageError, match="at least one token"):
-        unpack_completions(joined(pack_completions(empty)), 2)
+        unpack_completions(joined(pack_completions(empty)), 2, 8)
     without = [COMPLETIONS[0], Completion(torch.tensor([7]), torch.zeros(0), 0.0)]
     with pytest.raises(MessageError, match="expected 4 tokens with log-probs"):
-        unpack_completions(joined(pack_completions(without)), 2)
+        unpack_completions(joined(pack_completions(without)), 2, 8)
     with pytest.raises(MessageError, match="expected the columns"):
-        unpack_completions(joined(pack({}, {"tokens": torch.tensor([1])})), 1)
+        unpack_completions(joined(pack({}, {"tokens": torch.tensor([1])})), 1, 8)
+    with pytest.raises(MessageError, match="expected ids from 0 to 6, got 4 to 7"):
+        unpack_completions(joined(pack_completions(COMPLETIONS)), 2, 7)
+    _, whole = unpack(joined(pack_completions(COMPLETIONS)))
+    for name in whole:
+        for shape in ((), (1, -1)):
+            column = whole[name][0] if shape == () else whole[name].view(shape)
+            with pytest.raises(MessageError, match="expected the columns"):
+                unpack_completions(joined(pack({}, {**whole, name: column})), 2, 8)
 
 
 FACTS = {"protocol": 1, "model.dtype": "float32", "end token": 5, "max_tokens": 100, "text_config.hidden_size": 64}
@@ -238,6 +292,32 @@ def test_a_server_with_more_room_fits():
 def test_differences_are_named(name, value, expected):
     with pytest.raises(SettingsError, match=f"rollout server http://h:1: .*{expected}"):
         check_facts("http://h:1", FACTS, {**FACTS, name: value})
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_theta": 5e6, "rope_scaling": {"mrope_section": [24, 20, 20], "rope_type": "default"}},
+        {"rope_theta": 5e6, "rope_scaling": {"mrope_section": [24, 20, 20], "type": "default", "rope_type": "default"}},
+        {"rope_parameters": {"mrope_section": [24, 20, 20], "rope_type": "default", "rope_theta": 5e6}},
+    ],
+)
+def test_spellings_of_the_rotary_embedding_are_compared(rope):
+    """Versions 4.57 and 5 of transformers spell it differently."""
+
+    def facts(settings):
+        text = SimpleNamespace(to_dict=lambda: {"hidden_size": 8, **settings}, hidden_size=8)
+        vision = SimpleNamespace(spatial_merge_size=2, deepstack_visual_indexes=[1])
+        config = SimpleNamespace(text_config=text, vision_config=vision, model_type="qwen3_vl")
+        made = protocol.model_facts(config, eos_id=1, banned_ids=torch.arange(3), dtype="float32")
+        return {**made, "max_tokens": 5}
+
+    known = {"rope_parameters": {"rope_theta": 5e6, "rope_type": "default", "mrope_section": [24, 20, 20]}}
+    check_facts("http://h:1", facts(rope), facts(known))
+    with pytest.raises(SettingsError, match="rotary embedding: expected .*5000000.* got .*10000"):
+        check_facts(
+            "http://h:1", facts(rope), facts({"rope_parameters": {**known["rope_parameters"], "rope_theta": 1e4}})
+        )
 
 
 SECRET = "0123456789abcdef"

@@ -9,10 +9,13 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import closing, contextmanager
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import replace
 from http.client import HTTPConnection
 from threading import Thread
+from threading import enumerate as enumerate_threads
 from types import SimpleNamespace
 
 import pytest
@@ -252,8 +255,8 @@ def test_a_server_that_was_started_again_is_recognized(material, world):
     with serve(material, port=port) as second:
         assert second.url == first.url
         expected = (
-            f"rollout server {first.url}: it was started again after the run had connected, and has lost the weights "
-            "of the run; the last checkpoint is unaffected: continue the run with --resume"
+            f"rollout server {first.url}: expected the server that the run had connected to, got one that was started "
+            "again and has lost the weights of the run; the last checkpoint is unaffected: continue the run with --res"
         )
         for call in (
             lambda: sample(state, prompts_of(state, material, 1)),
@@ -271,54 +274,214 @@ def test_a_server_that_was_started_again_is_recognized(material, world):
 def test_a_connection_that_has_ended_ends_the_run(material, world, served):
     with connected(material, world, served.url) as state:
         state.rollouts.update(state.policy, 0)
-        ((connection, response),) = state.rollouts.sampler._connections
-        response.close()
-        connection.close()
+        close_session(state)
         assert owner_of(served) == ""
         with pytest.raises(
-            RolloutError, match="the connection of the run has ended; the last checkpoint is unaffected"
+            RolloutError, match="the run to stay open, got a server without a run; the last checkpoint is unaffected"
         ):
             sample(state, prompts_of(state, material, 1))
 
 
+def in_thread(work):
+    """Return the future of a call in a thread of its own."""
+    return ThreadPoolExecutor(1).submit(work)
+
+
+def close_session(state):
+    """Close the connection, as a kernel does for a process that was killed."""
+    ((connection, response),) = state.rollouts.sampler._connections
+    response.close()
+    connection.close()
+
+
+def wait_until(condition):
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
 def test_the_requests_of_a_run_that_was_killed_are_dropped(material, world, served):
-    """A kernel closes the connections of a process that was killed."""
+    loop = served.service.loop
     with connected(material, world, served.url) as state:
         state.rollouts.update(state.policy, 0)
-        request = prompts_of(state, material, 1)
+        prompts = prompts_of(state, material, 2)
         served.engine.ready.clear()
-        drawn = state.rollouts.sampler._pool.submit(sample, state, request)
-        while not served.service.loop.busy:
-            time.sleep(0.01)
-        ((connection, response),) = state.rollouts.sampler._connections
-        response.close()
-        connection.close()
+        drawn = in_thread(lambda: sample(state, prompts))
+        # The first request is being decoded, and the second one will be added before the session is closed.
+        wait_until(lambda: loop.in_progress == 1 and loop._jobs.qsize() == 1)
+        close_session(state)
+        wait_until(lambda: loop._jobs.qsize() == 2)
         served.engine.ready.set()
-        with pytest.raises(RolloutError, match="the run has ended"):
-            # The first of the two may have been completed before the server noticed.
+        with pytest.raises(RolloutError, match=r"but the run has ended; the last checkpoint .* --resume"):
             drawn.result(60)
-            raise RolloutError("the run has ended")
-    assert owner_of(served) == "" and not served.service.loop.busy
+    assert owner_of(served) == "" and not loop.in_progress and not served.engine._waiting
 
 
-def test_an_interrupted_request_is_sent_again(material, world, served, monkeypatch):
-    call, calls = server_client._call, []
-    monkeypatch.setattr(server_client, "PAUSE_S", 0.0)
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (None, "the server was stopped while the run used it; start it again; the last checkpoint is unaffected"),
+        (
+            torch.OutOfMemoryError("Tried to allocate 2 GiB"),
+            r"out of memory on the server \(Tried to allocate 2 GiB\); start it again with a lower rollout.vllm_kv_"
+            "cache.*the server has ended; the last checkpoint is unaffected: continue the run with --resume",
+        ),
+        (RolloutError("vLLM failed"), "vLLM failed; the server has ended: start it again; the last checkpoint"),
+        (ValueError("two features"), r"the server has ended \(ValueError: two features\); look at its output, and st"),
+    ],
+    ids=["signal", "memory", "engine", "fault"],
+)
+def test_a_server_that_ends_while_it_decodes(material, world, error, expected):
+    """The run learns why, and how to go on. An engine is not used again after an error of its own."""
+    with serve(material) as found, connected(material, world, found.url) as state:
+        state.rollouts.update(state.policy, 0)
+        found.engine.ready.clear()
+        drawn = in_thread(lambda: sample(state, prompts_of(state, material, 2)))
+        wait_until(lambda: found.service.loop.in_progress)
+        if error is None:
+            found.stop()
+        found.engine.error = error
+        found.engine.ready.set()
+        with pytest.raises(RolloutError, match=f"rollout server {found.url}: {expected}"):
+            drawn.result(60)
+        wait_until(lambda: found.ended is not None)
+        assert found.ended is error or error is None
+        with pytest.raises(RolloutError, match=f"rollout server {found.url}: {expected}"):
+            state.rollouts.update(state.policy, 1)
 
-    def interrupted(url, path, body, token):
-        calls.append(path)
-        if len(calls) == 1:
-            raise server_client._Interrupted("the network has failed")
-        return call(url, path, body, token)
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (KeyError("model.weird"), "KeyError: 'model.weird'; look at the output of the server; the last checkpoint"),
+        (torch.AcceleratorError("CUDA error: illegal access"), "the server has ended .*CUDA error: illegal access"),
+        (KeyboardInterrupt(), "the server was stopped while the run used it; start it again; the last checkpoint"),
+    ],
+    ids=["fault", "GPU", "signal"],
+)
+def test_an_error_of_the_engine_in_a_call(material, world, error, expected, caplog):
+    """It is not the fault of the client. Only signals and errors of the GPU end the server."""
+
+    def fail(weights, names):
+        raise error
+
+    with serve(material) as found, connected(material, world, found.url) as state:
+        found.engine.load = fail
+        with pytest.raises(RolloutError, match=expected):
+            state.rollouts.update(state.policy, 0)
+        if isinstance(error, KeyError):
+            assert "/weights failed" in caplog.text and found.service.loop.call(lambda: 3) == 3
+        else:
+            wait_until(lambda: found.ended is error)
+
+
+def test_a_connection_that_breaks_during_a_question_ends_the_run(material, world, served, monkeypatch):
+    """The question is not sent again: its first copy would still be decoded when the next weights arrive."""
+    calls = []
+
+    def lost(handler, *parts):
+        calls.append(handler.path)
+        handler.connection.shutdown(socket.SHUT_RDWR)
+        handler.close_connection = True
 
     with connected(material, world, served.url) as state:
         state.rollouts.update(state.policy, 0)
-        prompts = prompts_of(state, material, 1)
-        expected = sample(state, prompts)
-        monkeypatch.setattr(server_client, "_call", interrupted)
-        ((first, second),) = sample(state, prompts)
-        assert calls == ["/generate"] * 2
-        assert [r.token_ids.tolist() for r in (first, second)] == [r.token_ids.tolist() for r in expected[0]]
+        monkeypatch.setattr(server._Handler, "_answer", lost)
+        with pytest.raises(
+            RolloutError, match=r"expected an answer, got RemoteDisconnected .*continue the run with --"
+        ):
+            sample(state, prompts_of(state, material, 1))
+    assert calls == ["/generate"]
+
+
+def test_an_error_of_the_weights_is_raised_at_once(material, world, served, monkeypatch):
+    """Other processes may wait in a gather of ZeRO-3, so this process must enter no other collective."""
+
+    def weights():
+        yield "model.language_model.norm.weight", torch.zeros(64)
+        raise torch.OutOfMemoryError("merged weight")
+
+    with connected(material, world, served.url) as state:
+        monkeypatch.setattr(server_client, "raise_together", lambda *_: pytest.fail("a collective"))
+        with pytest.raises(torch.OutOfMemoryError, match="merged weight"):
+            state.rollouts.sampler.load(weights(), ["model.language_model.norm.weight"])
+
+
+def test_all_weights_are_gathered_if_a_server_fails(material, world, served, monkeypatch):
+    monkeypatch.setattr(server_client, "BUCKET_BYTES", 1)
+    gathered = []
+
+    def weights():
+        for i in range(4):
+            gathered.append(i)
+            yield f"unknown.{i}", torch.zeros(1)
+
+    expected = f"rollout server {served.url}: KeyError: 'unknown.0'"
+    with connected(material, world, served.url) as state, pytest.raises(RolloutError, match=expected):
+        state.rollouts.sampler.load(weights(), [])
+    assert gathered == [0, 1, 2, 3]
+
+
+def test_one_bucket_of_weights_is_held(material, world, served, monkeypatch):
+    monkeypatch.setattr(server_client, "BUCKET_BYTES", 1)
+    held, buckets = [], server_client._buckets
+
+    def watched(weights):
+        for bucket in buckets(weights):
+            held.append([weakref.ref(value) for value in bucket.values()])
+            yield bucket
+            del bucket
+            assert not any(ref() is not None for refs in held for ref in refs)
+
+    monkeypatch.setattr(server_client, "_buckets", watched)
+    with connected(material, world, served.url) as state:
+        state.rollouts.update(state.policy, 0)
+    assert len(held) == 24
+
+
+def test_exchanged_weights_are_caught(material, world, served, monkeypatch):
+    """Both are of one group, whose sum is the same."""
+    up, gate = (f"model.language_model.layers.1.mlp.{name}_proj.weight" for name in ("up", "gate"))
+    load = served.service.load
+    monkeypatch.setattr(
+        served.service,
+        "load",
+        lambda description, tensors: load(description, {**tensors, up: tensors[gate], gate: tensors[up]}),
+    )
+    with connected(material, world, served.url) as state:
+        expected = "weights of update 1 as they were sent, got other bytes for .*_proj.weight .2 of 24.; start"
+        with pytest.raises(RolloutError, match=f"rollout server {served.url}: expected the {expected}"):
+            state.rollouts.update(state.policy, 0)
+
+
+def test_the_requests_in_progress_on_each_server_are_limited(material, world, served):
+    """A slow server does not get the share of a fast one."""
+    with serve(material) as other, connected(material, world, served.url, other.url) as state:
+        state.rollouts.update(state.policy, 0)
+        prompts = prompts_of(state, material, 1) * 40
+        most = state.settings.rollout.prompts_per_batch
+        assert most < 20
+        served.engine.ready.clear()
+        drawn = in_thread(lambda: sample(state, prompts))
+        loop, added = served.service.loop, []
+        add = other.engine.add
+        other.engine.add = lambda request, sampling: added.append(1) or add(request, sampling)
+        wait_until(lambda: len(added) == 20 and loop.in_progress + loop._jobs.qsize() >= most)
+        wait_until(lambda: other.service.loop.in_progress == 0)
+        assert loop.in_progress + loop._jobs.qsize() == most
+        served.engine.ready.set()
+        assert len(drawn.result(60)) == 40
+
+
+def test_an_update_and_a_batch_of_rollouts_have_one_deadline(material, world, served, monkeypatch):
+    with connected(material, world, served.url) as state:
+        state.rollouts.update(state.policy, 0)
+        prompts = prompts_of(state, material, 2)
+        monkeypatch.setattr(server_client, "ANSWER_S", 0.0)
+        for call in (lambda: sample(state, prompts), lambda: state.rollouts.update(state.policy, 1)):
+            with pytest.raises(RolloutError, match=r"got TimeoutError \(an update, or a batch of rollouts, takes more"):
+                call()
 
 
 def test_a_refused_question_is_named(material, world, served):
@@ -374,6 +537,35 @@ def test_no_server_and_another_program(material, world):
             check_servers(settings_of(material, url), material.inputs.model_path)
 
 
+def test_a_server_whose_vllm_is_starting(material):
+    """It has its port before minutes of loading, so that a second server on this port is refused at once."""
+    starting = server.RolloutServer("127.0.0.1", 0, token="", most_bytes=2**20)
+    starting.start()
+    try:
+        with pytest.raises(
+            SettingsError, match=f"server {starting.url}: expected a server that is ready, got one that"
+        ):
+            check_servers(settings_of(material, starting.url), material.inputs.model_path)
+        with pytest.raises(SettingsError, match="expected an address to listen on, .* in use.; choose another port"):
+            server.RolloutServer("127.0.0.1", starting.server_address[1], token="", most_bytes=2**20)
+    finally:
+        starting.shutdown()
+        starting.server_close()
+
+
+def test_a_hundred_connections_wait_for_a_busy_server():
+    busy = server.RolloutServer("127.0.0.1", 0, token="", most_bytes=2**20)
+    with closing(busy.socket), ExitStack() as stack:
+        for _ in range(100):
+            stack.enter_context(socket.create_connection(busy.server_address, timeout=20))
+
+
+def test_a_server_on_all_addresses_names_its_machine():
+    everywhere = server.RolloutServer("0.0.0.0", 0, token=SECRET, most_bytes=2**20)
+    everywhere.server_close()
+    assert everywhere.url == f"http://{socket.gethostname()}:{everywhere.server_address[1]}"
+
+
 def test_tokens(material, world, monkeypatch):
     with serve(material, token=SECRET) as found:
         settings = settings_of(material, found.url)
@@ -407,15 +599,23 @@ def post(found, path, body, *, token="", **headers):
     [
         ("/other", b"x", {}, 404, "expected a call of this protocol"),
         ("/status", b"x", {}, 404, "expected a call of this protocol"),
-        ("/generate", b"{}", {"Content-Type": "text/plain"}, 415, "expected Content-Type"),
+        ("/generate", b"{}", {"Content-Type": "text/plain"}, 415, "expected Content-Type .*, got 'text/plain'"),
         ("/generate", b"{}", {}, 400, "expected a header of at most"),
         ("/generate", b"".join(pack({})), {}, 400, "request: expected all of its fields"),
-        ("/weights", b"".join(pack({})), {}, 400, "expected all fields of /weights"),
+        ("/weights", b"".join(pack({})), {}, 400, "update: expected all of its fields"),
         ("/weights", b"".join(pack({"version": 1, "names": ["a"]})), {}, 400, "expected 1 weights, got 0"),
         ("/weights", b"".join(pack({"version": 1, "names": []})), {}, 410, "started again"),
-        ("/commit", b"".join(pack({"version": 1, "names": 3})), {}, 400, "expected all fields of /commit"),
-        ("/open", b"".join(pack({})), {}, 400, "expected all fields of /open"),
+        ("/commit", b"".join(pack({"version": 1, "names": 3})), {}, 400, "update: expected all of its fields"),
+        ("/open", b"".join(pack({})), {}, 400, "owner: expected the name of a run, got None"),
+        (
+            "/weights",
+            b"",
+            {"Host": "evil.example:8400"},
+            403,
+            "expected Host 127.0.0.1 without a token, got 'evil.exam",
+        ),
         ("/weights", b"", {"Content-Length": str(10**15)}, 413, "expected at most .* bytes, got 1000000000000000"),
+        ("/weights", b"".join(pack({"version": 1.5, "names": []})), {}, 400, "version: expected a whole number"),
         ("/weights", b"", {"Content-Length": "-1"}, 411, "expected a Content-Length"),
     ],
 )
@@ -424,17 +624,47 @@ def test_damaged_calls_are_refused(served, path, body, headers, status, expected
     assert answer[0] == status and re.search(expected, answer[1]), answer
 
 
-def test_a_message_that_stops_in_the_middle_changes_nothing(material, world, served, monkeypatch):
-    """The server drops it, and serves the next call."""
-    monkeypatch.setattr(server._Handler, "timeout", 0.3)
-    for sent, pause_s in ((10, 0.0), (10, 1.0)):
-        with socket.create_connection(("127.0.0.1", served.server.server_address[1])) as half:
-            head = f"POST /weights HTTP/1.1\r\nContent-Type: {CONTENT_TYPE}\r\nContent-Length: 1000\r\n\r\n"
-            half.sendall(head.encode() + b"x" * sent)
-            time.sleep(pause_s)
-    monkeypatch.undo()
-    with connected(material, world, served.url) as state:
-        state.rollouts.update(state.policy, 0)
+@pytest.mark.parametrize("sent", [b"", b"POST /wei", b"whole"], ids=["nothing", "headers", "body"])
+def test_a_client_that_stops_in_the_middle_is_dropped(served, monkeypatch, sent):
+    monkeypatch.setattr(server, "READ_S", 0.2)
+    # Read timeouts are also shorter than the time for headers.
+    if sent == b"whole":
+        head = f"POST /weights HTTP/1.1\r\nHost: localhost\r\nContent-Type: {CONTENT_TYPE}\r\n"
+        sent = f"{head}Content-Length: 1000\r\n\r\n".encode() + b"x" * 10
+    before = set(enumerate_threads())
+    with socket.create_connection(("127.0.0.1", served.server.server_address[1]), timeout=60) as half:
+        half.sendall(sent)
+        wait_until(lambda: not set(enumerate_threads()) - before)
+        # The server has closed the connection.
+        assert half.recv(1) == b""
+
+
+def test_clients_without_headers_are_few_and_have_a_deadline(served, monkeypatch):
+    """Each byte would otherwise give them more time, and each connection has a thread."""
+    monkeypatch.setattr(server, "MOST_UNKNOWN", 2)
+    monkeypatch.setattr(server, "HEADERS_S", 1.0)
+    one = server.RolloutServer("127.0.0.1", 0, token=SECRET, most_bytes=2**20)
+    one.service = served.service
+    most, address = 0, one.server_address[:2]
+    before = set(enumerate_threads())
+    one.start()
+    with ExitStack() as stack:
+        idle = [stack.enter_context(socket.create_connection(address, timeout=60)) for _ in range(5)]
+        first = idle[0]
+        first.settimeout(0.01)
+        first.sendall(b"GET /status HTTP/1.1\r\nX: ")
+        with suppress(ConnectionError):
+            while True:
+                most = max(most, len(set(enumerate_threads()) - before))
+                with suppress(TimeoutError):
+                    if first.recv(1) == b"":
+                        break
+                first.sendall(b"x")
+        assert server_client.server_status(one.url, SECRET)["owner"] == ""
+    one.shutdown()
+    one.server_close()
+    # The thread that accepts connections, and those of two of them.
+    assert most == 3
 
 
 @pytest.mark.parametrize(
@@ -489,10 +719,13 @@ def test_dry_runs(material, served):
         assert (f"rollout server {url}: vLLM none, on CPU" if fits else fault) in text
 
 
-def test_the_doctor(material, world, served):
+def test_the_doctor(material, world, served, monkeypatch):
     """It connects to the servers as a run does. Without one, it says so before any other work."""
     findings = []
+    closed, close = [], server_client.ServerSampler.close
+    monkeypatch.setattr(server_client.ServerSampler, "close", lambda sampler: closed.append(close(sampler)))
     examine(settings_of(material, served.url), world, 2, findings.append)
+    assert len(closed) == 1 and owner_of(served) == ""
     by_name = {finding.name: finding for finding in findings}
     assert by_name["servers"].text == f"rollout server {served.url}: vLLM none, on CPU"
     for name in ("servers", "log-probs", "media", "new weights"):
@@ -511,7 +744,12 @@ def test_the_doctor(material, world, served):
     ("arguments", "expected"),
     [
         (["--host", "0.0.0.0"], "rmsd_fast.serve_rollouts: --host: expected 127.0.0.1 without a token, since anybody"),
-        (["made.enabled=false"], "expected the package vllm, got none|model.path: expected a path, got nothing"),
+        (["--host", ""], "argument --host: expected an address of this machine, got ''"),
+        (["--sequences", "0"], "argument --sequences: expected a number of at least 1, got '0'"),
+        (
+            ["made.enabled=false"],
+            "engine=vllm_server: expected the package vllm, got none|model.path: expected a path, got nothing",
+        ),
         (["--port", "70000"], "expected a port from 1 to 65535, got '70000'"),
     ],
 )
@@ -545,22 +783,26 @@ def test_a_server_that_is_killed_ends_the_run(tmp_path):
     helper, port = [sys.executable, rollout_servers.__file__, *arguments], free_port()
     arguments.append(f"rollout.server_urls=[http://127.0.0.1:{port}]")
     with ServerProcess(helper, tmp_path / "server.log", port=port) as found:
-        run = subprocess.Popen(
-            command(arguments, processes=2),
-            env=environment(),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        with (tmp_path / "run.log").open("wb") as log:
+            run = subprocess.Popen(
+                command(arguments, processes=2), env=environment(), stdout=subprocess.DEVNULL, stderr=log
+            )
+        end = time.monotonic() + 300
         # After the checkpoint of the second step.
-        while run.poll() is None and not list(tmp_path.glob("runs/*/checkpoints/step_*2")):
+        while run.poll() is None and not list(tmp_path.glob("runs/*/checkpoints/step_*2")) and time.monotonic() < end:
             time.sleep(0.05)
         found.kill()
-        _, errors = run.communicate(timeout=120)
+        try:
+            run.wait(120)
+        finally:
+            run.kill()
+    errors = (tmp_path / "run.log").read_text(errors="replace")
     assert run.returncode, errors[-3000:]
     assert errors.count("rmsd_fast.train: rollout server") == 1 and "rmsd_fast/rollout" not in errors, errors[-3000:]
     assert "continue the run with --resume" in errors
     folder = only_run(tmp_path / "runs")
+    stored = json.loads((folder / "run.json").read_text())
+    assert stored["rollout_servers"] == [f"rollout server {found.url}: vLLM none, on CPU"]
     done_before = len(metrics(folder))
     # The new server has the weights of the generated student.
     steps = done_before + 2

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import importlib.util
 import signal
+import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -16,11 +19,12 @@ import pytest
 import torch
 from material import tiny_material, tiny_settings
 from rollout_servers import ServerProcess
-from train_runs import forget_steps, metrics, mini_arguments, only_run, run_train
+from train_runs import environment, forget_steps, metrics, mini_arguments, only_run, run_train
 
 from rmsd_fast.models.adapters import POLICY, adapted_layers
 from rmsd_fast.rollout.base import RolloutError, Sampling
 from rmsd_fast.rollout.hf import HfRollout
+from rmsd_fast.rollout.server_client import server_status
 from rmsd_fast.runtime.metrics import PhaseTimer
 from rmsd_fast.runtime.process_group import start, stop
 from rmsd_fast.stages import distill
@@ -80,6 +84,17 @@ def build(material, world, engine, *overrides):
     return state
 
 
+@contextmanager
+def connected(material, world, served, *overrides):
+    """Yield the state of a run, and end its connection."""
+    state = build(material, world, ("rollout.engine=vllm_server", f"rollout.server_urls=[{served.url}]"), *overrides)
+    try:
+        yield state
+    finally:
+        state.rollouts.close()
+        state.policy.close()
+
+
 def prompts_of(state, material):
     return [state.builder.build(q) for q in material.inputs.train if state.targets[q.id].has_teacher][:4]
 
@@ -99,14 +114,11 @@ def trained_rollouts(state, material):
 
 @pytest.mark.parametrize("overrides", [(), (*LORA, "discriminator.mode=shared")], ids=["full", "adapters"])
 def test_a_server_equals_vllm_in_the_training_process(material, world, served, overrides):
-    results = []
-    for engine in (("rollout.engine=vllm_server", f"rollout.server_urls=[{served.url}]"), ("rollout.engine=vllm",)):
-        state = build(material, world, engine, *overrides)
-        results.append(trained_rollouts(state, material))
-        if engine[0].endswith("server"):
-            state.rollouts.sampler.close()
-        state.policy.close()
-    (lines, groups), (expected_lines, expected_groups) = results
+    with connected(material, world, served, *overrides) as state:
+        lines, groups = trained_rollouts(state, material)
+    state = build(material, world, ("rollout.engine=vllm",), *overrides)
+    expected_lines, expected_groups = trained_rollouts(state, material)
+    state.policy.close()
     for line, expected in zip(lines, expected_lines, strict=True):
         assert line["parity/largest_difference"] < 1e-5 and abs(line["policy/engine_kl"]) < 1e-5
         assert line["policy/logp"] == pytest.approx(expected["policy/logp"], abs=ROUNDING)
@@ -120,41 +132,54 @@ def test_a_server_equals_vllm_in_the_training_process(material, world, served, o
 
 
 def test_greedy_rollouts_are_those_of_hf(material, world, served):
-    state = build(material, world, ("rollout.engine=vllm_server", f"rollout.server_urls=[{served.url}]"))
-    with torch.no_grad():
-        for param in state.student.model.model.language_model.parameters():
-            param.add_(0.02 * torch.randn(param.shape, generator=torch.Generator().manual_seed(param.numel())))
-    state.rollouts.update(state.policy, 0)
-    prompts = prompts_of(state, material)
-    groups = state.rollouts.generate(state.student.model, prompts, GREEDY)
-    hf = HfRollout(state.builder, prompts_per_batch=8, device=torch.device("cpu"))
-    for (rollout,), (expected,) in zip(groups, hf.generate(state.student.model, prompts, GREEDY), strict=True):
-        assert torch.equal(rollout.token_ids, expected.token_ids)
-        # At temperature 0, both report log-probs at temperature 1.
-        assert torch.allclose(rollout.logp, expected.logp, atol=ROUNDING)
-    state.rollouts.sampler.close()
+    with connected(material, world, served) as state:
+        with torch.no_grad():
+            for param in state.student.model.model.language_model.parameters():
+                param.add_(0.02 * torch.randn(param.shape, generator=torch.Generator().manual_seed(param.numel())))
+        state.rollouts.update(state.policy, 0)
+        prompts = prompts_of(state, material)
+        groups = state.rollouts.generate(state.student.model, prompts, GREEDY)
+        hf = HfRollout(state.builder, prompts_per_batch=8, device=torch.device("cpu"))
+        for (rollout,), (expected,) in zip(groups, hf.generate(state.student.model, prompts, GREEDY), strict=True):
+            assert torch.equal(rollout.token_ids, expected.token_ids)
+            # At temperature 0, both report log-probs at temperature 1.
+            assert torch.allclose(rollout.logp, expected.logp, atol=ROUNDING)
+
+
+def begin_long_rollouts(state, prompts, url):
+    """Return the future of rollouts that the server has begun to sample."""
+    # A server has no token, and vLLM needs seconds for 200 tokens of 8 responses.
+    long = replace(SAMPLING, n=8, max_new_tokens=200)
+    drawn = ThreadPoolExecutor(1).submit(state.rollouts.generate, state.student.model, prompts, long)
+    while not server_status(url, "")["in_progress"] and not drawn.done():
+        time.sleep(0.01)
+    return drawn
 
 
 def test_a_server_goes_on_after_a_run_that_ended_in_the_middle_of_its_rollouts(material, world, served):
-    state = build(material, world, ("rollout.engine=vllm_server", f"rollout.server_urls=[{served.url}]"))
-    state.rollouts.update(state.policy, 0)
-    prompts = prompts_of(state, material)
-    ((connection, response),) = state.rollouts.sampler._connections
-    long = replace(SAMPLING, n=8, max_new_tokens=200)
-    drawn = state.rollouts.sampler._pool.submit(state.rollouts.generate, state.student.model, prompts, long)
-    time.sleep(0.5)
-    assert not drawn.done()
-    response.close()
-    connection.close()
-    with pytest.raises(RolloutError, match=f"rollout server {served.url}: the (connection of the )?run has ended"):
-        drawn.result(60)
-    state.rollouts.sampler.close()
-    again = build(material, world, ("rollout.engine=vllm_server", f"rollout.server_urls=[{served.url}]"))
-    with pytest.raises(RolloutError, match="it holds those of no complete update"):
-        again.rollouts.generate(again.student.model, prompts[:1], SAMPLING)
-    again.rollouts.update(again.policy, 0)
-    assert len(again.rollouts.generate(again.student.model, prompts, SAMPLING)) == len(prompts)
-    again.rollouts.sampler.close()
+    with connected(material, world, served) as state:
+        state.rollouts.update(state.policy, 0)
+        prompts = prompts_of(state, material)
+        drawn = begin_long_rollouts(state, prompts, served.url)
+        ((connection, response),) = state.rollouts.sampler._connections
+        response.close()
+        connection.close()
+        with pytest.raises(
+            RolloutError, match=f"rollout server {served.url}: expected the connection of the run to st"
+        ):
+            drawn.result(60)
+    with connected(material, world, served) as again:
+        with pytest.raises(RolloutError, match="it holds those of no complete update"):
+            again.rollouts.generate(again.student.model, prompts[:1], SAMPLING)
+        again.rollouts.update(again.policy, 0)
+        assert len(again.rollouts.generate(again.student.model, prompts, SAMPLING)) == len(prompts)
+
+
+def test_a_second_server_on_a_port_is_refused_before_it_loads_the_model(material, served):
+    own = [f"model.path={material.inputs.model_path}", *OVERRIDES, "--port", str(served.port)]
+    done = subprocess.run(program(own), env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and "expected an address to listen on" in done.stderr, done.stderr[-3000:]
+    assert "Loading weights" not in done.stdout + done.stderr and "init engine" not in done.stdout + done.stderr
 
 
 RUN = ("rollout.vllm_kv_cache_gib=0.1", "model.dtype=float32", "rollout.parity_every=1", "distill.lr=1e-2")
@@ -168,7 +193,7 @@ def mini(tmp_path_factory):
     with ServerProcess(program(arguments[1:]), folder / "server.log") as found:
         yield SimpleNamespace(url=found.url, made=folder / "made")
         assert found.end(signal.SIGTERM) == 0
-        assert "stopped by SIGTERM" in found.log() and "Traceback" not in found.log()
+        assert "stopped by SIGTERM: the server has ended" in found.log() and "Traceback" not in found.log()
 
 
 @pytest.mark.parametrize(
@@ -205,25 +230,20 @@ def test_runs(mini, tmp_path, processes, overrides):
 def test_a_server_that_is_killed_ends_the_run(material, world, tmp_path):
     """A server that is killed while it samples, one that was started again, and a run with the new one."""
     arguments = program([f"model.path={material.inputs.model_path}", *OVERRIDES])
-    with ServerProcess(arguments, tmp_path / "first.log") as first:
-        engine = ("rollout.engine=vllm_server", f"rollout.server_urls=[{first.url}]")
-        state = build(material, world, engine, "data.max_prompt_tokens=300", "rollout.max_new_tokens=200")
+    with ServerProcess(arguments, tmp_path / "first.log") as first, ExitStack() as stack:
+        longer = ("data.max_prompt_tokens=300", "rollout.max_new_tokens=200")
+        state = stack.enter_context(connected(material, world, first, *longer))
         state.rollouts.update(state.policy, 0)
         prompts = prompts_of(state, material)
-        long = replace(SAMPLING, n=8, max_new_tokens=200)
-        drawn = state.rollouts.sampler._pool.submit(state.rollouts.generate, state.student.model, prompts, long)
-        time.sleep(0.5)
-        assert not drawn.done()
+        drawn = begin_long_rollouts(state, prompts, first.url)
         first.kill()
         with pytest.raises(RolloutError, match=f"rollout server {first.url}: expected an answer, got .*--resume"):
             drawn.result(60)
-    with ServerProcess(arguments, tmp_path / "second.log", port=first.port):
-        with pytest.raises(
-            RolloutError, match="it was started again after the run had connected, and has lost the wei"
-        ):
-            state.rollouts.update(state.policy, 1)
-        state.rollouts.sampler.close()
-        again = build(material, world, engine)
-        again.rollouts.update(again.policy, 0)
-        assert len(again.rollouts.generate(again.student.model, prompts, SAMPLING)) == len(prompts)
-        again.rollouts.sampler.close()
+        with ServerProcess(arguments, tmp_path / "second.log", port=first.port) as second:
+            with pytest.raises(
+                RolloutError, match="got one that was started again and has lost the weights of the run"
+            ):
+                state.rollouts.update(state.policy, 1)
+            with connected(material, world, second) as again:
+                again.rollouts.update(again.policy, 0)
+                assert len(again.rollouts.generate(again.student.model, prompts, SAMPLING)) == len(prompts)
