@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from pathlib import Path
@@ -24,6 +25,8 @@ from rmsd_fast.rollout.vllm_process import check_vllm
 from rmsd_fast.runtime.process_group import World
 from rmsd_fast.setting_rules import uses_servers
 from rmsd_fast.stages.material import model_path_of
+
+log = logging.getLogger("rmsd_fast")
 
 
 def facts_of(folder: Path, settings: RunConfig) -> dict[str, Any]:
@@ -117,6 +120,7 @@ def start_server(
     limit = most_bytes(model.config, dtype=DTYPES[dtype], max_tokens=max_tokens)
     server = RolloutServer(host, port, token=server_token(), most_bytes=limit)
     server.start()
+    log.info("starting vLLM with %s", folder)
     try:
         engine = VllmSampler(
             folder,
