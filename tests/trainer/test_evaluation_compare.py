@@ -220,5 +220,34 @@ def test_arguments_that_do_not_fit(capsys):
                 evaluate.main([*arguments, "--output", output])
             assert f"--output: expected a file that ends with .json, got {output};" in capsys.readouterr().err
     with pytest.raises(SystemExit):
+        evaluate.main(["quickstart"])
+    assert "--output is missing: expected a JSON file to write" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
         evaluate.main([])
     assert "expected a recipe and --output, or --compare with two or more evaluations" in capsys.readouterr().err
+
+
+def test_an_output_that_cannot_be_written_is_refused_at_the_start(tmp_path, capsys):
+    folder, file = tmp_path / "folder.json", tmp_path / "file"
+    folder.mkdir()
+    file.write_text("x")
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "nowhere")
+    for output, fault in (
+        (folder, "which is a folder; name a file in it"),
+        (file / "a" / "b.json", f"but {file} is not a folder; check the path"),
+        (link / "b.json", f"but {link} is not a folder; check the path"),
+    ):
+        for arguments in (["quickstart"], ["--compare", "a.json", "b.json"]):
+            with pytest.raises(SystemExit) as ended:
+                evaluate.main([*arguments, "--output", str(output)])
+            assert ended.value.code == 2
+            expected = f"--output: expected a file that can be written, got {output}, {fault}"
+            assert expected in " ".join(capsys.readouterr().err.split("\n"))
+
+
+def test_a_read_only_folder_is_refused_and_a_missing_one_is_not(tmp_path, monkeypatch):
+    assert evaluate._why_not_writable(tmp_path / "new" / "folder" / "a.json") == ""
+    # The superuser may write to every folder, so the system's answer is replaced.
+    monkeypatch.setattr(evaluate.os, "access", lambda *_: False)
+    assert f"{tmp_path} is read-only" in evaluate._why_not_writable(tmp_path / "new" / "a.json")
