@@ -87,7 +87,12 @@ def test_students_of_run_folders(tmp_path, capsys):
     (tmp_path / "run" / "evaluation.json").write_text("{}")
     run = str(tmp_path / "run")
     assert evaluate.main(["--compare", f"{run}:stage1", run]) == 0
-    assert "+50.0" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "+50.0" in text
+    # The student that was chosen is named, also where the user left it out.
+    assert f"{run}:stage1\n" in text and f"{run}:stage2, and its difference from {run}:stage1\n" in text
+    assert evaluate.main(["--compare", run, f"{run}:stage2"]) == 2
+    assert f"expected different evaluations, got {run}:stage2, {run}:stage2;" in capsys.readouterr().err
     assert evaluate.main(["--compare", f"{run}:stage3", run]) == 2
     assert "expected predictions of stage3, got stage1, stage2, untrained" in capsys.readouterr().err
 

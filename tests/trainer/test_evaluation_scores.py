@@ -142,7 +142,9 @@ def test_unusable_questions_are_counted_by_reason_and_scored_apart():
     assert reason_of("v.mp4: the file is empty") == "unreadable_media"
     evaluation = {"students": {"m": result}, "floors": {}, "differences": {}, "unusable": {"m": counts}}
     table = format_table(evaluation)
-    assert "m: 2 questions could not be used and score 0 (1 because media files are missing, 1 because the" in table
+    assert "m: 2 questions could not be used and got score 0 (1 because media files are missing, 1 because the" in table
+    evaluation["unusable"]["m"] = count_unusable(records[:3])
+    assert "m: 1 question could not be used and got score 0 (1 because media" in format_table(evaluation)
     # If nothing can be used, there is no mean over usable questions.
     assert summarize(records[2:])["usable"] == {"tasks": {}}
 
