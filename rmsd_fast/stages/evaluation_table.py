@@ -44,7 +44,9 @@ def format_table(result: Mapping[str, Any]) -> str:
         for row, label in (("closed", "closed tasks"), ("sampled", "closed tasks, sampled"), ("meaning", "meaning")):
             if entry := row_of(difference, row):
                 lines.append(f"{name}, {label}: {signed_interval(entry)}")
-    return "\n".join([*lines, *paper_lines(result.get("benchmark"))])
+    return "\n".join(
+        [*lines, *paper_lines(result.get("benchmark"), (student["all"]["n"] for student in students.values()))]
+    )
 
 
 def benchmark_lines(name: str, benchmark: str | None, student: Entry) -> list[str]:
