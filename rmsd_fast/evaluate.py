@@ -7,6 +7,7 @@ python -m rmsd_fast.evaluate --compare base.json evaluation.json
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,11 +40,15 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.output is not None and arguments.output.suffix != ".json":
         # Predictions are written to <stem>.predictions.jsonl, which would be the same file for a.stage1 and a.stage2.
         parser.error(f"--output: expected a file that ends with .json, got {arguments.output}; add .json to its name")
+    if arguments.output is not None and (fault := _why_not_writable(arguments.output)):
+        parser.error(f"--output: expected a file that can be written, got {arguments.output}, {fault}")
     if arguments.compare:
         if arguments.recipe or len(arguments.compare) < 2:
             parser.error("--compare: expected two or more evaluations and no recipe")
         return _compare(arguments.compare, arguments.output)
-    if not arguments.recipe or not arguments.output:
+    if arguments.recipe and not arguments.output:
+        parser.error("--output is missing: expected a JSON file to write")
+    if not arguments.recipe:
         parser.error("expected a recipe and --output, or --compare with two or more evaluations")
     if reason := environment.why_not():
         tell(f"rmsd_fast.evaluate: {reason}")
@@ -117,9 +122,20 @@ def evaluate(settings: RunConfig, world: World, stop: StopSignal, output: Path) 
         write_records(path, records)
         write_text_atomic(output, json.dumps(result, indent=2) + "\n")
         print(format_table(result))
+        print(f"evaluation: {output}\npredictions: {path}")
 
     on_main(world, write)
     delete_parts(path, world)
+
+
+def _why_not_writable(output: Path) -> str:
+    """Return why a file cannot be written, or "" if it can. Missing folders of its path will be created."""
+    if output.is_dir():
+        return "which is a folder; name a file in it"
+    folder = next(folder for folder in output.absolute().parents if os.path.lexists(folder))
+    if not folder.is_dir():
+        return f"but {folder} is not a folder; check the path"
+    return "" if os.access(folder, os.W_OK | os.X_OK) else f"but {folder} is read-only; check its permissions"
 
 
 def _compare(names: list[str], output: Path | None) -> int:

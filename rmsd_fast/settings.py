@@ -289,7 +289,8 @@ def _check_value(key: str, value: object, rule: Mapping[str, Any]) -> None:
                 "distill.kl=k1: expected k2, k3 or full, because the gradient of k1 as a loss is zero in expectation; "
                 "set reward.kl_in_reward=<weight> for k1 as a reward"
             )
-        raise SettingsError(f"{key}: expected one of {', '.join(map(str, choices))}, got {value!r}")
+        named = ", ".join(str(choice) or "empty" for choice in choices)
+        raise SettingsError(f"{key}: expected one of {named}, got {value!r}")
     if choices or value is None:
         return
     if isinstance(value, float) and not math.isfinite(value):

@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from tqdm import tqdm
 
 from rmsd_fast.config import RunConfig
+from rmsd_fast.data.errors import counted
 from rmsd_fast.data.media import MediaReader
 from rmsd_fast.data.media_file import MediaError
 from rmsd_fast.data.prompts import Prompt, PromptBuilder, PromptError
@@ -246,10 +247,10 @@ def _warn_of_unusable(records: list[dict], name: str) -> None:
     unusable = count_unusable(records)
     if unusable["count"]:
         log.warning(
-            "evaluate %s: %d of %d questions could not be used and are scored 0 (%s); first: %s",
+            "evaluate %s: %d of %s could not be used and got score 0 (%s); first: %s",
             name,
             unusable["count"],
-            len(records),
+            counted(len(records), "question"),
             ", ".join(f"{reason} {count}" for reason, count in unusable["reasons"].items()),
             unusable["questions"][0]["error"],
         )

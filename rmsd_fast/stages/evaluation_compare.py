@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rmsd_fast.data.errors import counted
 from rmsd_fast.stages.evaluation_checks import EvaluationError, check_predictions
 from rmsd_fast.stages.evaluation_table import benchmark_lines
 from rmsd_fast.stages.paper_numbers import paper_lines
@@ -26,7 +27,7 @@ class Evaluation:
     """The answers of one student.
 
     Attributes:
-        name: the name that the user gave.
+        name: the file that the user gave, or a run folder with its student, such as `runs/x:control`.
         records: the predictions.
         facts: content of `evaluation.json`.
     """
@@ -57,6 +58,7 @@ def read_evaluation(name: str) -> Evaluation:
                 "evaluate the run first, or name one of its students after a colon"
             )
         facts, predictions = path / "evaluation.json", path / "predictions" / f"{chosen}.jsonl"
+        name = f"{path}:{chosen}"
     elif student:
         raise EvaluationError(f"{name}: expected a run folder before the colon, got {given}; leave {student!r} out")
     elif path.suffix != ".json":
@@ -169,7 +171,8 @@ def format_comparison(result: Mapping[str, Any]) -> str:
         )
     for name, student in students.items():
         lines += benchmark_lines(name, result["benchmark"], student)
-    return "\n".join([*lines, *paper_lines(result["benchmark"])])
+    numbers = [student["all"]["n"] for student in students.values()]
+    return "\n".join([*lines, *paper_lines(result["benchmark"], numbers)])
 
 
 def _rows(students: Mapping[str, Mapping[str, Any]]) -> list[Row]:
@@ -186,7 +189,8 @@ def _remarks(base: str, name: str, difference: Mapping[str, Any]) -> list[str]:
     for questions, owner in ((difference["only_before"], base), (difference["only_after"], name)):
         if questions:
             shown = ", ".join(questions[:_MOST_NAMED]) + (", …" if len(questions) > _MOST_NAMED else "")
-            lines.append(f"  {len(questions)} questions are only in {owner}, and not in the difference: {shown}")
+            number = f"{counted(len(questions), 'question')} {'is' if len(questions) == 1 else 'are'}"
+            lines.append(f"  {number} only in {owner}, and not in the difference: {shown}")
     lines += [f"  evaluated differently: {change}" for change in difference["protocol"]]
     return lines
 

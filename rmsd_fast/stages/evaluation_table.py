@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from rmsd_fast.data.errors import counted
 from rmsd_fast.method.answers import ALL_TASKS
 from rmsd_fast.stages.answer_records import REASONS
 from rmsd_fast.stages.paper_numbers import RULE_BASED, paper_lines
@@ -43,7 +44,9 @@ def format_table(result: Mapping[str, Any]) -> str:
         for row, label in (("closed", "closed tasks"), ("sampled", "closed tasks, sampled"), ("meaning", "meaning")):
             if entry := row_of(difference, row):
                 lines.append(f"{name}, {label}: {signed_interval(entry)}")
-    return "\n".join([*lines, *paper_lines(result.get("benchmark"))])
+    return "\n".join(
+        [*lines, *paper_lines(result.get("benchmark"), (student["all"]["n"] for student in students.values()))]
+    )
 
 
 def benchmark_lines(name: str, benchmark: str | None, student: Entry) -> list[str]:
@@ -80,10 +83,12 @@ def _remarks(name: str, student: Entry, unusable: Entry | None) -> list[str]:
         what = {"greedy": "the greedy answer", "sampled": "the mean", "majority": "the majority"}[other]
         lines.append(f"{name}, best of the samples minus {what}: {signed_interval(gain)}")
     if entry["low"] is None:
-        lines.append(f"{name}: there is no interval, because all {entry['n']} questions are about one video")
+        reason = "there is only one question" if entry["n"] == 1 else f"all {entry['n']} questions are about one video"
+        lines.append(f"{name}: there is no interval, because {reason}")
     if unusable and unusable["count"]:
         reasons = ", ".join(f"{count} because {REASONS[reason]}" for reason, count in unusable["reasons"].items())
-        lines.append(f"{name}: {unusable['count']} questions could not be used and score 0 ({reasons})")
+        number = counted(unusable["count"], "question")
+        lines.append(f"{name}: {number} could not be used and got score 0 ({reasons})")
     return lines
 
 

@@ -5,6 +5,10 @@ Source: R-MSD (arXiv 2603.11423), main table: students of 4B parameters, 64 fram
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from rmsd_fast.data.benchmarks import published_counts
+
 # Title and scores of each benchmark, by the name in `meta.benchmark`.
 PAPER: dict[str, tuple[str, dict[str, float]]] = {
     "videomme": ("VideoMME", {"Qwen3-VL-4B": 63.8, "SFT+RL, same budget": 64.0, "R-MSD": 65.3}),
@@ -38,10 +42,19 @@ RULE_BASED = {
 }
 
 
-def paper_lines(benchmark: str | None) -> list[str]:
-    """Return a line with the paper's scores of a benchmark, or nothing if the paper has none."""
+def paper_lines(benchmark: str | None, numbers: Iterable[int]) -> list[str]:
+    """Return a line with the paper's scores of a benchmark, or nothing if the paper has none.
+
+    Args:
+        benchmark: name of the benchmark; None for other questions.
+        numbers: number of questions of each student. If one is not the published one, the line says so instead.
+    """
     if benchmark not in PAPER:
         return []
+    published = published_counts(benchmark)
+    if other := [number for number in numbers if number not in published]:
+        counts = " or ".join(f"{count:,}" for count in published)
+        return [f"no comparison with the paper: {min(other):,} of {counts} questions"]
     title, scores = PAPER[benchmark]
     text = "; ".join(f"{name} {score:.1f}" for name, score in scores.items())
     judged = ", usually scored with a language model" if RULE_BASED.get(benchmark) == " (rule-based)" else ""

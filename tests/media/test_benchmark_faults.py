@@ -31,7 +31,7 @@ def test_every_benchmark_has_a_reader():
 
 
 def test_wrong_paths_are_named(tmp_path):
-    with pytest.raises(DataError, match="missing: cannot be read"):
+    with pytest.raises(DataError, match="missing: no such file or folder; get the annotation as docs/"):
         load("videomme", tmp_path / "missing")
     (tmp_path / "clip.mp4").write_bytes(b"x")
     with pytest.raises(
@@ -45,8 +45,26 @@ def test_wrong_paths_are_named(tmp_path):
         load("videomme", rows, media_root=tmp_path / "nowhere")
     with pytest.raises(SettingsError, match="evaluate.benchmark: expected one of videomme, .* got 'videomee'"):
         load("videomee", rows)
+    # The folder of the media is that of the annotation, which is therefore named first.
+    with pytest.raises(DataError, match="^benchmarks/videomme: no such file or folder; get the annotation as docs/"):
+        load("videomme", "benchmarks/videomme")
     with pytest.raises(DataError, match="a file without rows"):
         load("videomme", write_json(tmp_path / "empty.json", []))
+
+
+def test_several_annotations_of_a_folder(tmp_path, caplog):
+    for name in ("videomme.json", "videomme_part.json"):
+        write_json(tmp_path / name, videomme_rows())
+    with pytest.raises(DataError) as caught:
+        load("videomme", tmp_path)
+    assert "expected one annotation (**/videomme*.json*), got videomme.json, videomme_part.json;" in str(caught.value)
+    # A download may have the same annotation in two formats: the first one is read, and both are named.
+    (tmp_path / "videomme_part.json").unlink()
+    write_table(tmp_path / "Video-MME.tsv", videomme_rows())
+    with caplog.at_level(logging.WARNING, logger="rmsd_fast"):
+        load_benchmark("videomme", tmp_path)
+    assert "the annotation is read from Video-MME.tsv, and not from videomme.json; to read another" in caplog.text
+    assert f"{tmp_path / 'Video-MME.tsv'}: videomme has 2,700 questions, got 3" in caplog.text
 
 
 def test_the_annotation_of_another_benchmark_is_named(tmp_path):

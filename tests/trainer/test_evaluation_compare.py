@@ -59,7 +59,7 @@ def test_differences_are_paired_and_other_questions_are_named(tmp_path, capsys):
     assert "evaluated differently: video.num_frames: 16, not 64" in text
     assert f"{base}, mlvu, strict, in percent: mean 50.0\n" in text
     assert f"{better}, mlvu, lenient, in percent: mean 100.0\n" in text
-    assert "on MLVU-MCQ, in percent: Qwen3-VL-4B 72.4; SFT+RL, same budget 73.1; R-MSD 73.2" in text
+    assert text.endswith("\nno comparison with the paper: 20 of 2,174 or 502 questions\n")
 
 
 def test_pass_and_majority_of_samples_are_shown(tmp_path, capsys):
@@ -87,7 +87,12 @@ def test_students_of_run_folders(tmp_path, capsys):
     (tmp_path / "run" / "evaluation.json").write_text("{}")
     run = str(tmp_path / "run")
     assert evaluate.main(["--compare", f"{run}:stage1", run]) == 0
-    assert "+50.0" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "+50.0" in text
+    # The student that was chosen is named, also where the user left it out.
+    assert f"{run}:stage1\n" in text and f"{run}:stage2, and its difference from {run}:stage1\n" in text
+    assert evaluate.main(["--compare", run, f"{run}:stage2"]) == 2
+    assert f"expected different evaluations, got {run}:stage2, {run}:stage2;" in capsys.readouterr().err
     assert evaluate.main(["--compare", f"{run}:stage3", run]) == 2
     assert "expected predictions of stage3, got stage1, stage2, untrained" in capsys.readouterr().err
 
@@ -220,5 +225,34 @@ def test_arguments_that_do_not_fit(capsys):
                 evaluate.main([*arguments, "--output", output])
             assert f"--output: expected a file that ends with .json, got {output};" in capsys.readouterr().err
     with pytest.raises(SystemExit):
+        evaluate.main(["quickstart"])
+    assert "--output is missing: expected a JSON file to write" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
         evaluate.main([])
     assert "expected a recipe and --output, or --compare with two or more evaluations" in capsys.readouterr().err
+
+
+def test_an_output_that_cannot_be_written_is_refused_at_the_start(tmp_path, capsys):
+    folder, file = tmp_path / "folder.json", tmp_path / "file"
+    folder.mkdir()
+    file.write_text("x")
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "nowhere")
+    for output, fault in (
+        (folder, "which is a folder; name a file in it"),
+        (file / "a" / "b.json", f"but {file} is not a folder; check the path"),
+        (link / "b.json", f"but {link} is not a folder; check the path"),
+    ):
+        for arguments in (["quickstart"], ["--compare", "a.json", "b.json"]):
+            with pytest.raises(SystemExit) as ended:
+                evaluate.main([*arguments, "--output", str(output)])
+            assert ended.value.code == 2
+            expected = f"--output: expected a file that can be written, got {output}, {fault}"
+            assert expected in " ".join(capsys.readouterr().err.split("\n"))
+
+
+def test_a_read_only_folder_is_refused_and_a_missing_one_is_not(tmp_path, monkeypatch):
+    assert evaluate._why_not_writable(tmp_path / "new" / "folder" / "a.json") == ""
+    # The superuser may write to every folder, so the system's answer is replaced.
+    monkeypatch.setattr(evaluate.os, "access", lambda *_: False)
+    assert f"{tmp_path} is read-only" in evaluate._why_not_writable(tmp_path / "new" / "a.json")

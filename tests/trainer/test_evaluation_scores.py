@@ -7,6 +7,7 @@ import json
 import pytest
 
 from rmsd_fast.config import EvaluateConfig, RunConfig
+from rmsd_fast.data.benchmarks import published_counts
 from rmsd_fast.data.records import Question
 from rmsd_fast.stages.answer_records import NOT_FINITE, answer_record, clusters_of, reason_of, votes_of, with_samples
 from rmsd_fast.stages.evaluation import plan_batches
@@ -120,7 +121,9 @@ def test_groups_and_readings_of_closed_questions():
     table = format_table({"students": {"model": result}, "floors": {}, "differences": {}, "benchmark": "videomme"})
     assert any(line.split()[:4] == ["duration:", "short", "-", "0.500"] for line in table.splitlines())
     assert "model: 33.3% of the answers could only be read leniently" in table
-    assert "VideoMME, in percent: Qwen3-VL-4B 63.8; SFT+RL, same budget 64.0; R-MSD 65.3" in table
+    assert table.endswith("\nno comparison with the paper: 4 of 2,700 questions")
+    (paper,) = paper_lines("videomme", [2700])
+    assert paper.endswith("VideoMME, in percent: Qwen3-VL-4B 63.8; SFT+RL, same budget 64.0; R-MSD 65.3")
 
 
 def test_unusable_questions_are_counted_by_reason_and_scored_apart():
@@ -142,7 +145,9 @@ def test_unusable_questions_are_counted_by_reason_and_scored_apart():
     assert reason_of("v.mp4: the file is empty") == "unreadable_media"
     evaluation = {"students": {"m": result}, "floors": {}, "differences": {}, "unusable": {"m": counts}}
     table = format_table(evaluation)
-    assert "m: 2 questions could not be used and score 0 (1 because media files are missing, 1 because the" in table
+    assert "m: 2 questions could not be used and got score 0 (1 because media files are missing, 1 because the" in table
+    evaluation["unusable"]["m"] = count_unusable(records[:3])
+    assert "m: 1 question could not be used and got score 0 (1 because media" in format_table(evaluation)
     # If nothing can be used, there is no mean over usable questions.
     assert summarize(records[2:])["usable"] == {"tasks": {}}
 
@@ -200,7 +205,11 @@ def test_scores_by_rules_are_marked_beside_the_number(name, mark, paper):
     student = {"benchmark": {"lenient": {"mean": 0.125, "score": 0.5, "chain1": {"tiou": 0.25}}}}
     (line,) = benchmark_lines("m", name, student)
     assert line == f"m, {mark}mean 12.5, score 50.0; chain1: tiou 25.0"
-    assert paper in paper_lines(name)[0]
+    assert paper in paper_lines(name, published_counts(name))[0]
+    counts = " or ".join(f"{count:,}" for count in published_counts(name))
+    assert paper_lines(name, [published_counts(name)[0], 9]) == [
+        f"no comparison with the paper: 9 of {counts} questions"
+    ]
 
 
 def test_questions_about_a_video_are_in_one_batch():

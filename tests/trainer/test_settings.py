@@ -77,7 +77,7 @@ def test_help_documents_every_field():
         (["teacher.min_quality=5"], "expected 0 to 1"),
         (["distill.tis_cap=-1"], "a number above 0"),
         (["evaluate.num_frames=1"], "evaluate.num_frames: expected at least 2"),
-        (["evaluate.benchmark=mmbench"], "evaluate.benchmark: expected one of "),
+        (["evaluate.benchmark=mmbench"], "evaluate.benchmark: expected one of empty, videomme, "),
         (["evaluate.prompt=benchmark"], "evaluate.prompt=benchmark: expected evaluate.benchmark"),
         (
             ["data.heldout=a.json", "evaluate.benchmark=mlvu", "data.format=rmsd"],

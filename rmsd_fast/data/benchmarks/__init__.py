@@ -7,6 +7,6 @@ describes the annotations, the prompts, and the differences from other harnesses
 """
 
 from rmsd_fast.data.benchmarks.aggregates import aggregate
-from rmsd_fast.data.benchmarks.load import benchmark_files, load_benchmark
+from rmsd_fast.data.benchmarks.load import benchmark_files, load_benchmark, published_counts
 
-__all__ = ["aggregate", "benchmark_files", "load_benchmark"]
+__all__ = ["aggregate", "benchmark_files", "load_benchmark", "published_counts"]

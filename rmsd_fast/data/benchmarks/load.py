@@ -20,7 +20,7 @@ from rmsd_fast.data.benchmarks import (
     worldsense,
 )
 from rmsd_fast.data.benchmarks.record import MediaFolder, Record
-from rmsd_fast.data.benchmarks.tables import annotation_files, read_rows
+from rmsd_fast.data.benchmarks.tables import annotation_files, other_annotations, read_rows
 from rmsd_fast.data.errors import DataError, several_faults
 from rmsd_fast.data.records import Question
 from rmsd_fast.method.quality import parse_ground_truth
@@ -81,6 +81,7 @@ def load_benchmark(
     if name not in BENCHMARKS:
         raise SettingsError(f"evaluate.benchmark: expected one of {', '.join(BENCHMARKS)}, got {name!r}")
     reader, path = _READERS[name], Path(path)
+    files = benchmark_files(name, path)
     root = Path(media_root).absolute() if media_root else (path if path.is_dir() else path.parent).absolute()
     if not root.is_dir():
         raise DataError(
@@ -93,7 +94,7 @@ def load_benchmark(
     unknown: Counter[str] = Counter()
     places: dict[str, str] = {}
     seen: Counter[str] = Counter()
-    for where, file, row in read_rows(benchmark_files(name, path)):
+    for where, file, row in read_rows(files):
         record = Record(where, file, row, media, seen)
         try:
             for question in reader.read(record):
@@ -111,7 +112,8 @@ def load_benchmark(
         raise several_faults(path, faults, len(faults) + len(questions))
     if not questions:
         raise DataError(f"{path}: expected the annotation of {name}, got a file without rows; download it again")
-    _warn(name, path, unknown, len(questions) if check_count else None)
+    _warn_of_others(path, files, other_annotations(path, reader.PATTERNS, files))
+    _warn(name, files[0] if len(files) == 1 else path, unknown, len(questions) if check_count else None)
     if 0 < most < len(questions):
         log.warning(
             "evaluate.max_questions=%d: only the first of %s questions of %s are answered, which may all belong to one "
@@ -129,6 +131,23 @@ def _check_answer(where: str, question: Question) -> None:
         parse_ground_truth(question.answer, question.task_type, question.options)
     except (TypeError, ValueError) as error:
         raise DataError(f"{where}: question {question.id!r}: {error}") from error
+
+
+def _warn_of_others(path: Path, files: list[Path], others: list[Path]) -> None:
+    """Warn of annotations in the folder that are not read. Downloads may contain one in several formats."""
+    if others:
+        log.warning(
+            "%s: the annotation is read from %s, and not from %s; to read another one, name it in data.heldout and the "
+            "folder of the media in data.media_root",
+            path,
+            ", ".join(str(file.relative_to(path)) for file in files),
+            ", ".join(str(file.relative_to(path)) for file in others),
+        )
+
+
+def published_counts(name: str) -> tuple[int, ...]:
+    """Return the published number of questions of a benchmark, or those of its sets."""
+    return _READERS[name].COUNTS
 
 
 def _warn(name: str, path: Path, unknown: Counter[str], count: int | None) -> None:

@@ -24,11 +24,13 @@ SUFFIXES = (".json", ".jsonl", ".tsv", ".csv", ".parquet")
 def annotation_files(path: Path, patterns: Sequence[str]) -> list[Path]:
     """Return the annotation files: the file itself, or those in a folder that match the first pattern with any match.
 
+    The shards of parquet are one annotation, and so are the files of a pattern with a range such as `[1-7]`.
+
     Args:
         path: a file or a folder.
         patterns: glob patterns relative to the folder, in order of preference.
     Raises:
-        DataError: the path does not exist, or the folder has no such file.
+        DataError: the path does not exist, or the folder has no such file, or several of which only one can be meant.
     """
     if path.is_file():
         if path.suffix.lower() not in SUFFIXES:
@@ -36,15 +38,31 @@ def annotation_files(path: Path, patterns: Sequence[str]) -> list[Path]:
             raise DataError(f"{path}: expected one of {', '.join(SUFFIXES)}, got '{path.suffix}'; {todo}")
         return [path]
     if not path.is_dir():
-        raise DataError(f"{path}: cannot be read (no such file or folder); check data.heldout")
+        todo = "get the annotation as docs/evaluation.md describes, or set data.heldout"
+        raise DataError(f"{path}: no such file or folder; {todo}")
     for pattern in patterns:
-        if files := sorted(file for file in path.glob(pattern) if file.is_file()):
+        if files := _matches(path, pattern):
+            if len(files) > 1 and not (pattern.endswith(".parquet") or "[" in pattern):
+                names = ", ".join(str(file.relative_to(path)) for file in files)
+                todo = "name one of them in data.heldout, and the folder of the media in data.media_root"
+                raise DataError(f"{path}: expected one annotation ({pattern}), got {names}; {todo}")
             return files
     inside = ", ".join(sorted(item.name for item in path.iterdir())[:8]) or "nothing"
     raise DataError(
         f"{path}: expected an annotation of the benchmark ({', '.join(patterns)}), got a folder with {inside}; check "
         "data.heldout, or name the file itself"
     )
+
+
+def other_annotations(path: Path, patterns: Sequence[str], files: Sequence[Path]) -> list[Path]:
+    """Return the annotations in a folder that are not read, because `files` match an earlier pattern."""
+    if not path.is_dir():
+        return []
+    return sorted({file for pattern in patterns for file in _matches(path, pattern)} - set(files))
+
+
+def _matches(path: Path, pattern: str) -> list[Path]:
+    return sorted(file for file in path.glob(pattern) if file.is_file())
 
 
 def read_rows(files: Sequence[Path]) -> Iterator[Row]:

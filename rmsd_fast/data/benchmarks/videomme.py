@@ -1,6 +1,6 @@
 """VideoMME (arXiv 2405.21075): four options, videos of three durations, without subtitles.
 
-Annotations: parquet of lmms-eval/Video-MME, `Video-MME.tsv` of VLMEvalKit, or EasyVideoR1's `videomme.json`.
+Annotations: parquet of lmms-lab/Video-MME, `Video-MME.tsv` of VLMEvalKit, or EasyVideoR1's `videomme.json`.
 Source of the prompt: lmms-eval 0.7.3, tasks/videomme, the default without subtitles.
 """
 

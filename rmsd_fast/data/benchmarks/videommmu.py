@@ -1,6 +1,6 @@
 """Video-MMMU (arXiv 2501.13826): three tracks of 300 questions about lectures, some with an image.
 
-Annotations: a folder with parquet of lmms-eval/VideoMMMU, one folder per track, `VideoMMMU.tsv` of VLMEvalKit, or
+Annotations: a folder with parquet of lmms-lab/VideoMMMU, one folder per track, `VideoMMMU.tsv` of VLMEvalKit, or
 EasyVideoR1's `videommmu_with_image.json`, which does not name the tracks of questions without an image.
 
 The knowledge gain needs answers before the video was seen, so it is not computed.
