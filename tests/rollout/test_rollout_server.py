@@ -307,10 +307,10 @@ def test_the_requests_of_a_run_that_was_killed_are_dropped(material, world, serv
         prompts = prompts_of(state, material, 2)
         served.engine.ready.clear()
         drawn = in_thread(lambda: sample(state, prompts))
-        # The first request is being decoded, and the second one will be added before the session is closed.
-        wait_until(lambda: loop.in_progress == 1 and loop._jobs.qsize() == 1)
+        # A request is being decoded. The other one is too, or it will be added before the session is closed.
+        wait_until(lambda: loop.in_progress and loop.in_progress + loop._jobs.qsize() == 2)
         close_session(state)
-        wait_until(lambda: loop._jobs.qsize() == 2)
+        wait_until(lambda: loop.in_progress + loop._jobs.qsize() == 3)
         served.engine.ready.set()
         with pytest.raises(RolloutError, match=r"but the run has ended; the last checkpoint .* --resume"):
             drawn.result(60)
