@@ -134,6 +134,8 @@ TABLE = (
     (_STEPS, CUDA_STEPS, "cuda", "passes against the cost model", 1.15),
     (_STEPS, CUDA_STEPS[:1], "cuda", "passes of padded rows", 5.0),
     (_ROLLOUT, ("P2048-N8-R64-bfloat16",), "cuda", "times faster than eager steps", 3.0),
+    (_ROLLOUT, ("P2048-N8-R64-bfloat16",), "cuda", "vLLM, times faster than eager steps", 5.0),
+    (_ROLLOUT, ("P2048-N8-R64-bfloat16",), "cuda", "all weights to vLLM, ms", 1000.0),
     (HEADS, (f"{_CUDA}-trainable",), "cuda", "time over the GEMMs", 1.15),
     (("linear_logprob",), (f"{_CUDA}-frozen",), "cuda", "time over the GEMMs", 1.15),
     (("linear_logprob",), (f"{_CUDA}-trainable",), "cuda", "times faster than the best peer", 1.3),

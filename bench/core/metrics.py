@@ -89,6 +89,11 @@ def _faster_than(record: dict, name: str, ours: str = OURS) -> Found:
     return Found(times, f"{times:.2f} times faster than {name}", (other, own))
 
 
+def _milliseconds(record: dict, name: str) -> Found:
+    (own,) = _sides(record, name)
+    return Found(main_time(own), f"{main_time(own):.0f} ms", (own,))
+
+
 def _peers(record: dict) -> list[str]:
     """Return eager and every peer. A peer with a single cold call has not been measured well enough."""
     variants = record["variants"]
@@ -295,6 +300,8 @@ METRICS: dict[str, tuple[str, Metric]] = {
     "passes of padded rows": (LEAST, _metric(_step_over_padded)),
     "times faster than generate": (LEAST, _metric(_faster_than, "generate")),
     "times faster than eager steps": (LEAST, _metric(_faster_than, "ours, eager")),
+    "vLLM, times faster than eager steps": (LEAST, _metric(_faster_than, "ours, eager", "vllm")),
+    "all weights to vLLM, ms": (MOST, _metric(_milliseconds, "vllm, weights")),
     "preprocessing time": (LEAST, _metric(_preprocessing_time)),
     "preprocessing memory": (MOST, _metric(_preprocessing_memory)),
     "levels from HF": (

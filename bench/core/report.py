@@ -301,23 +301,29 @@ def sharing_page(records: list[dict]) -> str:
 
 
 def rollout_page(records: list[dict]) -> str:
-    """Ours against generate() by case, with the part that is decoding."""
+    """Each way by case, with the part that is decoding."""
     rows = []
     for record in records:
-        (ours, other), shape = (record["variants"][name] for name in (OURS, "generate")), record["shape"]
-        pairs = [f"{own['tokens_per_s']:,.0f}" for own in (ours, other)]
-        pairs += [f"{main_time(other) / main_time(ours):.2f} ({other['times_ours_by_round']:.2f})"]
-        pairs += [f"{own['decode_ms_per_token']:.2f}" for own in (ours, other)]
-        pairs += [f"{own['launches_per_token']:.0f}" for own in (ours, other)]
-        rows.append((*(shape[key] for key in "PNR"), *pairs, ours["rounds"]))
-    head = ("prompt", "N", "new tokens", "tokens/s", "generate", "times faster (by round)", "ms per step", "generate")
+        shape, ways = record["shape"], record["variants"]
+        for name, own in ways.items():
+            # The others are parts of a way, or its weights.
+            if "tokens_per_s" in own:
+                times = f"{main_time(own) / main_time(ways[OURS]):.2f} ({own['times_ours_by_round']:.2f})"
+                sent = ways.get(f"{name}, weights")
+                step, operations = f"{own['decode_ms_per_token']:.2f}", f"{own['launches_per_token']:.0f}"
+                row = (name, f"{own['tokens_per_s']:,.0f}", times, step, operations)
+                rows.append(
+                    (*(shape[key] for key in "PNR"), *row, f"{main_time(sent):.0f}" if sent else "", own["rounds"])
+                )
+    head = ("prompt", "N", "new tokens", "way", "tokens/s", "time over ours (by round)", "ms per step")
     legend = (
         "Tokens/s: N responses in the whole call, prefill included. ms per step: the call less a call for one token, "
-        "by further token. Operations: those of a decode step that would launch kernels on a GPU. Medians. Greedy "
-        "tokens of both were equal before. "
+        "by further token. Operations: those of a decode step that would launch kernels on a GPU. Weights: all weights "
+        "sent to vLLM and compared, which is not part of the call. Medians. Greedy tokens of all ways were equal "
+        "before. "
     )
     found = [(v.status, v.where.removeprefix("rollout "), v.what) for v in verdicts(records, "cpu", ["rollout"])]
-    first = table((*head, "operations per step", "generate", "rounds"), rows)
+    first = table((*head, "operations per step", "weights, ms", "rounds"), rows)
     goals = table(("verdict", "case", "found"), found)
     return f"{first}\n\n**Goals**\n\n{goals}\n\n{legend}{sources(records)}.\n"
 

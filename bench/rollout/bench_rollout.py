@@ -2,13 +2,14 @@
 
 - `ours`: HfRollout as in a run; on CUDA with graphs, and `ours, eager` without.
 - `generate`: `model.generate(num_return_sequences=N)`, in which each sequence has its own copy of the prompt's K/V.
+- `vllm`: the engine of a run with rollout.engine=vllm, where vLLM is installed. `vllm, weights` sends it all weights.
 - `…, first token`: the same call for one token, which is the prefill. The difference is the decoding.
 
 Model, prompt, temperature and banned ids are the same, and no response ends early. The prompt is text, because plain
-generate would also encode a video N times, which is not what is compared here. Ours also returns the log-prob of each
-token. Tokens per second count new tokens only, and the time of the whole call.
+generate would also encode a video N times, which is not what is compared here. Ours and vLLM also return the log-prob
+of each token. Tokens per second count new tokens only, and the time of the whole call.
 
-Before timing, both decode greedily in float32 with the small student, on a prompt of the case's length, and must give
+Before timing, all decode greedily in float32 with the small student, on a prompt of the case's length, and must give
 equal tokens; on CUDA with and without graphs. `launches_per_token` counts the operations that a decode step runs: on
 CPU those that compute or copy, each of which would launch at least one kernel; on CUDA the launches of the host.
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from statistics import median
 
@@ -26,18 +28,20 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import GenerationConfig
 
-from bench.core.measure import OURS, Effort, Variant, facts_of, main_time, measure, numbers_of
+from bench.core.measure import OURS, Effort, Unavailable, Variant, facts_of, main_time, measure, numbers_of
 from bench.prefix.groups import HIDDEN, LAYERS, load, make_builder
+from bench.rollout.vllm_way import VllmWay
 from bench.step.models import CONFIG_4B, CONFIG_TOY, SMALL, Sizes, World, make_student, settings_of
 from rmsd_fast.data.prompts import Prompt, PromptBuilder
 from rmsd_fast.data.records import Question
 from rmsd_fast.models.students import Student
 from rmsd_fast.rollout.base import Sampling
+from rmsd_fast.rollout.copied import CopyRollout
 from rmsd_fast.rollout.hf import HfRollout
 
 NAME = "rollout"
 
-EAGER_STEPS, GENERATE, FIRST = "ours, eager", "generate", "first token"
+EAGER_STEPS, GENERATE, VLLM, FIRST, WEIGHTS = "ours, eager", "generate", "vllm", "first token", "weights"
 NEW_TOKENS = 64
 _COUNTED_TOKENS = (2, 6)
 # Operations of torch that only describe memory, or allocate it.
@@ -92,10 +96,10 @@ def make_prompt(builder: PromptBuilder, tokens: int) -> Prompt:
 
 
 class Rig:
-    """A student, a prompt, and both ways to sample responses of exactly so many tokens."""
+    """A student, a prompt, and all ways to sample responses of exactly so many tokens."""
 
     def __init__(self, student: Student, prefix: int, device: torch.device):
-        self.model, self.device = student.model.eval(), device
+        self.student, self.model, self.prefix, self.device = student, student.model.eval(), prefix, device
         self.builder = make_builder(student)
         self.prompt = make_prompt(self.builder, prefix)
         self.banned = torch.cat([self.builder.banned_ids, torch.tensor([self.builder.eos_id])])
@@ -104,6 +108,24 @@ class Rig:
         """Return the sampled ids, [N, R]."""
         engine = HfRollout(self.builder, prompts_per_batch=1, device=self.device, cuda_graphs=cuda_graphs)
         engine.banned_ids = self.banned.to(self.device)
+        return self._ids_of(engine, sampling)
+
+    def vllm(self, sampling: Sampling) -> Tensor:
+        """Return the sampled ids, [N, R]."""
+        return self._ids_of(self.vllm_way.engine, sampling)
+
+    def start_vllm(self, *, response: int, sequences: int) -> None:
+        """Start vLLM, for responses of so many tokens. Raises: Unavailable."""
+        self.vllm_way = VllmWay(
+            self.student, self.builder, self.banned, max_tokens=self.prefix + response, sequences=sequences
+        )
+
+    def send_weights(self) -> Tensor:
+        """Send all weights to vLLM."""
+        self.vllm_way.send_weights()
+        return torch.zeros(())
+
+    def _ids_of(self, engine: HfRollout | CopyRollout, sampling: Sampling) -> Tensor:
         (group,) = engine.generate(self.model, [self.prompt], sampling)
         return torch.stack([rollout.token_ids for rollout in group])
 
@@ -138,12 +160,15 @@ def make_rig(case: Case) -> Rig:
 
 @functools.cache
 def gate(prefix: int, response: int, device: str) -> int:
-    """Return the number of greedy tokens that both ways agree on. AssertionError: they differ."""
+    """Return the number of greedy tokens that all ways agree on. AssertionError: they differ."""
     rig = Rig(load(HIDDEN, LAYERS, "float32", device), prefix, torch.device(device))
     greedy = Sampling(1, 0.0, response)
     expected = rig.generate(greedy)
     assert expected.shape == (1, response)
     ways = [rig.ours(greedy)] + ([rig.ours(greedy, cuda_graphs=False)] if device == "cuda" else [])
+    with suppress(Unavailable):
+        rig.start_vllm(response=response, sequences=1)
+        ways.append(rig.vllm(greedy))
     for ids in ways:
         assert torch.equal(ids, expected), f"greedy tokens differ: {ids.tolist()}, generate {expected.tolist()}"
     return response
@@ -187,6 +212,12 @@ def measure_rollout(case: Case, effort: Effort) -> dict[str, object]:
     ways = {OURS: rig.ours, GENERATE: rig.generate}
     if case.device == "cuda":
         ways[EAGER_STEPS] = functools.partial(rig.ours, cuda_graphs=False)
+    not_run: dict[str, str] = {}
+    try:
+        rig.start_vllm(response=case.response, sequences=case.count)
+        ways[VLLM] = rig.vllm
+    except Unavailable as reason:
+        not_run[VLLM] = str(reason)
 
     def variant(name: str, way: Callable[[Sampling], Tensor], tokens: int) -> Variant:
         def forward() -> Tensor:
@@ -197,12 +228,14 @@ def measure_rollout(case: Case, effort: Effort) -> dict[str, object]:
         return Variant(name, forward)
 
     variants = [variant(name, way, case.response) for name, way in ways.items()]
-    variants += [variant(f"{name}, {FIRST}", ways[name], 1) for name in (OURS, GENERATE)]
+    variants += [variant(f"{name}, {FIRST}", ways[name], 1) for name in ways if name != EAGER_STEPS]
+    if VLLM in ways:
+        variants.append(Variant(f"{VLLM}, {WEIGHTS}", rig.send_weights))
     # A call takes seconds, and plain generate is what the goal is against, so it gets as many rounds.
     samples = measure(variants, replace(effort, least_rounds=effort.always_rounds, slow_s=120.0), device)
     numbers = numbers_of(samples, variants, baseline=None)
     for name in ways:
-        own, first = numbers[name], numbers[f"{GENERATE if name == GENERATE else OURS}, {FIRST}"]
+        own, first = numbers[name], numbers[f"{OURS if name == EAGER_STEPS else name}, {FIRST}"]
         own["tokens_per_s"] = case.count * case.response / main_time(own) * 1e3
         own["decode_ms_per_token"] = (main_time(own) - main_time(first)) / (case.response - 1)
         own["launches_per_token"] = launches_per_token(lambda tokens, way=ways[name]: way(sampling(tokens)), device)
@@ -212,7 +245,7 @@ def measure_rollout(case: Case, effort: Effort) -> dict[str, object]:
     for name in ways:
         ratios = [of_rounds[name][i].total_ms / of_rounds[OURS][i].total_ms for i in shared]
         numbers[name]["times_ours_by_round"] = median(ratios) if ratios else None
-    return {"variants": numbers, "greedy_tokens_equal": agreed}
+    return {"variants": numbers, "greedy_tokens_equal": agreed, "not_run": not_run}
 
 
 @pytest.mark.timeout(1800)
