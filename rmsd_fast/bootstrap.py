@@ -15,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 RESAMPLES = 2000
+# Draws that are handled at once, at least one sample.
+_BLOCK = 2**15
 # 0.975 quantile of the normal distribution.
 Z975 = 1.959963984540054
 # 0.975 quantiles of Student's t distribution with 1 to 30 degrees of freedom.
@@ -101,12 +103,15 @@ def resampled_means(values: npt.ArrayLike, *, clusters: Sequence[str] | None = N
         sizes = np.bincount(index, minlength=count).astype(np.float64)
     rng, n = np.random.default_rng(seed), columns.shape[1]
     means = np.empty((RESAMPLES, len(columns)))
-    # One sample at a time stays in the processor's cache, which is three times as fast for 50,000 rows. einsum uses no
+    # A block of samples stays in the processor's cache, which is three times as fast for 50,000 rows. einsum uses no
     # threads: those of a matrix product wait for each other, and take 30 times as long on a busy machine.
-    for sample in range(RESAMPLES):
-        drawn = np.bincount(rng.integers(0, n, n), minlength=n).astype(np.float64)
-        total = n if sizes is None else np.einsum("n,n->", drawn, sizes)
-        means[sample] = np.einsum("n,cn->c", drawn, columns) / total
+    block = min(RESAMPLES, max(1, _BLOCK // n))
+    for start in range(0, RESAMPLES, block):
+        size = min(block, RESAMPLES - start)
+        places = rng.integers(0, n, (size, n)) + n * np.arange(size)[:, None]
+        drawn = np.bincount(places.reshape(-1), minlength=size * n).reshape(size, n).astype(np.float64)
+        totals = n if sizes is None else np.einsum("sn,n->s", drawn, sizes)[:, None]
+        means[start : start + size] = np.einsum("sn,cn->sc", drawn, columns) / totals
     return means
 
 

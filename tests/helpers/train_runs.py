@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from warm_process import run_program
+
 # Material with all kinds of questions. The quickstart itself asks only two.
 SIX_TASKS = [
     "made.tasks=[mcq,temporal,spatial,numeric,ocr,open]",
@@ -68,6 +70,8 @@ def mini_arguments(folder: Path, made: Path, *overrides: str) -> list[str]:
 def run_train(
     arguments: list[str], *, processes: int = 1, timeout_s: float = 400, device: str = "cpu"
 ) -> subprocess.CompletedProcess:
+    if device == "cpu":
+        return run_program("rmsd_fast.train", arguments, environment(), processes=processes, timeout_s=timeout_s)
     return subprocess.run(
         command(arguments, processes=processes),
         env=environment(device),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 from material import tiny_settings
 from train_runs import MINI, environment
+from warm_process import run_program
 
 from rmsd_fast.config import SettingsError
 from rmsd_fast.rollout.hf import HfRollout
@@ -35,15 +35,7 @@ def world():
 
 
 def run_doctor(*arguments: str, processes: int = 1) -> subprocess.CompletedProcess:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    start = launcher if processes > 1 else []
-    return subprocess.run(
-        [sys.executable, *start, "-m", "rmsd_fast.doctor", *arguments],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
+    return run_program("rmsd_fast.doctor", [*arguments], environment(), processes=processes, timeout_s=400)
 
 
 @pytest.mark.parametrize("processes", [1, 2])

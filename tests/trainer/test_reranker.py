@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,6 +11,7 @@ from material import WORLD, tiny_material, tiny_settings
 from media_files import write_images
 from safetensors.torch import load_file, save_file
 from train_runs import environment
+from warm_process import run_program
 
 from rmsd_fast.config import ModelError, SettingsError, VideoConfig
 from rmsd_fast.data.media import MediaReader
@@ -256,9 +255,8 @@ def test_the_program_ranks_and_refuses_a_student(folder, material, judge, tmp_pa
     settings += ["evaluate.rollouts=3", "evaluate.max_new_tokens=6", "evaluate.prompts_per_batch=8"]
 
     def evaluate(*overrides):
-        command = [sys.executable, "-m", "rmsd_fast.evaluate", "quickstart", *settings, *overrides]
-        command += ["--output", str(output)]
-        return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+        arguments = ["quickstart", *settings, *overrides, "--output", str(output)]
+        return run_program("rmsd_fast.evaluate", arguments, environment(), timeout_s=300)
 
     done = evaluate(f"evaluate.reranker={judge}")
     assert done.returncode == 0, done.stderr[-3000:]

@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from train_runs import (
     only_run,
     run_train,
 )
+from warm_process import run_program
 
 from rmsd_fast.files import FolderLock
 from rmsd_fast.report_page.curves import GROUPS
@@ -268,9 +268,7 @@ def test_evaluate_gives_the_scores_of_the_run(whole, made, tmp_path):
     output = tmp_path / "evaluation.json"
     arguments += [f"model.path={whole / 'export'}", "made.enabled=true", "--output", str(output)]
     arguments = [a for a in arguments if a not in ("made.student_layers=2",)]
-    done = subprocess.run(
-        [sys.executable, "-m", "rmsd_fast.evaluate", *arguments], env=environment(), capture_output=True, text=True
-    )
+    done = run_program("rmsd_fast.evaluate", arguments, environment(), timeout_s=300)
     assert done.returncode == 0, done.stderr[-3000:]
     expected = json.loads((whole / "evaluation.json").read_text())
     assert json.loads(output.read_text())["students"]["model"] == expected["students"]["stage2"]
