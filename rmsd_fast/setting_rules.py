@@ -17,7 +17,6 @@ from rmsd_fast.config import (
     SettingsError,
 )
 
-
 # Fields of a request to the judge that have settings of their own, or must not change.
 _OF_REQUESTS = ("messages", "model", "n", "stream", "temperature", "max_tokens", "max_completion_tokens")
 

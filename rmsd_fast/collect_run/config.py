@@ -184,13 +184,13 @@ def check_url(endpoint: str, section: str = "collect") -> None:
         usable = False
     if usable and (url.username is not None or url.password is not None or url.query or url.fragment):
         raise SettingsError(
-            f"{section}.endpoint: expected a URL without user, password and query, got one for {url.hostname}; put the "
-            f"key into the environment variable that {section}.api_key_env names"
+            f"{section}.endpoint: expected a URL without user, password and query, got one for {url.hostname}; put "
+            f"the key into the environment variable that {section}.api_key_env names"
         )
     if not usable:
         raise SettingsError(
-            f"{section}.endpoint: expected a URL such as http://localhost:8000/v1, got {endpoint!r}; write the server's "
-            "base URL"
+            f"{section}.endpoint: expected a URL such as http://localhost:8000/v1, got {endpoint!r}; write the base "
+            "URL of the server"
         )
 
 

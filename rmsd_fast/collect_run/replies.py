@@ -176,9 +176,7 @@ def tokens_of(usage: Mapping[str, Any]) -> tuple[int, int] | None:
     return None if math.isnan(prompt + completion) else (math.ceil(prompt), math.ceil(completion))
 
 
-def failure(
-    status: int, headers: Mapping[str, str], data: bytes, key: str = "", section: str = "collect"
-) -> Exception:
+def failure(status: int, headers: Mapping[str, str], data: bytes, key: str = "", section: str = "collect") -> Exception:
     """Return the error to raise for a reply with this status: Transient, Refused or Fatal, without the key."""
     text = _message(data, status, key)
     said = f"status {status}: {text}"
@@ -187,8 +185,8 @@ def failure(
         return Fatal(f"{section}.endpoint: expected an account with credit, got {said}; check it, then start again")
     if status == 404 and _NO_MODEL.search(text):
         return Fatal(
-            f"{section}.model: expected a model that the server has, got {said}; set it to a name that the server lists "
-            "at /v1/models"
+            f"{section}.model: expected a model that the server has, got {said}; set it to a name that the server "
+            "lists at /v1/models"
         )
     if status >= 500 and _ONE_CHOICE.search(text):
         return Refused("refused", said)

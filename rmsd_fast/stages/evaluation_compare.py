@@ -172,7 +172,8 @@ def format_comparison(result: Mapping[str, Any]) -> str:
     for name, student in students.items():
         lines += benchmark_lines(name, result["benchmark"], student)
     numbers = [student["all"]["n"] for student in students.values()]
-    return "\n".join([*lines, *paper_lines(result["benchmark"], numbers)])
+    judged = all("judged" in student for student in students.values())
+    return "\n".join([*lines, *paper_lines(result["benchmark"], numbers, judged=judged)])
 
 
 def _rows(students: Mapping[str, Mapping[str, Any]]) -> list[Row]:

@@ -73,7 +73,8 @@ def test_a_student_answers_vstar_and_a_missing_video_stays(made, tmp_path, promp
     assert own["strict"]["score"] == (numbers["score"] if prompt == "rmsd" else 0.0)
     *_, lenient, paper = format_table(result).splitlines()
     assert lenient == (
-        "model, vstar (rule-based: what, and the means that contain it), lenient, in percent: mean 35.0, "
+        "model, vstar (rule-based: what, and the means that contain it; 100.0% of 1 answer decided by rules), lenient, "
+        "in percent: mean 35.0, "
         "accuracy 50.0, mam 37.5, mlgm 51.0, score 51.0; chain1: tiou 50.0, viou 25.0, am 41.7, lgm 55.8; "
         "chain2: tiou 50.0, viou 0.0, am 33.3, lgm 46.2"
     )
