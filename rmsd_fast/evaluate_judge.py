@@ -107,7 +107,7 @@ def judge_answers(
     try:
         asked = [(q, r) for q, r in zip(questions, records, strict=True) if needs_judge(q, r)]
         with Replies(path) as replies:
-            verdicts = asyncio.run(_judge(asked, judge, replies, watch))
+            verdicts = asyncio.run(_judge(asked, judge, replies, watch)) if asked else {}
     except Exception as error:
         broadcast_object(error, world)
         raise

@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 from benchmark_records import PNG, load, vstar_record, write_json
 from material import WORLD, tiny_material
+from safetensors.torch import load_file, save_file
 from teacher_server import Act, TeacherServer, completion, error
+from tokenizers import Tokenizer
 from train_runs import environment
 
 from rmsd_fast.config import JudgeConfig, SettingsError
@@ -492,12 +494,19 @@ def test_the_program_keeps_answers_if_the_judge_fails_and_continues(tmp_path):
     """Two processes answer, the judge fails, and one process continues without answering or asking again."""
     folder, output = tmp_path / "made", tmp_path / "x.json"
     material = tiny_material(folder)
+    # The untrained student writes line breaks only. Now a letter has their row of the head, but longer.
+    weights = Path(material.model_path) / "model.safetensors"
+    tensors, tokenizer = load_file(weights), Tokenizer.from_file(str(weights.with_name("tokenizer.json")))
+    head = tensors["model.language_model.embed_tokens.weight"]
+    head[tokenizer.encode("a").ids[0]] = 3 * head[tokenizer.encode("\n").ids[0]]
+    save_file(tensors, weights, {"format": "pt"})
     clip = Path(material.heldout[0].videos[0])
     rows = [vstar_record(vid=clip.stem, question=f"What is in scene {i}?") for i in range(3)]
     annotation = write_json(tmp_path / "V_STaR_test.json", rows)
     settings = [f"model.path={material.model_path}", f"data.heldout={annotation}", f"data.media_root={clip.parent}"]
     settings += ["model.dtype=float32", "video.num_frames=4", "evaluate.benchmark=vstar", "evaluate.parse=lenient"]
-    settings += ["evaluate.max_new_tokens=8", "evaluate.prompts_per_batch=4", "evaluate.judge.model=m"]
+    settings += ["evaluate.rollouts=0", "evaluate.max_new_tokens=8", "evaluate.prompts_per_batch=4"]
+    settings += ["evaluate.judge.model=m"]
     broken = True
 
     def script(request, number):
@@ -510,7 +519,7 @@ def test_the_program_keeps_answers_if_the_judge_fails_and_continues(tmp_path):
 
     with TeacherServer(script) as server:
         failed = evaluate(server, "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
-        assert failed.returncode != 0 and not output.exists()
+        assert failed.returncode != 0 and not output.exists(), failed.stdout
         assert failed.stderr.count("evaluate.judge: expected a verdict about question") == 1, failed.stderr[-3000:]
         assert {p.name for p in tmp_path.glob("x.predictions*")} == {f"x.predictions.jsonl.part{i}" for i in (0, 1)}
         answered = {path: path.read_bytes() for path in tmp_path.glob("x.predictions*")}
