@@ -25,6 +25,8 @@ DIFFERENCES = (("stage1", "untrained"), ("stage2", "stage1"), ("control", "stage
 ACCURACY_STEPS = 8
 # Benchmarks of which some answers are scored by a language model in the field.
 JUDGED = ("mathvista", "mathverse", "vstar")
+# Benchmarks with subtitles.
+SUBTITLED = ("videomme", "longvideobench", "worldsense")
 BENCHMARKS = (
     "videomme",
     "videommmu",
@@ -527,6 +529,9 @@ class EvaluateConfig:
     prompt: str = choice("rmsd", of=("rmsd", "benchmark"))
     """`rmsd` = the held-out questions are shown as in training, with the answer format, or `benchmark` = the prompt of
     `evaluate.benchmark`, verbatim."""
+    subtitles: bool = False
+    """Show the subtitles that are spoken at the times of the chosen frames, for `videomme`, `longvideobench` and
+    `worldsense` with `evaluate.prompt=benchmark`."""
     num_frames: int | None = number(None, least=2)
     """Frames per video in evaluation instead of `video.num_frames` or `video.fps` (2603.11423: 64)."""
     max_questions: int = number(0, least=0)

@@ -9,6 +9,7 @@ from rmsd_fast.config import (
     ACCURACY_STEPS,
     JUDGED,
     STAGES,
+    SUBTITLED,
     TASK_TYPES,
     TRACKERS,
     MadeConfig,
@@ -101,6 +102,7 @@ def check_together(settings: RunConfig) -> None:
         )
     _check_reranker(settings)
     _check_judge(settings)
+    _check_subtitles(settings)
     video = settings.video
     if (video.num_frames is None) == (video.fps is None):
         raise SettingsError(
@@ -264,6 +266,22 @@ def _check_judge(settings: RunConfig) -> None:
             raise SettingsError(
                 f"evaluate.judge.extra_body: expected other fields, got {name!r}, which the evaluation sets; remove it"
             )
+
+
+def _check_subtitles(settings: RunConfig) -> None:
+    evaluate = settings.evaluate
+    if not evaluate.subtitles:
+        return
+    if evaluate.benchmark not in SUBTITLED:
+        raise SettingsError(
+            f"evaluate.subtitles: expected a benchmark with subtitles ({', '.join(SUBTITLED)}), got "
+            f"evaluate.benchmark={evaluate.benchmark or 'empty'}; set evaluate.subtitles=false"
+        )
+    if evaluate.prompt != "benchmark":
+        raise SettingsError(
+            "evaluate.subtitles: expected evaluate.prompt=benchmark, whose prompt has a place for them, got "
+            f"evaluate.prompt={evaluate.prompt}; set evaluate.prompt=benchmark"
+        )
 
 
 def _check_adapter(settings: RunConfig) -> None:

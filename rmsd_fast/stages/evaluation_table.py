@@ -44,6 +44,10 @@ def format_table(result: Mapping[str, Any]) -> str:
         for row, label in (("closed", "closed tasks"), ("sampled", "closed tasks, sampled"), ("meaning", "meaning")):
             if entry := row_of(difference, row):
                 lines.append(f"{name}, {label}: {signed_interval(entry)}")
+    if subtitles := result.get("subtitles"):
+        lost, files = counted(subtitles["missing"], "question"), counted(len(subtitles["missing_files"]), "file")
+        missing = f"; {files} missing, so {lost} had none" if subtitles["missing"] else ""
+        lines.append(f"subtitles: {counted(subtitles['questions'], 'question')} with subtitles{missing}")
     numbers = (student["all"]["n"] for student in students.values())
     judged = all("judged" in student for student in students.values())
     return "\n".join([*lines, *paper_lines(result.get("benchmark"), numbers, judged=judged)])
