@@ -25,6 +25,8 @@ DIFFERENCES = (("stage1", "untrained"), ("stage2", "stage1"), ("control", "stage
 ACCURACY_STEPS = 8
 # Benchmarks of which some answers are scored by a language model in the field.
 JUDGED = ("mathvista", "mathverse", "vstar")
+# Benchmarks about images.
+OF_IMAGES = ("mathvista", "mathverse")
 # Benchmarks with subtitles.
 SUBTITLED = ("videomme", "longvideobench", "worldsense")
 BENCHMARKS = (
@@ -532,6 +534,9 @@ class EvaluateConfig:
     subtitles: bool = False
     """Show the subtitles that are spoken at the times of the chosen frames, for `videomme`, `longvideobench` and
     `worldsense` with `evaluate.prompt=benchmark`."""
+    without_video: bool = False
+    """Ask a benchmark's questions without their videos; images of questions are still shown. `--compare` with such an
+    evaluation of Video-MMMU as the first one prints the knowledge gain."""
     num_frames: int | None = number(None, least=2)
     """Frames per video in evaluation instead of `video.num_frames` or `video.fps` (2603.11423: 64)."""
     max_questions: int = number(0, least=0)

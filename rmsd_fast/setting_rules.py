@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 from rmsd_fast.config import (
     ACCURACY_STEPS,
     JUDGED,
+    OF_IMAGES,
     STAGES,
     SUBTITLED,
     TASK_TYPES,
@@ -103,6 +104,12 @@ def check_together(settings: RunConfig) -> None:
     _check_reranker(settings)
     _check_judge(settings)
     _check_subtitles(settings)
+    evaluate = settings.evaluate
+    if evaluate.without_video and (not evaluate.benchmark or evaluate.benchmark in OF_IMAGES):
+        raise SettingsError(
+            "evaluate.without_video: expected a benchmark about videos, got "
+            f"evaluate.benchmark={evaluate.benchmark or 'empty'}; set evaluate.without_video=false"
+        )
     video = settings.video
     if (video.num_frames is None) == (video.fps is None):
         raise SettingsError(
@@ -276,6 +283,11 @@ def _check_subtitles(settings: RunConfig) -> None:
         raise SettingsError(
             f"evaluate.subtitles: expected a benchmark with subtitles ({', '.join(SUBTITLED)}), got "
             f"evaluate.benchmark={evaluate.benchmark or 'empty'}; set evaluate.subtitles=false"
+        )
+    if evaluate.without_video:
+        raise SettingsError(
+            "evaluate.subtitles: expected false with evaluate.without_video, since subtitles are those of the shown "
+            "frames, got true; leave one of the two out"
         )
     if evaluate.prompt != "benchmark":
         raise SettingsError(

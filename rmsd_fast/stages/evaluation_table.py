@@ -44,13 +44,21 @@ def format_table(result: Mapping[str, Any]) -> str:
         for row, label in (("closed", "closed tasks"), ("sampled", "closed tasks, sampled"), ("meaning", "meaning")):
             if entry := row_of(difference, row):
                 lines.append(f"{name}, {label}: {signed_interval(entry)}")
+    if is_blind(result):
+        lines.append("WITHOUT VIDEO: the questions were asked without their videos (evaluate.without_video=true)")
     if subtitles := result.get("subtitles"):
         lost, files = counted(subtitles["missing"], "question"), counted(len(subtitles["missing_files"]), "file")
         missing = f"; {files} missing, so {lost} had none" if subtitles["missing"] else ""
         lines.append(f"subtitles: {counted(subtitles['questions'], 'question')} with subtitles{missing}")
     numbers = (student["all"]["n"] for student in students.values())
     judged = all("judged" in student for student in students.values())
-    return "\n".join([*lines, *paper_lines(result.get("benchmark"), numbers, judged=judged)])
+    paper = [] if is_blind(result) else paper_lines(result.get("benchmark"), numbers, judged=judged)
+    return "\n".join([*lines, *paper])
+
+
+def is_blind(result: Mapping[str, Any]) -> bool:
+    """Return whether the questions of an `evaluation.json` were asked without their videos."""
+    return entry_at(result, ("protocol", "evaluate", "without_video")) is True
 
 
 def benchmark_lines(name: str, benchmark: str | None, student: Entry) -> list[str]:

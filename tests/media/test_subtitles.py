@@ -204,6 +204,11 @@ def test_longvideobench_and_worldsense_have_subtitles(tmp_path):
     [
         (["evaluate.benchmark=mlvu"], "expected a benchmark with subtitles (videomme, longvideobench, worldsense)"),
         (["evaluate.prompt=rmsd"], "evaluate.subtitles: expected evaluate.prompt=benchmark"),
+        (["evaluate.without_video=true"], "evaluate.subtitles: expected false with evaluate.without_video"),
+        (
+            ["evaluate.subtitles=false", "evaluate.without_video=true", "evaluate.benchmark=mathverse"],
+            "evaluate.without_video: expected a benchmark about videos, got evaluate.benchmark=mathverse",
+        ),
     ],
 )
 def test_subtitles_that_no_prompt_would_show_are_refused(overrides, says):

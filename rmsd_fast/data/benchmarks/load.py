@@ -60,6 +60,7 @@ def load_benchmark(
     check_count: bool = True,
     most: int = 0,
     subtitles: bool = False,
+    videos: bool = True,
 ) -> list[Question]:
     """Return the questions of a benchmark, including those whose media are missing.
 
@@ -75,6 +76,8 @@ def load_benchmark(
             `$XDG_CACHE_HOME/rmsd_fast/benchmarks`. Each image is written once.
         check_count: whether to warn if the number of questions differs from the published one.
         most: evaluate.max_questions; a warning says if it leaves questions out. 0 = no limit.
+        videos: whether questions are asked with their videos. Without them, they still have their images, and questions
+            about one video are still one cluster.
         subtitles: whether prompts have subtitles. A warning counts and names missing files and damaged cues.
     Raises:
         DataError: the path is wrong, a required field is missing or damaged, an id occurs twice, or a medium's path is
@@ -93,7 +96,7 @@ def load_benchmark(
         )
     cache = Path(image_cache) / "benchmark_images" if image_cache else _cache_folder()
     cache = (cache / name).absolute()
-    media = MediaFolder(root, follow_symlinks=follow_symlinks, image_cache=cache, subtitles=subtitles)
+    media = MediaFolder(root, follow_symlinks=follow_symlinks, image_cache=cache, subtitles=subtitles, videos=videos)
     questions: list[Question] = []
     faults: list[DataError] = []
     unknown: Counter[str] = Counter()
@@ -108,7 +111,8 @@ def load_benchmark(
                     todo = f"it was already used at {places[question.id]}; remove one of the two"
                     raise DataError.at(where, "id", "an id that occurs once", question.id, todo)
                 places[question.id] = where
-                questions.append(replace(question, meta={**question.meta, "benchmark": name}))
+                question = replace(question, meta={**question.meta, "benchmark": name})
+                questions.append(question if videos else _without_videos(question))
         except DataError as error:
             faults.append(error)
             continue
@@ -129,6 +133,17 @@ def load_benchmark(
             name,
         )
     return questions
+
+
+def _without_videos(question: Question) -> Question:
+    """Return a question without its videos and their marks."""
+    bare = {
+        name: text.replace("<video>", "")
+        for name in ("question", "prompt")
+        if isinstance(text := getattr(question, name), str)
+    }
+    cluster = question.meta.get("cluster") or "\n".join(question.videos)
+    return replace(question, videos=(), spans=(), meta={**question.meta, "cluster": cluster}, **bare)
 
 
 def _check_answer(where: str, question: Question) -> None:

@@ -38,14 +38,17 @@ class MediaFolder:
         follow_symlinks: whether symbolic links in it may point outside.
         image_cache: folder for images that annotations contain.
         subtitles: whether questions have subtitles.
+        videos: whether questions are asked with their videos.
     Attributes:
         subtitle_files: hash of each subtitle file that was asked for, by its path; None = there is no such file.
         subtitle_faults: a text about each damaged cue.
     """
 
-    def __init__(self, root: Path, *, follow_symlinks: bool, image_cache: Path, subtitles: bool = False) -> None:
+    def __init__(
+        self, root: Path, *, follow_symlinks: bool, image_cache: Path, subtitles: bool = False, videos: bool = True
+    ) -> None:
         self.root, self.follow_symlinks, self.image_cache = root, follow_symlinks, image_cache
-        self.with_subtitles = subtitles
+        self.with_subtitles, self.with_videos = subtitles, videos
         self.subtitle_files: dict[str, str | None] = {}
         self.subtitle_faults: list[str] = []
 
