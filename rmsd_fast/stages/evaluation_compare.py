@@ -206,6 +206,9 @@ def format_comparison(result: Mapping[str, Any]) -> str:
             + ", ".join(f"{name} {reading}" for name, reading in result["parse"].items())
             + "); compare the rows strict and lenient"
         )
+    if len({"judged" in student for student in students.values()}) > 1:
+        named = ", ".join(name for name, student in students.items() if "judged" in student)
+        lines.append(f"WARNING: only {named} had a judge (evaluate.judge); compare the rows strict and lenient")
     for name, student in students.items():
         lines += benchmark_lines(name, result["benchmark"], student)
     numbers = [student["all"]["n"] for student in students.values()]

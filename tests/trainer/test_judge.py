@@ -27,6 +27,7 @@ from rmsd_fast.setting_rules import refuse_evaluation_only
 from rmsd_fast.settings import load_settings
 from rmsd_fast.stages.answer_records import answer_record
 from rmsd_fast.stages.evaluation_checks import check_predictions
+from rmsd_fast.stages.evaluation_compare import Evaluation, compare_evaluations, format_comparison
 from rmsd_fast.stages.evaluation_table import benchmark_lines
 from rmsd_fast.stages.judge import judging, needs_judge, read_reply
 from rmsd_fast.stages.paper_numbers import paper_lines
@@ -255,6 +256,9 @@ def test_verdicts_are_recorded_and_nothing_is_asked_twice(tmp_path):
     decided = {"answers": 3, "rules": 0, "rules_share": 0.0, "model": "m", "judge": 3, "unclear": []}
     assert summary["decided"] == decided
     assert compare(judged, records)["closed"]["mean"] == pytest.approx(2 / 3)
+    both = [Evaluation(name, rows, {"benchmark": "mathvista"}) for name, rows in (("by rules", records), ("j", judged))]
+    text = format_comparison(compare_evaluations(both))
+    assert "WARNING: only j had a judge" in text and "j, mathvista (judged by m: 0.0% of 3 answers" in text
 
 
 def test_unreadable_replies_are_asked_for_again_and_then_count_as_wrong(tmp_path, caplog):
@@ -491,7 +495,10 @@ def test_another_file_is_not_taken_for_replies(tmp_path):
 
 
 def test_the_program_keeps_answers_if_the_judge_fails_and_continues(tmp_path):
-    """Two processes answer, the judge fails, and one process continues without answering or asking again."""
+    """Two processes answer, the judge fails, and one process continues without answering or asking again.
+
+    The second process hears from the first one again and again while the judge thinks.
+    """
     folder, output = tmp_path / "made", tmp_path / "x.json"
     material = tiny_material(folder)
     # The untrained student writes line breaks only. Now a letter has their row of the head, but longer.
@@ -510,15 +517,25 @@ def test_the_program_keeps_answers_if_the_judge_fails_and_continues(tmp_path):
     broken = True
 
     def script(request, number):
-        return error(400, "no more") if broken and number else completion(f"Score: {3 - number % 2}")
+        if broken and number:
+            return error(400, "no more")
+        return Act(completion(f"Score: {3 - number % 2}").body, delay_s=2.0 if broken else 0.0)
+
+    program = tmp_path / "program.py"
+    program.write_text(
+        "from rmsd_fast import evaluate, evaluate_judge\n"
+        "from rmsd_fast.runtime.process_group import exit_process\n"
+        "evaluate_judge.HEARTBEAT_S = 0.1\n"
+        "exit_process(evaluate.main())\n"
+    )
 
     def evaluate(server, *launcher):
-        ours = ["rmsd_fast.evaluate", "quickstart", *settings, f"evaluate.judge.endpoint={server.url}"]
-        command = [sys.executable, "-m", *launcher, *ours, "evaluate.judge.max_concurrency=1", "--output", str(output)]
+        ours = [str(program), "quickstart", *settings, f"evaluate.judge.endpoint={server.url}"]
+        command = [sys.executable, *launcher, *ours, "evaluate.judge.max_concurrency=1", "--output", str(output)]
         return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
 
     with TeacherServer(script) as server:
-        failed = evaluate(server, "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
+        failed = evaluate(server, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
         assert failed.returncode != 0 and not output.exists(), failed.stdout
         assert failed.stderr.count("evaluate.judge: expected a verdict about question") == 1, failed.stderr[-3000:]
         assert {p.name for p in tmp_path.glob("x.predictions*")} == {f"x.predictions.jsonl.part{i}" for i in (0, 1)}
