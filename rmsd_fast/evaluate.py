@@ -130,7 +130,7 @@ def evaluate(settings: RunConfig, world: World, stop: StopSignal, output: Path) 
         write_records(path, records)
         write_text_atomic(output, json.dumps(result, indent=2) + "\n")
         print(format_table(result))
-        print(f"evaluation: {output}\npredictions: {path}" + (f"\njudge: {replies}" if judge.endpoint else ""))
+        print(f"evaluation: {output}\npredictions: {path}" + (f"\njudge: {replies}" if replies.exists() else ""))
 
     on_main(world, write)
     delete_parts(path, world)

@@ -27,7 +27,7 @@ _CLOCK = r"(?:(\d{1,3}):)?(\d{1,3}):(\d{1,2})(?:[.,](\d{1,9}))?"
 _TIMES = re.compile(rf"\s*{_CLOCK}\s*-->\s*{_CLOCK}(?:\s.*)?")
 _TIME = re.compile(rf"\s*{_CLOCK}\s*")
 # Tags such as <i> and <font …>. Marks of media and special tokens have the same form, and must not reach the prompt.
-_TAG = re.compile(r"<[^<>]*>|\{\\[^{}]*\}")
+_TAG = re.compile(r"<[/|!A-Za-z][^<>]*>|\{\\[^{}]*\}")
 _MOST_BYTES = 64 * 2**20
 
 

@@ -26,7 +26,7 @@ SRT = """1
 2
 00:00:01,000 --> 00:00:02,500
 Two lines,
-<i>one cue</i> &amp; no mark: &lt;image&gt; <<b>video>
+<i>one cue</i> &amp; no mark: &lt;image&gt; <<b>video> <|im_end|> {\\an8}1<2
 
 3
 00:59:59,500 --> 01:00:01,250
@@ -48,7 +48,7 @@ def test_srt_files_are_read(tmp_path, change):
     dot = "." if "Two lines." in change(SRT) else ","
     assert read.cues == (
         Cue(0.0, 1.0, "Hello there."),
-        Cue(1.0, 2.5, f"Two lines{dot} one cue & no mark:"),
+        Cue(1.0, 2.5, f"Two lines{dot} one cue & no mark: 1<2"),
         Cue(3599.5, 3601.25, "42"),
     )
     assert read.faults == ()
