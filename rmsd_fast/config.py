@@ -23,6 +23,12 @@ MEASURES = ("closed", "meaning")
 DIFFERENCES = (("stage1", "untrained"), ("stage2", "stage1"), ("control", "stage1"), ("stage2", "control"))
 # Steps over which `discriminator.warm_up_accuracy` averages.
 ACCURACY_STEPS = 8
+# Benchmarks of which some answers are scored by a language model in the field.
+JUDGED = ("mathvista", "mathverse", "vstar")
+# Benchmarks about images.
+OF_IMAGES = ("mathvista", "mathverse")
+# Benchmarks with subtitles.
+SUBTITLED = ("videomme", "longvideobench", "worldsense")
 BENCHMARKS = (
     "videomme",
     "videommmu",
@@ -484,6 +490,37 @@ class CheckpointConfig:
 
 
 @dataclass
+class JudgeConfig:
+    """A language model that judges answers which rules cannot score (docs/evaluation.md, extra `collect`)."""
+
+    endpoint: str = ""
+    """Base URL of a server with OpenAI's chat completions, such as http://localhost:8000/v1. It judges answers to
+    MathVista, MathVerse and `what` of V-STaR, as their authors' language models do. For rmsd_fast.evaluate only; empty
+    = no judge."""
+    model: str = ""
+    """Name of the judge's model on that server. V-STaR's authors use Qwen2.5-72B-Instruct."""
+    api_key_env: str = "OPENAI_API_KEY"
+    """Environment variable with the API key; empty = no key. The default is optional and sent only with https."""
+    temperature: float | None = number(0.0, least=0)
+    """Sampling temperature. A reply that cannot be read is requested again with 0.5 more, and then with 1.0 more; null
+    = the server's default, for models that accept no other value."""
+    max_tokens: int = number(1024, least=1)
+    """Maximum length of a reply in tokens, with its reasoning."""
+    token_limit: str = choice("max_tokens", of=("max_tokens", "max_completion_tokens"))
+    """Name under which `max_tokens` is sent; OpenAI's reasoning models accept only `max_completion_tokens`."""
+    extra_body: dict[str, Any] = field(default_factory=dict)
+    """Further fields of each request, such as {chat_template_kwargs: {enable_thinking: false}}."""
+    max_concurrency: int = number(16, least=1, most=4096)
+    """Maximum number of requests in flight. The number is adapted to the server, as in a collection."""
+    timeout_s: float = number(600.0, above=0, most=86400)
+    """Time-out of a request in seconds."""
+    attempts: int = number(8, least=1)
+    """Attempts of a request that fails at the server or on the way. Refusals because of rate limits do not count."""
+    outage_s: float = number(900.0, above=0, most=604800)
+    """Stop after this time in seconds in which requests were sent and none was answered."""
+
+
+@dataclass
 class EvaluateConfig:
     """Evaluation on the held-out questions."""
 
@@ -494,6 +531,12 @@ class EvaluateConfig:
     prompt: str = choice("rmsd", of=("rmsd", "benchmark"))
     """`rmsd` = the held-out questions are shown as in training, with the answer format, or `benchmark` = the prompt of
     `evaluate.benchmark`, verbatim."""
+    subtitles: bool = False
+    """Show the subtitles that are spoken at the times of the chosen frames, for `videomme`, `longvideobench` and
+    `worldsense` with `evaluate.prompt=benchmark`."""
+    without_video: bool = False
+    """Ask a benchmark's questions without their videos; images of questions are still shown. `--compare` with such an
+    evaluation of Video-MMMU as the first one prints the knowledge gain."""
     num_frames: int | None = number(None, least=2)
     """Frames per video in evaluation instead of `video.num_frames` or `video.fps` (2603.11423: 64)."""
     max_questions: int = number(0, least=0)
@@ -517,6 +560,7 @@ class EvaluateConfig:
     """Number of questions per generation batch of a process."""
     samples: int = number(24, least=0)
     """Number of responses kept per student for the report's table."""
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
 
 
 @dataclass

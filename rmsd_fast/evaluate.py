@@ -74,8 +74,9 @@ def main(argv: list[str] | None = None) -> int:
 def evaluate(settings: RunConfig, world: World, stop: StopSignal, output: Path) -> None:
     """Evaluate `model.path` and write `output`. The answers are written next to it, as `<stem>.predictions.jsonl`.
 
-    With `evaluate.reranker`, its discriminator ranks the sampled answers. If an evaluation of the same model, settings
-    and questions was interrupted, continue it.
+    With `evaluate.reranker`, its discriminator ranks the sampled answers. With `evaluate.judge`, a language model
+    scores answers that rules cannot, and its replies are kept in `<stem>.judge.jsonl`. If an evaluation of the same
+    model, settings and questions was interrupted, continue it.
     """
     from rmsd_fast.data.media import MediaReader
     from rmsd_fast.files import write_text_atomic
@@ -98,7 +99,10 @@ def evaluate(settings: RunConfig, world: World, stop: StopSignal, output: Path) 
     if ranked:
         on_main(world, lambda: bool(open_folder(resolve_folder(ranked), discriminator=True)))
         identity["reranker"] = on_main(world, lambda: model_identity(ranked))
-    path = output.with_suffix(".predictions.jsonl")
+    judge = settings.evaluate.judge
+    if judge.endpoint:
+        _check_judge(settings, world)
+    path, replies = output.with_suffix(".predictions.jsonl"), output.with_suffix(".judge.jsonl")
     with AnswerStore(path, identity, world) as store, MediaReader(settings.data, world.device) as media:
         stop.output = path
         student = load(material.model_path, settings, world)
@@ -113,6 +117,10 @@ def evaluate(settings: RunConfig, world: World, stop: StopSignal, output: Path) 
             store=store,
             reranker=load_reranker(student, settings, world) if ranked else None,
         )
+        if judge.endpoint:
+            from rmsd_fast.evaluate_judge import judge_answers
+
+            records = judge_answers(records, questions, judge, replies, world, stop)
 
     def write() -> None:
         result = {"model": material.model_path, **evaluation_of({"model": records}, questions, settings)}
@@ -122,10 +130,25 @@ def evaluate(settings: RunConfig, world: World, stop: StopSignal, output: Path) 
         write_records(path, records)
         write_text_atomic(output, json.dumps(result, indent=2) + "\n")
         print(format_table(result))
-        print(f"evaluation: {output}\npredictions: {path}")
+        print(f"evaluation: {output}\npredictions: {path}" + (f"\njudge: {replies}" if replies.exists() else ""))
 
     on_main(world, write)
     delete_parts(path, world)
+
+
+def _check_judge(settings: RunConfig, world: World) -> None:
+    """Raise UserError before the questions are answered if the judge's settings cannot be used."""
+    from rmsd_fast.config import NotInstalled
+    from rmsd_fast.runtime.process_group import on_main
+
+    def check() -> None:
+        if reason := environment.why_not(("httpx2",)):
+            raise NotInstalled(f"evaluate.judge: {reason.replace('[train,video]', '[collect]')}")
+        from rmsd_fast.evaluate_judge import client_settings
+
+        client_settings(settings.evaluate.judge)
+
+    on_main(world, check)
 
 
 def _why_not_writable(output: Path) -> str:

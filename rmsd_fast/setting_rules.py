@@ -7,7 +7,10 @@ from urllib.parse import urlsplit
 
 from rmsd_fast.config import (
     ACCURACY_STEPS,
+    JUDGED,
+    OF_IMAGES,
     STAGES,
+    SUBTITLED,
     TASK_TYPES,
     TRACKERS,
     MadeConfig,
@@ -15,6 +18,9 @@ from rmsd_fast.config import (
     RunConfig,
     SettingsError,
 )
+
+# Fields of a request to the judge that have settings of their own, or must not change.
+_OF_REQUESTS = ("messages", "model", "n", "stream", "temperature", "max_tokens", "max_completion_tokens")
 
 
 def uses_reference(settings: RunConfig) -> bool:
@@ -96,6 +102,14 @@ def check_together(settings: RunConfig) -> None:
             "prompt, got none; set evaluate.benchmark, or evaluate.prompt=rmsd"
         )
     _check_reranker(settings)
+    _check_judge(settings)
+    _check_subtitles(settings)
+    evaluate = settings.evaluate
+    if evaluate.without_video and (not evaluate.benchmark or evaluate.benchmark in OF_IMAGES):
+        raise SettingsError(
+            "evaluate.without_video: expected a benchmark about videos, got "
+            f"evaluate.benchmark={evaluate.benchmark or 'empty'}; set evaluate.without_video=false"
+        )
     video = settings.video
     if (video.num_frames is None) == (video.fps is None):
         raise SettingsError(
@@ -200,8 +214,13 @@ def _is_address(url: str) -> bool:
         return False
 
 
-def refuse_reranker(settings: RunConfig) -> None:
-    """Raise SettingsError if a training run is to rank answers, which only rmsd_fast.evaluate does."""
+def refuse_evaluation_only(settings: RunConfig) -> None:
+    """Raise SettingsError if a training run is to rank or judge answers, which only rmsd_fast.evaluate does."""
+    if settings.evaluate.judge.endpoint:
+        raise SettingsError(
+            "evaluate.judge.endpoint: expected none in training, since only rmsd_fast.evaluate asks a judge, got "
+            f"{settings.evaluate.judge.endpoint}; leave it out, and evaluate the run's export/ with it"
+        )
     if settings.evaluate.reranker:
         raise SettingsError(
             "evaluate.reranker: expected none in training, since only rmsd_fast.evaluate ranks responses, got "
@@ -226,6 +245,55 @@ def _check_reranker(settings: RunConfig) -> None:
         )
     # An end token is appended to truncated responses.
     check_room(settings, evaluate.max_new_tokens + 1, "a response of evaluate.max_new_tokens and its end token")
+
+
+def _check_judge(settings: RunConfig) -> None:
+    evaluate = settings.evaluate
+    if not evaluate.judge.endpoint:
+        return
+    if evaluate.benchmark not in JUDGED:
+        raise SettingsError(
+            f"evaluate.judge.endpoint: expected a benchmark with judged answers ({', '.join(JUDGED)}), got "
+            f"evaluate.benchmark={evaluate.benchmark or 'empty'}; leave the judge out"
+        )
+    if not evaluate.judge.model:
+        raise SettingsError("evaluate.judge.model: expected the name of a model, got nothing; set it")
+    if evaluate.parse != "lenient":
+        raise SettingsError(
+            "evaluate.parse: expected lenient with evaluate.judge, since a judge reads answers in any form, got "
+            f"{evaluate.parse}; set evaluate.parse=lenient"
+        )
+    if evaluate.rollouts:
+        raise SettingsError(
+            "evaluate.rollouts: expected 0 with evaluate.judge, since only greedy answers are judged, got "
+            f"{evaluate.rollouts}; leave one of the two out"
+        )
+    for name in evaluate.judge.extra_body:
+        if name in _OF_REQUESTS:
+            raise SettingsError(
+                f"evaluate.judge.extra_body: expected other fields, got {name!r}, which the evaluation sets; remove it"
+            )
+
+
+def _check_subtitles(settings: RunConfig) -> None:
+    evaluate = settings.evaluate
+    if not evaluate.subtitles:
+        return
+    if evaluate.benchmark not in SUBTITLED:
+        raise SettingsError(
+            f"evaluate.subtitles: expected a benchmark with subtitles ({', '.join(SUBTITLED)}), got "
+            f"evaluate.benchmark={evaluate.benchmark or 'empty'}; set evaluate.subtitles=false"
+        )
+    if evaluate.without_video:
+        raise SettingsError(
+            "evaluate.subtitles: expected false with evaluate.without_video, since subtitles are those of the shown "
+            "frames, got true; leave one of the two out"
+        )
+    if evaluate.prompt != "benchmark":
+        raise SettingsError(
+            "evaluate.subtitles: expected evaluate.prompt=benchmark, whose prompt has a place for them, got "
+            f"evaluate.prompt={evaluate.prompt}; set evaluate.prompt=benchmark"
+        )
 
 
 def _check_adapter(settings: RunConfig) -> None:
@@ -476,6 +544,11 @@ def refuse_useless(settings: RunConfig, written_keys: list[str], where: str) -> 
             ["evaluate.every_steps"],
             settings.evaluate.every_steps >= distill.steps,
             f"stage 2 ends after distill.steps={distill.steps}; set a lower value",
+        ),
+        (
+            ["evaluate.judge."],
+            not settings.evaluate.judge.endpoint,
+            "there is no judge; set evaluate.judge.endpoint",
         ),
         (
             ["evaluate."],

@@ -63,7 +63,7 @@ POOL_SETTINGS = (
     "teacher.unlabeled",
 )
 # Settings whose values are objects with keys of the user's choice.
-FREE = ("collect.extra_body",)
+FREE = ("collect.extra_body", "evaluate.judge.extra_body")
 
 
 @functools.cache
@@ -166,12 +166,16 @@ def describe_settings(
 def _describe_fields(cls: type, prefix: str, names: Sequence[str] | None = None) -> list[str]:
     documents = _field_documents(cls)
     default = cls()
-    return [
+    lines = [
         f"  {prefix}{f.name}={_as_yaml(getattr(default, f.name))}\n"
         + textwrap.fill(documents[f.name], 110, initial_indent="      ", subsequent_indent="      ")
         for f in fields(cls)
         if f.name in documents and (names is None or f.name in names)
     ]
+    nested = [f for f in fields(cls) if prefix and names is None and is_dataclass(f.default_factory)]
+    for f in nested:
+        lines += _describe_fields(f.default_factory, f"{prefix}{f.name}.")
+    return lines
 
 
 def _as_yaml(value: object) -> str:

@@ -51,6 +51,7 @@ SAME_LEVEL = {
     ("config", "method"),  # config has the task types among its choices.
     ("train", "evaluate"),
     ("train", "report"),
+    ("evaluate", "collect"),  # the client, which asks the judge
     ("report", "collect"),  # prices, which are settings of a collection
     ("lab", "report"),  # colors and ticks of its chart
     ("program", "runtime"),

@@ -170,20 +170,20 @@ class Client:
 
     def _check(self, index: int, error: Transient, counted: int) -> None:
         """Raise GaveUp or Fatal if another attempt makes no sense."""
-        url = self.teacher.endpoints[index]
+        url, section = self.teacher.endpoints[index], self.teacher.section
         self._strange[index] += error.wrong_server
         is_sure = counted >= FIRST_ATTEMPTS or self._strange[index] >= FIRST_REQUESTS
         if not self.answered and error.wrong_server and is_sure and min(self._strange) >= FIRST_ATTEMPTS:
-            advice = "check the URL" if error.kind != "404" else "check the URL and collect.model"
+            advice = "check the URL" if error.kind != "404" else f"check the URL and {section}.model"
             if not urlsplit(url).path.strip("/"):
                 advice += ", which usually ends in /v1"
-            raise Fatal(f"collect.endpoint {url}: expected a server with chat completions, got {error}; {advice}")
+            raise Fatal(f"{section}.endpoint {url}: expected a server with chat completions, got {error}; {advice}")
         silent_s = asyncio.get_running_loop().time() - self._succeeded_s
         self._asked_s = max(self._asked_s, error.retry_after_s or 0.0)
         if silent_s > self._collect.outage_s + self._asked_s:
             raise Fatal(
-                f"collect.endpoint {url}: expected an answer within "
-                f"collect.outage_s={self._collect.outage_s:g}, got none (last failure: {error}); "
+                f"{section}.endpoint {url}: expected an answer within "
+                f"{section}.outage_s={self._collect.outage_s:g}, got none (last failure: {error}); "
                 "check the server, then start again"
             )
         if counted >= self._collect.attempts:
@@ -194,7 +194,7 @@ class Client:
         try:
             return await asyncio.wait_for(self._exchange(index, body), self._collect.timeout_s)
         except asyncio.TimeoutError:
-            text = f"no reply within collect.timeout_s={self._collect.timeout_s:g}"
+            text = f"no reply within {self.teacher.section}.timeout_s={self._collect.timeout_s:g}"
             raise Transient("timeout", text, overloaded=True) from None
         except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
             raise Transient("connection", _named(error), wrong_server=True) from None
@@ -217,10 +217,10 @@ class Client:
                         raise Transient("too large", f"a reply of more than {MOST_REPLY_BYTES // 2**20} MiB")
                 data = b"".join(pieces)
                 if response.status_code != 200:
-                    raise failure(response.status_code, response.headers, data, key)
+                    raise failure(response.status_code, response.headers, data, key, self.teacher.section)
         finally:
             self._free[index].append(http)
-        return read_reply(data, key)
+        return read_reply(data, key, self.teacher.section)
 
 
 def _backoff_s(failures: int) -> float:

@@ -125,6 +125,8 @@ class Teacher:
     endpoints: tuple[str, ...]
     keys: tuple[str, ...]
     """API key of each endpoint; "" = none."""
+    section: str = "collect"
+    """Section of the settings, for messages."""
 
 
 def load_collection(recipe: str, overrides: Iterable[str]) -> CollectionConfig:
@@ -150,7 +152,7 @@ def load_collection(recipe: str, overrides: Iterable[str]) -> CollectionConfig:
 def _check(settings: CollectionConfig) -> None:
     collect = settings.collect
     for endpoint in collect.endpoint:
-        _check_url(endpoint)
+        check_url(endpoint)
     if len(collect.model) > 1 and len(collect.endpoint) not in (0, 1, len(collect.model)):
         raise SettingsError(
             f"collect.endpoint: expected one URL, or one for each of the {len(collect.model)} models, got "
@@ -173,7 +175,7 @@ def _check(settings: CollectionConfig) -> None:
             raise SettingsError(f"collect.extra_body: expected other fields, got {name!r}, which is {what}; remove it")
 
 
-def _check_url(endpoint: str) -> None:
+def check_url(endpoint: str, section: str = "collect") -> None:
     """Reject anything that is not a plain base URL. Credentials in a URL would be written to messages."""
     try:
         url = urlsplit(endpoint)
@@ -182,19 +184,22 @@ def _check_url(endpoint: str) -> None:
         usable = False
     if usable and (url.username is not None or url.password is not None or url.query or url.fragment):
         raise SettingsError(
-            f"collect.endpoint: expected a URL without user, password and query, got one for {url.hostname}; put the "
-            "key into the environment variable that collect.api_key_env names"
+            f"{section}.endpoint: expected a URL without user, password and query, got one for {url.hostname}; put "
+            f"the key into the environment variable that {section}.api_key_env names"
         )
     if not usable:
         raise SettingsError(
-            f"collect.endpoint: expected a URL such as http://localhost:8000/v1, got {endpoint!r}; write the server's "
-            "base URL"
+            f"{section}.endpoint: expected a URL such as http://localhost:8000/v1, got {endpoint!r}; write the base "
+            "URL of the server"
         )
 
 
-def teachers(collect: CollectConfig) -> list[Teacher]:
+def teachers(collect: CollectConfig, section: str = "collect") -> list[Teacher]:
     """Return the teachers with their endpoints and keys.
 
+    Args:
+        collect: settings of the requests.
+        section: section of the settings, for messages.
     Raises:
         SettingsError: an endpoint or a model is missing, or a key is missing or malformed. No message contains a key.
     """
@@ -202,15 +207,15 @@ def teachers(collect: CollectConfig) -> list[Teacher]:
         if not getattr(collect, name):
             raise SettingsError(f"collect.{name}: expected a value, got nothing; set --{name}")
     endpoints = [endpoint.rstrip("/").removesuffix("/chat/completions") for endpoint in collect.endpoint]
-    keys = _keys(collect, endpoints)
+    keys = _keys(collect, endpoints, section)
     if len(collect.model) == 1:
-        return [Teacher(collect.model[0], tuple(endpoints), tuple(keys))]
+        return [Teacher(collect.model[0], tuple(endpoints), tuple(keys), section)]
     if len(endpoints) == 1:
         endpoints, keys = endpoints * len(collect.model), keys * len(collect.model)
-    return [Teacher(*row) for row in zip(collect.model, zip(endpoints), zip(keys), strict=True)]
+    return [Teacher(*row, section) for row in zip(collect.model, zip(endpoints), zip(keys), strict=True)]
 
 
-def _keys(collect: CollectConfig, endpoints: list[str]) -> list[str]:
+def _keys(collect: CollectConfig, endpoints: list[str], section: str) -> list[str]:
     names = collect.api_key_env
     hosts = {urlsplit(endpoint).hostname for endpoint in endpoints}
     if len(names) != len(endpoints):
@@ -226,18 +231,20 @@ def _keys(collect: CollectConfig, endpoints: list[str]) -> list[str]:
     for name, endpoint in zip(names, endpoints, strict=True):
         key = os.environ.get(name, "").strip() if name else ""
         if name and not key and name != DEFAULT_KEY:
-            raise SettingsError(f"collect.api_key_env: expected a key in the variable {name}, got nothing; set it")
+            raise SettingsError(f"{section}.api_key_env: expected a key in the variable {name}, got nothing; set it")
         if not (key.isascii() and (not key or key.isprintable())):
             raise SettingsError(
-                f"collect.api_key_env: expected printable ASCII in {name}, got other characters; fix it"
+                f"{section}.api_key_env: expected printable ASCII in {name}, got other characters; fix it"
             )
         # The variable is often set for another service, and http is not encrypted.
         if key and name == DEFAULT_KEY and urlsplit(endpoint).scheme == "http":
             log.warning(
-                "collect.endpoint %s: %s is sent only with https; to send a key to this server, name another variable "
-                "in collect.api_key_env",
+                "%s.endpoint %s: %s is sent only with https; to send a key to this server, name another variable in "
+                "%s.api_key_env",
+                section,
                 endpoint,
                 DEFAULT_KEY,
+                section,
             )
             key = ""
         keys.append(key)

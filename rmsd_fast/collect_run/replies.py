@@ -107,12 +107,13 @@ class Reply:
     usage: dict[str, Any] = field(default_factory=dict)
 
 
-def read_reply(data: bytes, key: str = "") -> Reply:
+def read_reply(data: bytes, key: str = "", section: str = "collect") -> Reply:
     """Read the body of a reply with status 200.
 
     Args:
         data: the body.
         key: API key, which errors do not contain even if the server repeats it.
+        section: section of the settings, for messages.
     Raises:
         Transient, Refused, Fatal: the body is not a chat completion, or an error in place of one.
     """
@@ -122,7 +123,7 @@ def read_reply(data: bytes, key: str = "") -> Reply:
         raise Transient("garbage", f"expected JSON, got {_shown(data, key)}", wrong_server=True) from None
     if isinstance(body, dict) and body.get("error"):
         code = body["error"].get("code") if isinstance(body["error"], dict) else None
-        raise failure(code if isinstance(code, int) and code >= 400 else 500, {}, data, key)
+        raise failure(code if isinstance(code, int) and code >= 400 else 500, {}, data, key, section)
     choices = body.get("choices") if isinstance(body, dict) else None
     if not isinstance(choices, list):
         raise Transient("garbage", f"expected a list of choices, got {_shown(data, key)}", wrong_server=True)
@@ -175,16 +176,16 @@ def tokens_of(usage: Mapping[str, Any]) -> tuple[int, int] | None:
     return None if math.isnan(prompt + completion) else (math.ceil(prompt), math.ceil(completion))
 
 
-def failure(status: int, headers: Mapping[str, str], data: bytes, key: str = "") -> Exception:
+def failure(status: int, headers: Mapping[str, str], data: bytes, key: str = "", section: str = "collect") -> Exception:
     """Return the error to raise for a reply with this status: Transient, Refused or Fatal, without the key."""
     text = _message(data, status, key)
     said = f"status {status}: {text}"
     wait = retry_after_s(headers)
     if status == 402 or (status == 429 and _QUOTA.search(text)):
-        return Fatal(f"collect.endpoint: expected an account with credit, got {said}; check it, then start again")
+        return Fatal(f"{section}.endpoint: expected an account with credit, got {said}; check it, then start again")
     if status == 404 and _NO_MODEL.search(text):
         return Fatal(
-            f"collect.model: expected a model that the server has, got {said}; set --model to a name that the server "
+            f"{section}.model: expected a model that the server has, got {said}; set it to a name that the server "
             "lists at /v1/models"
         )
     if status >= 500 and _ONE_CHOICE.search(text):
@@ -199,7 +200,7 @@ def failure(status: int, headers: Mapping[str, str], data: bytes, key: str = "")
         return Refused("filtered", said)
     if status in (401, 403):
         message = (
-            f"collect.api_key_env: expected a key that the server accepts, got {said}; set the environment variable "
+            f"{section}.api_key_env: expected a key that the server accepts, got {said}; set the environment variable "
             "that it names"
         )
         return Fatal(message) if status == 401 else Forbidden(message, said)

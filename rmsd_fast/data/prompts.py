@@ -23,6 +23,7 @@ from rmsd_fast.data.marks import is_unicode
 from rmsd_fast.data.preprocess import check_frame_counts
 from rmsd_fast.data.question_text import content_parts, question_text
 from rmsd_fast.data.records import Question
+from rmsd_fast.data.subtitles import with_subtitles
 from rmsd_fast.data.video import Frames, MediaLayout, MediaRequest, read_layout, read_media
 
 # Values of `mm_token_type_ids` in the model's get_rope_index.
@@ -163,6 +164,8 @@ class PromptBuilder:
 
     def _prompt_ids(self, question: Question, media: Sequence[Frames | MediaLayout]) -> torch.Tensor:
         text = self.text(question)
+        if self.prompt == "benchmark":
+            text = with_subtitles(text, question.meta, [time for item in media for time in item.timestamps_s])
         self._refuse_special(question, f"{question.system or ''}{text}")
         rendered = render(self.tokenizer, content_parts(text, [frames.kind for frames in media]), question.system)
         return self._encode(self._expand(rendered, media, question))

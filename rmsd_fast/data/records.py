@@ -73,7 +73,8 @@ class Question:
     meta: dict[str, Any] = field(default_factory=dict)
     """Any other data. Training does not read it. For questions of a benchmark, `benchmark` is its name, and `groups`
     has the values of its breakdowns by name, such as {"duration": "short"}. `cluster` names questions that are not
-    independent although their media differ."""
+    independent although their media differ. `subtitles` names the file that the mark in `prompt` stands for, see
+    `data.subtitles.with_subtitles`, and `subtitles_missing` a file that the folder lacks."""
     prompt: str | None = None
     """The benchmark's own prompt, which `evaluate.prompt=benchmark` shows in place of question, options and answer
     format. Marks of media have the same meaning as in `question`. Question files do not contain it."""

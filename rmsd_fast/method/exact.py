@@ -51,6 +51,21 @@ def exact_match(predicted: str, truth: str) -> float:
     return float(_contains(answer, reference))
 
 
+def is_decided(predicted: str, truth: str) -> bool:
+    """Return whether rules can tell if an answer is right: whether `exact_match` would find it right or wrong for sure.
+
+    An answer that states the reference is right. Otherwise it is wrong if the reference is a number and the answer has
+    only another one, or if it states the opposite of "yes", "no", "true" or "false". Any other answer may be a
+    paraphrase, an expression with the same value, or a number among others.
+    """
+    if exact_match(predicted, truth):
+        return True
+    number, reference = _joined(truth), _plain(truth)
+    if _NUMBER.fullmatch(number):
+        return _only_number(_joined(predicted), number.partition("e")[0]) is not None
+    return reference in _OPPOSITES and _states(_plain(predicted), _OPPOSITES[reference])
+
+
 def _fold(text: str) -> str:
     return _LATEX.sub("", fold_text(text.translate(_SIGNS)))
 

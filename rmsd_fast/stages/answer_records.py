@@ -13,6 +13,7 @@ from rmsd_fast.made.meaning import has_content, meaning_score
 from rmsd_fast.method.answers import GRADED_TASKS, ParsedAnswer, parse_answer
 from rmsd_fast.method.lenient import lenient_response
 from rmsd_fast.method.quality import exact_match, fold_text, quality_score
+from rmsd_fast.stages.judge import is_judged, rules_decide
 from rmsd_fast.teacher.scores import quality_settings
 
 # Why a question could not be answered, and the words of messages.
@@ -99,6 +100,8 @@ def answer_record(
 ) -> dict:
     """Return the record of a greedy answer, in JSON types only.
 
+    If the field scores such answers with a language model, `decided` says whether rules can do so for sure.
+
     Args:
         question: the question.
         cluster: its cluster; see `clusters_of`.
@@ -127,6 +130,9 @@ def answer_record(
             **meaning,
         }
     scores, _ = score_response(question, response, settings, truncated=truncated)
+    if is_judged(question):
+        read = lenient_response(response, question.task_type, options=question.options, truncated=truncated)
+        scores["decided"] = rules_decide(question, response, read)
     return {**record, **scores}
 
 

@@ -76,7 +76,9 @@ _NEEDED: dict[str, _Check] = {
     **dict.fromkeys(("valid", "readable"), _FLAG),
 }
 _OPTIONAL: dict[str, _Check] = {
-    **dict.fromkeys(("meaning", "sampled", "sampled_meaning"), _SCORE),
+    **dict.fromkeys(("meaning", "sampled", "sampled_meaning", "judged"), _SCORE),
+    "decided": _FLAG,
+    "judge": ("the name of the judge's model in 'model'", lambda value: isinstance(value, dict) and "model" in value),
     "groups": ("texts by name", _is_groups),
     "benchmark": ("a benchmark", lambda value: value in BENCHMARKS),
     "samples": ("scores and answers of one or more samples", _is_samples),

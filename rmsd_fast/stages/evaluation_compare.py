@@ -10,10 +10,10 @@ from typing import Any
 
 from rmsd_fast.data.errors import counted
 from rmsd_fast.stages.evaluation_checks import EvaluationError, check_predictions
-from rmsd_fast.stages.evaluation_table import benchmark_lines
+from rmsd_fast.stages.evaluation_table import benchmark_lines, is_blind
 from rmsd_fast.stages.paper_numbers import paper_lines
 from rmsd_fast.stages.protocol import differences_of
-from rmsd_fast.stages.summaries import READINGS, compare, summarize
+from rmsd_fast.stages.summaries import READINGS, compare, difference_entry, summarize
 from rmsd_fast.stages.summary_rows import Row, detail_rows, entry_at
 
 # Students of a run folder, the last one of a run first.
@@ -97,6 +97,9 @@ def compare_evaluations(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
         "students": {evaluation.name: summarize(evaluation.records) for evaluation in evaluations},
         "differences": {},
     }
+    blind = [evaluation.name for evaluation in evaluations if is_blind(evaluation.facts)]
+    if blind:
+        result["without_video"] = blind
     for other in others:
         before, after = ({record["id"]: record for record in e.records} for e in (base, other))
         common = [name for name in before if name in after]
@@ -108,7 +111,36 @@ def compare_evaluations(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
             "only_after": [name for name in after if name not in before],
             "protocol": _protocol_differences(base, other),
         }
+        if base.name in blind and other.name not in blind and base.facts.get("benchmark") == "videommmu":
+            result["differences"][other.name]["knowledge_gain"] = knowledge_gain(
+                [(before[name], after[name]) for name in common]
+            )
     return result
+
+
+def knowledge_gain(pairs: Sequence[tuple[dict, dict]]) -> dict[str, Any] | None:
+    """Return Video-MMMU's knowledge gain, (after - before) / (1 - before) of the accuracies of adaptation.
+
+    Args:
+        pairs: predictions without and with the video for each question.
+    Returns:
+        `mean` (the gain), `low` and `high` (its 95% interval, clustered by video), `before`, `after`, `n` and
+        `clusters`; None without questions of adaptation, or if all of them were right before. The interval is that of
+        the mean of the gain's linearization (delta method).
+    Source: Video-MMMU (arXiv 2501.13826), delta knowledge.
+    """
+    pairs = [pair for pair in pairs if pair[1].get("groups", {}).get("track") == "adaptation"]
+    before, after = ([pair[side]["score"] for pair in pairs] for side in (0, 1))
+    if not pairs or (wrong := 1 - sum(before) / len(before)) <= 0:
+        return None
+    gain = 1 - (1 - sum(after) / len(after)) / wrong
+    # The derivatives of 1 - (1 - after) / (1 - before) are 1 / wrong and (gain - 1) / wrong.
+    linear = [
+        gain + (a - (1 - wrong * (1 - gain)) + (gain - 1) * (b - (1 - wrong))) / wrong
+        for b, a in zip(before, after, strict=True)
+    ]
+    rows = [{"score": value, "cluster": record["cluster"]} for value, (_, record) in zip(linear, pairs, strict=True)]
+    return {**difference_entry(rows), "before": 1 - wrong, "after": sum(after) / len(after)}
 
 
 def _check_same_questions(base: Evaluation, other: Evaluation, common: Sequence[tuple[dict, dict]]) -> None:
@@ -162,6 +194,11 @@ def format_comparison(result: Mapping[str, Any]) -> str:
             lines.append(f"  {label:<{width}}  {text}" + (f"  {_points(change)}" if change else ""))
         if difference:
             lines += _remarks(base, name, difference)
+        if gain := (difference or {}).get("knowledge_gain"):
+            text = f"adaptation {100 * gain['before']:.1f} without the video, {100 * gain['after']:.1f} with it"
+            lines.append(f"  knowledge gain of Video-MMMU: {_points(gain)} percent ({text}; n={gain['n']})")
+        if name in result.get("without_video", ()):
+            lines.append(f"  WITHOUT VIDEO: {name} was evaluated with evaluate.without_video=true")
     readings = set(result["parse"].values())
     if len(readings) > 1:
         lines.append(
@@ -169,10 +206,16 @@ def format_comparison(result: Mapping[str, Any]) -> str:
             + ", ".join(f"{name} {reading}" for name, reading in result["parse"].items())
             + "); compare the rows strict and lenient"
         )
+    if len({"judged" in student for student in students.values()}) > 1:
+        named = ", ".join(name for name, student in students.items() if "judged" in student)
+        lines.append(f"WARNING: only {named} had a judge (evaluate.judge); compare the rows strict and lenient")
     for name, student in students.items():
         lines += benchmark_lines(name, result["benchmark"], student)
     numbers = [student["all"]["n"] for student in students.values()]
-    return "\n".join([*lines, *paper_lines(result["benchmark"], numbers)])
+    judged = all("judged" in student for student in students.values())
+    if set(students) <= set(result.get("without_video", ())):
+        return "\n".join(lines)
+    return "\n".join([*lines, *paper_lines(result["benchmark"], numbers, judged=judged)])
 
 
 def _rows(students: Mapping[str, Mapping[str, Any]]) -> list[Row]:

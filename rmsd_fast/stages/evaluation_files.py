@@ -56,6 +56,7 @@ def evaluation_of(predictions: dict[str, list[dict]], questions: list[Question],
         "questions": len(questions),
         "videos": len(set(clusters_of(questions).values())),
         "benchmark": settings.evaluate.benchmark or None,
+        **({"subtitles": _subtitles(questions)} if settings.evaluate.subtitles else {}),
         "seed": settings.seed,
         "parse": settings.evaluate.parse,
         "protocol": protocol_of(settings),
@@ -64,6 +65,13 @@ def evaluation_of(predictions: dict[str, list[dict]], questions: list[Question],
         "students": {name: summarize(records) for name, records in predictions.items()},
         "differences": {},
     }
+
+
+def _subtitles(questions: list[Question]) -> dict:
+    """Return the number of questions with subtitles and of those whose file is missing, and these files."""
+    lost = [question.meta["subtitles_missing"] for question in questions if "subtitles_missing" in question.meta]
+    shown = sum("subtitles" in question.meta for question in questions)
+    return {"questions": shown, "missing": len(lost), "missing_files": list(dict.fromkeys(lost))}
 
 
 def _spread(records: list[dict], count: int) -> list[dict]:

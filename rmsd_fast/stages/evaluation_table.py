@@ -8,7 +8,7 @@ from typing import Any
 from rmsd_fast.data.errors import counted
 from rmsd_fast.method.answers import ALL_TASKS
 from rmsd_fast.stages.answer_records import REASONS
-from rmsd_fast.stages.paper_numbers import RULE_BASED, paper_lines
+from rmsd_fast.stages.paper_numbers import paper_lines, scoring_mark
 from rmsd_fast.stages.summaries import READINGS, signed_interval
 from rmsd_fast.stages.summary_rows import detail_rows, entry_at
 
@@ -44,9 +44,21 @@ def format_table(result: Mapping[str, Any]) -> str:
         for row, label in (("closed", "closed tasks"), ("sampled", "closed tasks, sampled"), ("meaning", "meaning")):
             if entry := row_of(difference, row):
                 lines.append(f"{name}, {label}: {signed_interval(entry)}")
-    return "\n".join(
-        [*lines, *paper_lines(result.get("benchmark"), (student["all"]["n"] for student in students.values()))]
-    )
+    if is_blind(result):
+        lines.append("WITHOUT VIDEO: the questions were asked without their videos (evaluate.without_video=true)")
+    if subtitles := result.get("subtitles"):
+        lost, files = counted(subtitles["missing"], "question"), counted(len(subtitles["missing_files"]), "file")
+        missing = f"; {files} missing, so {lost} had none" if subtitles["missing"] else ""
+        lines.append(f"subtitles: {counted(subtitles['questions'], 'question')} with subtitles{missing}")
+    numbers = (student["all"]["n"] for student in students.values())
+    judged = all("judged" in student for student in students.values())
+    paper = [] if is_blind(result) else paper_lines(result.get("benchmark"), numbers, judged=judged)
+    return "\n".join([*lines, *paper])
+
+
+def is_blind(result: Mapping[str, Any]) -> bool:
+    """Return whether the questions of an `evaluation.json` were asked without their videos."""
+    return entry_at(result, ("protocol", "evaluate", "without_video")) is True
 
 
 def benchmark_lines(name: str, benchmark: str | None, student: Entry) -> list[str]:
@@ -54,9 +66,11 @@ def benchmark_lines(name: str, benchmark: str | None, student: Entry) -> list[st
 
     They are in percent, as the paper's scores below them; the logarithms of V-STaR's LGM are times 100 too.
     """
-    title = f"{name}, {benchmark}{RULE_BASED.get(benchmark or '', '')}"
-    readings = student.get("benchmark", {}).items()
-    return [f"{title}, {reading}, in percent: {_numbers(own)}" for reading, own in readings]
+    return [
+        f"{name}, {benchmark}{scoring_mark(benchmark, reading, student.get('decided'))}, {reading}, in percent: "
+        f"{_numbers(own)}"
+        for reading, own in student.get("benchmark", {}).items()
+    ]
 
 
 def _numbers(own: Mapping[str, Any]) -> str:

@@ -152,6 +152,8 @@ def _load_questions(settings: RunConfig, role: str, path: str, root: str) -> lis
             image_cache=data.disk_cache,
             check_count=not settings.evaluate.max_questions,
             most=settings.evaluate.max_questions or 0,
+            subtitles=settings.evaluate.subtitles,
+            videos=not settings.evaluate.without_video,
         )
     return load_questions(
         path,

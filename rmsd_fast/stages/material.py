@@ -32,7 +32,7 @@ from rmsd_fast.rollout.vllm_process import check_vllm
 from rmsd_fast.runtime.engine import import_adamw_8bit
 from rmsd_fast.runtime.process_group import World, on_main
 from rmsd_fast.runtime.trackers import check_trackers
-from rmsd_fast.setting_rules import makes_rollouts, refuse_reranker, uses_servers, uses_vllm
+from rmsd_fast.setting_rules import makes_rollouts, refuse_evaluation_only, uses_servers, uses_vllm
 from rmsd_fast.stages.inputs import Inputs, read_inputs
 from rmsd_fast.teacher.pool import load_pool
 from rmsd_kernels.implementations import resolve_impl
@@ -73,7 +73,7 @@ def prepare_material(settings: RunConfig, world: World, *, training: bool = True
             model.liger=on, the losses, a tracker or an optional package are not available here.
     """
     if training:
-        refuse_reranker(settings)
+        refuse_evaluation_only(settings)
     check_liger(settings.model.liger, world.device)
     check_packages(settings, training=training)
     if training:

@@ -5,9 +5,12 @@ Source: R-MSD (arXiv 2603.11423), main table: students of 4B parameters, 64 fram
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
+from rmsd_fast.config import JUDGED
 from rmsd_fast.data.benchmarks import published_counts
+from rmsd_fast.data.errors import counted
 
 # Title and scores of each benchmark, by the name in `meta.benchmark`.
 PAPER: dict[str, tuple[str, dict[str, float]]] = {
@@ -34,20 +37,37 @@ PAPER: dict[str, tuple[str, dict[str, float]]] = {
     ),
 }
 
-# Benchmarks whose answers this package scores by rules, while the field asks a language model; see docs/evaluation.md.
-RULE_BASED = {
-    "mathvista": " (rule-based)",
-    "mathverse": " (rule-based)",
-    "vstar": " (rule-based: what, and the means that contain it)",
-}
+# What of V-STaR the field scores with a language model. The paper's columns of V-STaR do not contain it.
+_OF_PART = "what, and the means that contain it"
 
 
-def paper_lines(benchmark: str | None, numbers: Iterable[int]) -> list[str]:
+def scoring_mark(benchmark: str | None, reading: str, decided: Mapping[str, Any] | None) -> str:
+    """Return who scored the answers of a benchmark, to stand beside its number; "" if rules do so in the field.
+
+    Args:
+        benchmark: name of the benchmark; None for other questions.
+        reading: one of READINGS.
+        decided: `decided` of the summary; None if an earlier version did not record it.
+    """
+    if benchmark not in JUDGED:
+        return ""
+    parts = [_OF_PART] if benchmark == "vstar" else []
+    if decided:
+        parts.append(f"{decided['rules_share']:.1%} of {counted(decided['answers'], 'answer')} decided by rules")
+    if reading == "judged" and decided and decided.get("unclear"):
+        parts.append(f"{counted(len(decided['unclear']), 'reply', 'replies')} unreadable and counted as wrong")
+    who = f"judged by {decided['model'] or 'rules'}" if reading == "judged" and decided else "rule-based"
+    return f" ({who}{': ' if parts else ''}{'; '.join(parts)})"
+
+
+def paper_lines(benchmark: str | None, numbers: Iterable[int], *, judged: bool = False) -> list[str]:
     """Return a line with the paper's scores of a benchmark, or nothing if the paper has none.
 
     Args:
         benchmark: name of the benchmark; None for other questions.
         numbers: number of questions of each student. If one is not the published one, the line says so instead.
+        judged: whether a language model judged all students' answers. Otherwise, the line says if the paper's numbers
+            are usually scored with one.
     """
     if benchmark not in PAPER:
         return []
@@ -57,5 +77,5 @@ def paper_lines(benchmark: str | None, numbers: Iterable[int]) -> list[str]:
         return [f"no comparison with the paper: {min(other):,} of {counts} questions"]
     title, scores = PAPER[benchmark]
     text = "; ".join(f"{name} {score:.1f}" for name, score in scores.items())
-    judged = ", usually scored with a language model" if RULE_BASED.get(benchmark) == " (rule-based)" else ""
-    return [f"the paper (arXiv 2603.11423) on {title}{judged}, in percent: {text}"]
+    how = ", usually scored with a language model" if benchmark in ("mathvista", "mathverse") and not judged else ""
+    return [f"the paper (arXiv 2603.11423) on {title}{how}, in percent: {text}"]

@@ -13,7 +13,7 @@ from rmsd_fast.data.errors import counted
 from rmsd_fast.files import file_digest
 from rmsd_fast.models.folders import find_folder
 from rmsd_fast.runtime.trackers import missing_trackers
-from rmsd_fast.setting_rules import refuse_reranker, uses_discriminator, uses_servers
+from rmsd_fast.setting_rules import refuse_evaluation_only, uses_discriminator, uses_servers
 from rmsd_fast.stages.inputs import read_inputs
 from rmsd_fast.stages.material import check_batches, check_model, check_packages
 from rmsd_fast.stages.memory import GIB, plan_memory
@@ -36,7 +36,7 @@ def describe_plan(settings: RunConfig, gpu_gib: float | None = None, resume: Pat
             among the processes that torchrun has started.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    refuse_reranker(settings)
+    refuse_evaluation_only(settings)
     check_batches(settings, processes)
     launch = "" if "WORLD_SIZE" in os.environ else " (start the dry run with torchrun to count processes)"
     lines = [

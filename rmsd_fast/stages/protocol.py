@@ -13,12 +13,15 @@ from rmsd_fast.config import RunConfig, VideoConfig
 from rmsd_fast.data.records import Question
 from rmsd_fast.models.folders import model_digests, resolve_folder
 from rmsd_fast.settings import settings_as_dict
+from rmsd_fast.stages.judge import prompts_hash
 from rmsd_fast.teacher.scores import quality_settings
 
 # Packages whose versions can change an answer.
 PACKAGES = ("rmsd-fast", "torch", "transformers", "torchcodec")
 # Settings of evaluate that do not change answers or scores.
-_NEUTRAL = ("every_steps", "prompts_per_batch", "samples")
+_NEUTRAL = ("every_steps", "prompts_per_batch", "samples", "judge")
+# Settings of the judge that can change a verdict.
+_OF_JUDGE = ("model", "temperature", "max_tokens", "extra_body")
 # Settings of data and model that can change an answer: what is shown, and how it is computed.
 _OF_MEDIA = ("max_prompt_tokens", "decoder", "check_frames", "max_file_mib")
 _OF_MODEL = ("dtype", "quantize", "attention", "liger")
@@ -45,11 +48,14 @@ def protocol_of(settings: RunConfig) -> dict[str, Any]:
     """Return the settings and versions that determine answers and scores, apart from the model and the questions."""
     evaluate = {name: value for name, value in settings_as_dict(settings)["evaluate"].items() if name not in _NEUTRAL}
     sampled = {"temperature": settings.rollout.temperature} if settings.evaluate.rollouts else {}
+    judge = settings_as_dict(settings)["evaluate"]["judge"]
+    judged = {name: judge[name] for name in _OF_JUDGE} | {"prompts": prompts_hash()} if judge["endpoint"] else None
     return {
         "decoding": "greedy",
         **sampled,
         "seed": settings.seed,
         "evaluate": evaluate,
+        **({"judge": judged} if judged else {}),
         "video": dataclasses.asdict(video_of(settings)),
         **{name: getattr(settings.data, name) for name in _OF_MEDIA},
         "packing": settings.packing,
@@ -79,7 +85,8 @@ def evaluation_identity(settings: RunConfig, questions: Sequence[Question], mode
     """
     return {
         "model": model,
-        "protocol": protocol_of(settings),
+        # A judge does not change the answers, and its verdicts have a file of their own.
+        "protocol": {name: value for name, value in protocol_of(settings).items() if name != "judge"},
         "questions": questions_digest(questions),
         # Other batches can change an answer by rounding.
         "prompts_per_batch": settings.evaluate.prompts_per_batch,

@@ -14,8 +14,9 @@ from rmsd_fast.data.benchmarks import aggregate
 from rmsd_fast.method.answers import ALL_TASKS, GRADED_TASKS
 from rmsd_fast.stages.sample_estimates import best_at_k, majority_at_k, pass_at_k, sizes_of
 
-# Both ways to read an answer; `evaluate.parse` chooses the one of `score`.
-READINGS = ("strict", "lenient")
+# Ways to read an answer; `evaluate.parse` chooses the one of `score`. With a judge, `judged` is the lenient reading
+# with the judge's verdicts, and that of `score`.
+READINGS = ("strict", "lenient", "judged")
 # Most unusable questions that evaluation.json names.
 MOST_NAMED = 50
 
@@ -31,9 +32,10 @@ def summarize(records: list[dict], *, details: bool = True) -> dict:
 
     Args:
         records: the answers, as `stages.answer_records` writes them.
-        details: whether to add the scores of both readings (`strict`, `lenient`), those of `groups` over the closed
-            questions, or over all if none is closed, those over the `usable` questions, if some were not, and for the
-            questions of a benchmark its own numbers by reading (`benchmark`).
+        details: whether to add the scores of all readings (`strict`, `lenient`, and `judged` with a judge), those of
+            `groups` over the closed questions, or over all if none is closed, those over the `usable` questions, if
+            some were not, for the questions of a benchmark its own numbers by reading (`benchmark`), and who `decided`
+            about answers that the field scores with a language model.
     """
     result = _measure(records, _mean_with_shares)
     if sampled := _of_samples(records):
@@ -46,8 +48,13 @@ def summarize(records: list[dict], *, details: bool = True) -> dict:
     if groups := _by_group(records, mean_entry):
         result["groups"] = groups
     if len(names := {record.get("benchmark") for record in records}) == 1 and (name := names.pop()):
-        rows = {reading: [(record.get("groups", {}), record[reading]) for record in records] for reading in READINGS}
-        result["benchmark"] = {reading: aggregate(name, of_reading) for reading, of_reading in rows.items()}
+        result["benchmark"] = {
+            reading: aggregate(name, [(record.get("groups", {}), record[reading]) for record in records])
+            for reading in READINGS
+            if all(reading in record for record in records)
+        }
+    if decided := _decided(records):
+        result["decided"] = decided
     usable = [record for record in records if "error" not in record]
     if len(usable) < len(records):
         result["usable"] = _by_task(usable, mean_entry) if usable else {"tasks": {}}
@@ -147,6 +154,26 @@ def _of_samples(records: list[dict]) -> list[dict]:
             sample["meaning"] = sample["sampled_meaning"]
         samples.append(sample)
     return samples
+
+
+def _decided(records: list[dict]) -> dict:
+    """Return who decided about the answers that the field scores with a language model; {} without such answers.
+
+    Returns:
+        The number of `answers`, of those decided by `rules`, and `rules_share`. With a judge, its `model`, the number
+        of answers that it judged (`judge`), and the ids of those about which it gave no readable reply (`unclear`).
+    """
+    answers = [record for record in records if "decided" in record]
+    if not answers:
+        return {}
+    verdicts = [record["judge"] for record in answers if "judge" in record]
+    rules = sum(record["decided"] and "judge" not in record for record in answers)
+    result = {"answers": len(answers), "rules": rules, "rules_share": rules / len(answers)}
+    if all("judged" in record for record in records):
+        result["model"] = ", ".join(sorted({str(verdict["model"]) for verdict in verdicts}))
+        result["judge"] = len(verdicts)
+        result["unclear"] = [record["id"] for record in answers if record.get("judge", {}).get("unclear")]
+    return result
 
 
 def _estimates(records: list[dict]) -> dict:

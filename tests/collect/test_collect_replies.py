@@ -100,7 +100,7 @@ def test_bodies_that_are_no_answers(data, kind, says):
             Fatal,
             "collect.model: expected a model that the serv",
         ),
-        (404, 'model "m" not found, try pulling it first', Fatal, "set --model to a name that the server lists"),
+        (404, 'model "m" not found, try pulling it first', Fatal, "set it to a name that the server lists"),
         (422, "top_p must be below 1", "refused", "top_p"),
         (500, "Only one completion choice is allowed", "refused", "Only one"),
     ],

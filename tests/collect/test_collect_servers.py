@@ -132,7 +132,7 @@ def test_rejected_requests_are_noted_and_not_repeated(tmp_path, caplog):
         (error(401, "x" * 295 + "sk-secret"), r"got status 401: x*\[API …; set"),
         (Act(b"<html><title>" + b"x" * 295 + b"sk-secret</title></html>"), r"HTML page titled 'x*\[API …'"),
         (error(400, "m is not a multimodal model"), "got 5 rejections and no answer, first .*use a model that accepts"),
-        (error(404, "The model `m` does not exist"), "collect.model: .*404: The model `m` does not exist; set --model"),
+        (error(404, "The model `m` does not exist"), "collect.model: .*404: The model `m` does not exist; set it to"),
         (error(404, "Not Found"), "got status 404: Not Found; check the URL and collect.model"),
         (Act(b"<html><title>Welcome</title></html>"), "got expected JSON, got an HTML page titled 'Welcome'"),
         (Act(b"", 301, {"Location": "http://elsewhere/"}), "status 301"),

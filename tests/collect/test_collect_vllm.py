@@ -183,7 +183,7 @@ def test_a_prompt_that_is_too_long(teacher, collect, tmp_path):
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("collect.model=[nobody]", "collect.model: .*The model `nobody` does not exist.*; set --model to a name that"),
+        ("collect.model=[nobody]", "collect.model: .*The model `nobody` does not exist.*; set it to a name that"),
         ("collect.max_tokens=4096", "max_tokens=4096 cannot be greater.*; lower .* collect.max_tokens"),
         ("collect.video_as=file", "start the server with --allowed-local-media-path"),
         ("collect.temperature=3", "temperature must be in .*; change the setting that the server names"),

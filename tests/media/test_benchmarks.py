@@ -11,7 +11,9 @@ import pytest
 from benchmark_records import (
     OPTIONS,
     PNG,
+    ROWS,
     load,
+    touch,
     videomme_rows,
     vstar_record,
     write_json,
@@ -22,6 +24,7 @@ from benchmark_records import (
 from rmsd_fast.data.errors import DataError
 from rmsd_fast.data.question_text import question_text
 from rmsd_fast.method.quality import quality_score
+from rmsd_fast.stages.answer_records import asked_hash, clusters_of
 
 # --- VideoMME --------------------------------------------------------------------------------------------------------
 
@@ -212,6 +215,25 @@ def test_videommmu(tmp_path):
     written = Path(shown.images[0]).stat().st_mtime_ns
     load("videommmu", tmp_path, image_cache=cache)
     assert Path(shown.images[0]).stat().st_mtime_ns == written
+
+
+def test_questions_without_their_videos(tmp_path):
+    """Of a question, its image stays. Questions about one video are still one cluster."""
+    touch(tmp_path / "i.png", tmp_path / "a.mp4")
+    rows = [ROWS["videommmu"] | {"category": "Adaptation", "image": "i.png"}]
+    rows.append(ROWS["videommmu"] | {"id": "dev_Art_2", "category": "Comprehension"})
+    file = write_json(tmp_path / "videommmu.json", rows)
+    shown, blind = (load("videommmu", file, videos=videos) for videos in (True, False))
+    assert [(len(q.videos), len(q.images)) for q in shown] == [(1, 1), (1, 0)]
+    assert [(len(q.videos), len(q.images)) for q in blind] == [(0, 1), (0, 0)]
+    assert [q.prompt for q in blind] == ["Which?\nA. x\nB. y"] * 2
+    assert list(map(asked_hash, blind)) == list(map(asked_hash, shown))
+    assert [q.meta["cluster"] for q in blind] == [q.videos[0] for q in shown]
+    assert question_text(blind[1]).startswith("Which?")
+    asked = [ROWS["worldsense"] | {"question": text} for text in ("Which?", "Where?")]
+    questions = load("worldsense", write_json(tmp_path / "worldsense.json", asked), videos=False)
+    assert all("<video>" not in q.prompt and "These are the frames" in q.prompt for q in questions)
+    assert len(set(clusters_of(questions).values())) == 1
 
 
 def test_videommmu_in_other_layouts(tmp_path):

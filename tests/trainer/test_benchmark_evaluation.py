@@ -7,7 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+from benchmark_records import ROWS, write_json
 from material import WORLD, tiny_material, tiny_settings
+from PIL import Image
 
 from rmsd_fast.data.media import MediaReader
 from rmsd_fast.models.students import load_student
@@ -73,7 +75,8 @@ def test_a_student_answers_vstar_and_a_missing_video_stays(made, tmp_path, promp
     assert own["strict"]["score"] == (numbers["score"] if prompt == "rmsd" else 0.0)
     *_, lenient, paper = format_table(result).splitlines()
     assert lenient == (
-        "model, vstar (rule-based: what, and the means that contain it), lenient, in percent: mean 35.0, "
+        "model, vstar (rule-based: what, and the means that contain it; 100.0% of 1 answer decided by rules), lenient, "
+        "in percent: mean 35.0, "
         "accuracy 50.0, mam 37.5, mlgm 51.0, score 51.0; chain1: tiou 50.0, viou 25.0, am 41.7, lgm 55.8; "
         "chain2: tiou 50.0, viou 0.0, am 33.3, lgm 46.2"
     )
@@ -110,3 +113,25 @@ def test_a_continued_evaluation_asks_again_after_a_missing_video_was_added(made,
     smaller = vstar_settings(folder, tmp_path, clip, "evaluate.prompts_per_batch=4", root=videos)
     with pytest.raises(OtherAnswers, match=r"got other ones \(prompts_per_batch: 5, not 4\)"):
         AnswerStore(path, evaluation_identity(smaller, questions, {"path": "m"}), WORLD)
+
+
+def test_questions_are_answered_without_their_videos(made, tmp_path):
+    """One question has only its image left, the other one only its text. The videos need not exist."""
+    folder, material = made
+    Image.new("RGB", (64, 48), (200, 30, 30)).save(tmp_path / "i.png")
+    rows = [ROWS["videommmu"] | {"id": f"dev_Art_{i}", "category": "Adaptation"} for i in range(2)]
+    rows[0]["image"] = "i.png"
+    shared = [f"data.heldout={write_json(tmp_path / 'videommmu.json', rows)}", "evaluate.benchmark=videommmu"]
+    shared += ["evaluate.without_video=true", "evaluate.prompt=benchmark", "evaluate.max_new_tokens=4"]
+    settings = tiny_settings(folder, *shared, "evaluate.rollouts=0")
+    questions = prepare_material(settings, WORLD, training=False).heldout
+    student = load_student(material.model_path, dtype="float32")
+    with MediaReader(settings.data, WORLD.device) as media:
+        records = answer_questions(student, questions, settings, WORLD, media, name="tiny")
+    assert [record["id"] for record in records] == [f"adaptation/dev_Art_{i}" for i in range(2)]
+    assert all("error" not in record and record["response"] for record in records)
+    assert len({record["cluster"] for record in records}) == 2
+    result = evaluation_of({"model": records}, questions, settings)
+    assert result["protocol"]["evaluate"]["without_video"] is True
+    table = format_table(result)
+    assert "WITHOUT VIDEO: the questions were asked without their videos" in table and "the paper" not in table

@@ -10,6 +10,7 @@ from rmsd_fast import evaluate
 from rmsd_fast.data.records import Question
 from rmsd_fast.stages.answer_records import asked_hash
 from rmsd_fast.stages.evaluation_checks import EvaluationError, check_predictions
+from rmsd_fast.stages.evaluation_compare import knowledge_gain
 from rmsd_fast.stages.evaluation_files import predictions_path, write_records
 
 
@@ -256,3 +257,59 @@ def test_a_read_only_folder_is_refused_and_a_missing_one_is_not(tmp_path, monkey
     # The superuser may write to every folder, so the system's answer is replaced.
     monkeypatch.setattr(evaluate.os, "access", lambda *_: False)
     assert f"{tmp_path} is read-only" in evaluate._why_not_writable(tmp_path / "new" / "a.json")
+
+
+def adaptation(*scores: float, track: str = "adaptation") -> list[dict]:
+    return [{"score": s, "cluster": f"{i}.mp4", "groups": {"track": track}} for i, s in enumerate(scores)]
+
+
+def test_the_knowledge_gain_by_hand():
+    before, after = adaptation(*[1, 0, 0, 0, 0] * 20), adaptation(*[1, 1, 1, 0, 0] * 20)
+    gain = knowledge_gain(list(zip(before, after, strict=True)))
+    # (60 - 20) / (100 - 20) = 50%.
+    assert (gain["mean"], gain["before"], gain["after"]) == pytest.approx((0.5, 0.2, 0.6))
+    assert (gain["n"], gain["clusters"]) == (100, 100)
+    # Of the 80 questions that were wrong before, half are right after, and no other question has changed. The gain is
+    # then a share of these 80, whose standard error is sqrt(0.5 * 0.5 / 80) = 0.0559, and 1.984 of them are 0.111.
+    # One question is 1 / 80 of it.
+    assert (gain["low"], gain["high"]) == pytest.approx((0.389, 0.611), abs=1 / 80)
+    # What was forgotten counts against it: (20 - 40) / (100 - 40).
+    lost = knowledge_gain(list(zip(adaptation(1, 1, 0, 0, 0), adaptation(1, 0, 0, 0, 0), strict=True)))
+    assert lost["mean"] == pytest.approx(-1 / 3)
+    # Other tracks do not count, and nothing can be gained if all was known.
+    others = list(zip(adaptation(0, 0, track="perception"), adaptation(1, 1, track="perception"), strict=True))
+    assert knowledge_gain(others) is None and knowledge_gain([]) is None
+    assert knowledge_gain(list(zip(adaptation(0, 0), adaptation(1, 0), strict=True)) + others)["mean"] == 0.5
+    assert knowledge_gain(list(zip(adaptation(1, 1), adaptation(1, 0), strict=True))) is None
+
+
+def test_the_gain_is_printed_if_the_base_has_no_video(tmp_path, capsys):
+    blind, seen = {"evaluate": {"without_video": True}}, {"evaluate": {"without_video": False}}
+
+    def written(name, scores, protocol, benchmark="videommmu"):
+        path = write(tmp_path / f"{name}.json", scores, benchmark=benchmark, protocol=protocol)
+        records = [json.loads(line) for line in (tmp_path / f"{name}.predictions.jsonl").read_text().splitlines()]
+        write_records(
+            tmp_path / f"{name}.predictions.jsonl", [r | {"groups": {"track": "adaptation"}} for r in records]
+        )
+        return path
+
+    half, right = ({str(i): float(i % 2 < most) for i in range(20)} for most in (1, 2))
+    base, other = written("base", half, blind), written("other", right, seen)
+    out = tmp_path / "c.json"
+    assert evaluate.main(["--compare", base, other, "--output", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert "knowledge gain of Video-MMMU: +100.0 [+100.0, +100.0] percent (adaptation 50.0 without the video, " in text
+    assert f"WITHOUT VIDEO: {base} was evaluated with evaluate.without_video=true" in text
+    assert "evaluated differently: evaluate.without_video: False, not True" in text
+    assert json.loads(out.read_text())["differences"][other]["knowledge_gain"]["mean"] == 1.0
+    # The other way round it is not a gain, nor is it between two evaluations without videos, or on other benchmarks.
+    assert evaluate.main(["--compare", other, base]) == 0
+    assert "knowledge gain" not in capsys.readouterr().out
+    again = written("again", right, blind)
+    assert evaluate.main(["--compare", base, again]) == 0
+    text = capsys.readouterr().out
+    assert "knowledge gain" not in text and "the paper" not in text and text.count("WITHOUT VIDEO") == 2
+    pair = [written("b2", half, blind, "mlvu"), written("o2", right, seen, "mlvu")]
+    assert evaluate.main(["--compare", *pair]) == 0
+    assert "knowledge gain" not in capsys.readouterr().out

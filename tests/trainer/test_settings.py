@@ -58,10 +58,16 @@ def test_saved_settings_read_back_the_same(tmp_path):
 
 def test_help_documents_every_field():
     text = describe_settings()
-    for section in dataclasses.fields(RunConfig):
-        if dataclasses.is_dataclass(section.default_factory):
-            for field in dataclasses.fields(section.default_factory):
-                assert f"  {section.name}.{field.name}=" in text
+
+    def check(owner: type, prefix: str) -> None:
+        for field in dataclasses.fields(owner):
+            if dataclasses.is_dataclass(field.default_factory):
+                check(field.default_factory, f"{prefix}{field.name}.")
+            elif prefix:
+                assert f"  {prefix}{field.name}=" in text
+
+    check(RunConfig, "")
+    assert "  evaluate.judge.max_concurrency=16\n" in text
 
 
 @pytest.mark.parametrize(

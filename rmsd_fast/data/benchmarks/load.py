@@ -21,12 +21,14 @@ from rmsd_fast.data.benchmarks import (
 )
 from rmsd_fast.data.benchmarks.record import MediaFolder, Record
 from rmsd_fast.data.benchmarks.tables import annotation_files, other_annotations, read_rows
-from rmsd_fast.data.errors import DataError, several_faults
+from rmsd_fast.data.errors import DataError, counted, several_faults
 from rmsd_fast.data.records import Question
 from rmsd_fast.method.quality import parse_ground_truth
 
 log = logging.getLogger("rmsd_fast")
 
+# Most files or cues that a warning names.
+MOST_NAMED = 5
 _READERS = {
     "videomme": videomme,
     "videommmu": videommmu,
@@ -57,6 +59,8 @@ def load_benchmark(
     image_cache: str | os.PathLike | None = None,
     check_count: bool = True,
     most: int = 0,
+    subtitles: bool = False,
+    videos: bool = True,
 ) -> list[Question]:
     """Return the questions of a benchmark, including those whose media are missing.
 
@@ -72,6 +76,9 @@ def load_benchmark(
             `$XDG_CACHE_HOME/rmsd_fast/benchmarks`. Each image is written once.
         check_count: whether to warn if the number of questions differs from the published one.
         most: evaluate.max_questions; a warning says if it leaves questions out. 0 = no limit.
+        videos: whether questions are asked with their videos. Without them, they still have their images, and questions
+            about one video are still one cluster.
+        subtitles: whether prompts have subtitles. A warning counts and names missing files and damaged cues.
     Raises:
         DataError: the path is wrong, a required field is missing or damaged, an id occurs twice, or a medium's path is
             outside the root. Several faults of a file are reported together.
@@ -88,7 +95,8 @@ def load_benchmark(
             f"data.media_root: expected the folder of the media of {name}, got {root}, which does not exist"
         )
     cache = Path(image_cache) / "benchmark_images" if image_cache else _cache_folder()
-    media = MediaFolder(root, follow_symlinks=follow_symlinks, image_cache=(cache / name).absolute())
+    cache = (cache / name).absolute()
+    media = MediaFolder(root, follow_symlinks=follow_symlinks, image_cache=cache, subtitles=subtitles, videos=videos)
     questions: list[Question] = []
     faults: list[DataError] = []
     unknown: Counter[str] = Counter()
@@ -103,7 +111,8 @@ def load_benchmark(
                     todo = f"it was already used at {places[question.id]}; remove one of the two"
                     raise DataError.at(where, "id", "an id that occurs once", question.id, todo)
                 places[question.id] = where
-                questions.append(replace(question, meta={**question.meta, "benchmark": name}))
+                question = replace(question, meta={**question.meta, "benchmark": name})
+                questions.append(question if videos else _without_videos(question))
         except DataError as error:
             faults.append(error)
             continue
@@ -112,6 +121,7 @@ def load_benchmark(
         raise several_faults(path, faults, len(faults) + len(questions))
     if not questions:
         raise DataError(f"{path}: expected the annotation of {name}, got a file without rows; download it again")
+    _check_subtitles(root, media, questions)
     _warn_of_others(path, files, other_annotations(path, reader.PATTERNS, files))
     _warn(name, files[0] if len(files) == 1 else path, unknown, len(questions) if check_count else None)
     if 0 < most < len(questions):
@@ -125,12 +135,49 @@ def load_benchmark(
     return questions
 
 
+def _without_videos(question: Question) -> Question:
+    """Return a question without its videos and their marks."""
+    bare = {
+        name: text.replace("<video>", "")
+        for name in ("question", "prompt")
+        if isinstance(text := getattr(question, name), str)
+    }
+    cluster = question.meta.get("cluster") or "\n".join(question.videos)
+    return replace(question, videos=(), spans=(), meta={**question.meta, "cluster": cluster}, **bare)
+
+
 def _check_answer(where: str, question: Question) -> None:
     """Raise DataError if the answer cannot be scored, so that an evaluation does not fail at this question."""
     try:
         parse_ground_truth(question.answer, question.task_type, question.options)
     except (TypeError, ValueError) as error:
         raise DataError(f"{where}: question {question.id!r}: {error}") from error
+
+
+def _check_subtitles(root: Path, media: MediaFolder, questions: list[Question]) -> None:
+    """Warn of missing subtitle files and damaged cues. Raise DataError if all files are missing."""
+    lost = [path for path, digest in media.subtitle_files.items() if digest is None]
+    if lost and len(lost) == len(media.subtitle_files):
+        raise DataError(
+            f"data.media_root={root}: expected subtitle files for evaluate.subtitles, got none, for instance not "
+            f"{lost[0]}; extract them below this folder, or set evaluate.subtitles=false"
+        )
+    if lost:
+        asked = sum("subtitles_missing" in question.meta for question in questions)
+        log.warning(
+            "%d of %s are missing, so %s have no subtitles: %s",
+            len(lost),
+            counted(len(media.subtitle_files), "subtitle file"),
+            counted(asked, "question"),
+            ", ".join(lost[:MOST_NAMED]) + (", …" if len(lost) > MOST_NAMED else ""),
+        )
+    if faults := media.subtitle_faults:
+        log.warning(
+            "%s in subtitles, which are left out: %s%s",
+            counted(len(faults), "damaged cue"),
+            "; ".join(faults[:MOST_NAMED]),
+            "; …" if len(faults) > MOST_NAMED else "",
+        )
 
 
 def _warn_of_others(path: Path, files: list[Path], others: list[Path]) -> None:

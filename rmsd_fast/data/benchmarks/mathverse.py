@@ -3,7 +3,8 @@
 Annotations: parquet of CaraJ/MathVerse-lmmseval, or the authors' `testmini.json`. The prompt is the field `query_wo`,
 which asks for a direct answer.
 
-The field lets a language model extract and score the answers. Here, rules do, so scores of free-form answers are lower.
+The field lets a language model extract and score the answers. Here, rules do, so scores of free-form answers are lower,
+unless `evaluate.judge` is set.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from rmsd_fast.data.records import Question
 
 PATTERNS = ("**/testmini-*.parquet", "**/testmini*.parquet", "**/testmini.json")
 COUNTS = (3940,)
-IGNORED = {"question_for_eval", "query_cot"}
+IGNORED = {"query_cot"}
 VERSIONS = ("Text Dominant", "Text Lite", "Vision Intensive", "Vision Dominant", "Vision Only")
 _KINDS = {"multi-choice": "mcq", "multi_choice": "mcq", "free-form": "exact", "free_form": "exact"}
 _LETTER = re.compile(r"\s*\(?([A-H])\)?[.:]?\s*")
@@ -40,6 +41,8 @@ def read(record: Record) -> list[Question]:
         groups = record.groups(subject=metadata.label("subject"), subfield=metadata.label("subfield"))
     # The versions of a problem are not independent, although their images differ.
     cluster = record.label("problem_index")
+    # The question in words, also where the image shows it; only a judge reads it.
+    asked = record.get("question_for_eval")
     if cluster is None:
         raise record.fail("problem_index", "a number or a text", record.need("problem_index"), "download it again")
     return [
@@ -52,6 +55,7 @@ def read(record: Record) -> list[Question]:
             prompt=record.text("query_wo"),
             meta={
                 "cluster": cluster,
+                **({"judged_question": asked.strip()} if isinstance(asked, str) and asked.strip() else {}),
                 "groups": {"version": version, "question_type": record.text("question_type"), **groups},
             },
         )

@@ -3,8 +3,8 @@
 Annotations: parquet of AI4Math/MathVista, the authors' `testmini.json`, or VLMEvalKit's TSV. The prompt is the field
 `query`, which contains a hint about the form of the answer.
 
-The field lets a language model extract the answer. Here, rules extract it, and `exact` compares it: a number after
-rounding to the field `precision`.
+The field lets a language model extract the answer. Here, rules extract it, and a language model only with
+`evaluate.judge` and where rules cannot. `exact` compares it: a number after rounding to the field `precision`.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from rmsd_fast.data.errors import DataError, short
 from rmsd_fast.data.marks import MARK
 from rmsd_fast.data.media_paths import media_paths
 from rmsd_fast.data.records import Question, parse_id
+from rmsd_fast.data.subtitles import read_subtitles
 from rmsd_fast.files import replacing, write_all
 from rmsd_fast.method.answers import bare_options, option_letters
 
@@ -36,10 +37,33 @@ class MediaFolder:
         root: absolute path of the folder.
         follow_symlinks: whether symbolic links in it may point outside.
         image_cache: folder for images that annotations contain.
+        subtitles: whether questions have subtitles.
+        videos: whether questions are asked with their videos.
+    Attributes:
+        subtitle_files: hash of each subtitle file that was asked for, by its path; None = there is no such file.
+        subtitle_faults: a text about each damaged cue.
     """
 
-    def __init__(self, root: Path, *, follow_symlinks: bool, image_cache: Path) -> None:
+    def __init__(
+        self, root: Path, *, follow_symlinks: bool, image_cache: Path, subtitles: bool = False, videos: bool = True
+    ) -> None:
         self.root, self.follow_symlinks, self.image_cache = root, follow_symlinks, image_cache
+        self.with_subtitles, self.with_videos = subtitles, videos
+        self.subtitle_files: dict[str, str | None] = {}
+        self.subtitle_faults: list[str] = []
+
+    def subtitles(self, path: str) -> str | None:
+        """Return the hash of a subtitle file, or None if there is no such file. Each file is checked once.
+
+        Raises:
+            DataError: the file has no usable cue.
+        """
+        if path not in self.subtitle_files:
+            self.subtitle_files[path] = None
+            if os.path.isfile(path):
+                self.subtitle_faults += read_subtitles(path).faults
+                self.subtitle_files[path] = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:32]
+        return self.subtitle_files[path]
 
     @cached_property
     def _by_name(self) -> dict[str, list[str]]:
@@ -273,6 +297,21 @@ class Record:
         if not named:
             raise self.fail(name, "the name of a file", self.row.get(name), "download the annotation again")
         return self.media.find(self.where, name, named, guessed)
+
+    def subtitles(self, paths: Iterable[object], *, shift_s: float = 0.0, least_s: float = 0.0) -> dict[str, Any]:
+        """Return the items of `Question.meta` about subtitles; {} unless they are asked for.
+
+        Args:
+            paths: the file as the annotation or the download names it, relative to the media root.
+            shift_s, least_s: see `data.subtitles.spoken_at`.
+        """
+        if not self.media.with_subtitles:
+            return {}
+        path = self.medium("subtitle_path", paths)
+        digest = self.media.subtitles(path)
+        if digest is None:
+            return {"subtitles_missing": path}
+        return {"subtitles": {"path": path, "digest": digest, "shift_s": shift_s, "least_s": least_s}}
 
     def number(self, name: str, *, least: float = -math.inf) -> float:
         """Return a required finite number of at least `least`, also if a table stores it as text."""

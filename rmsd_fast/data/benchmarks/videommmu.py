@@ -3,7 +3,8 @@
 Annotations: a folder with parquet of lmms-lab/VideoMMMU, one folder per track, `VideoMMMU.tsv` of VLMEvalKit, or
 EasyVideoR1's `videommmu_with_image.json`, which does not name the tracks of questions without an image.
 
-The knowledge gain needs answers before the video was seen, so it is not computed.
+The knowledge gain needs answers to adaptation without the video (`evaluate.without_video`), which are asked with the
+question, its options and its image alone; see `stages.evaluation_compare`.
 Source of the prompts: lmms-eval 0.7.3, tasks/videommmu.
 """
 
@@ -42,7 +43,9 @@ def read(record: Record) -> list[Question]:
     is_choice = not typed or record.kind(_KINDS, "question_type", "problem_type") == "mcq"
     options = record.choices("options") if is_choice else record.options("options")
     shown = "\n".join([question, *lettered(options)]) if options else question
-    if track == "adaptation":
+    if not record.media.with_videos:
+        prompt = shown
+    elif track == "adaptation":
         prompt = _APPLY.format(kind="multi-choice" if is_choice else "open-ended") + shown
     else:
         prompt = shown + _IGNORE_QUIZ

@@ -3,7 +3,8 @@
 Annotation: `V_STaR_test.json` of V-STaR-Bench/V-STaR. Chain 1 asks what, when1 and where1, and chain 2 what, where2 and
 when2. Later prompts contain the annotated times and boxes of earlier ones, as in the published script.
 
-Answers to what are scored by rules here; the published script uses a language model as a judge.
+The published script lets a language model grade the answers to what. Here, this needs `evaluate.judge`; otherwise,
+rules score them.
 Source of prompts and metrics: V-STaR-Bench/V-STaR, inference_demo.py and eval.py at 1894682.
 """
 

@@ -1,7 +1,7 @@
 """WorldSense (arXiv 2502.04326): three or four options about videos with sound, which the students do not hear.
 
 Annotations: parquet of lmms-lab/worldsense, `WorldSense.tsv` of VLMEvalKit, or the authors' `worldsense_qa.json`.
-Source of the prompt, whose first sentences come before the video: VLMEvalKit e8e78f0, without subtitles and sound.
+Source of the prompts, whose first sentences come before the video: VLMEvalKit e8e78f0, without sound.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import re
 
 from rmsd_fast.data.benchmarks.record import Record, lettered
 from rmsd_fast.data.records import Question
+from rmsd_fast.data.subtitles import MARK
 
 PATTERNS = ("**/test*.parquet", "**/WorldSense.tsv", "**/worldsense_qa.json", "**/worldsense*.json*")
 COUNTS = (3172,)
@@ -17,9 +18,9 @@ IGNORED = {"index", "subtitle_path", "audio_path", "video_caption", "video_durat
 _TASK = re.compile(r"task[0-9]+")
 _PROMPT = (
     "Carefully watch this video and pay attention to every detail. Based on your observations, select the best option "
-    "that accurately addresses the question.<video>\nThese are the frames of a video. Select the best answer to the "
-    "following multiple-choice question based on the video. Respond with only the letter (A, B, C, or D) of the "
-    "correct option.\n"
+    "that accurately addresses the question.<video>\nThese are the frames of a video. {subtitles}Select the best "
+    "answer to the following multiple-choice question based on the video. Respond with only the letter (A, B, C, or "
+    "D) of the correct option.\n"
     "Question: {question}\n{options}\nAnswer: "
 )
 
@@ -48,6 +49,9 @@ def _question(video: Record, asked: Record, identity: str | None) -> Question:
     question = asked.text("question")
     options = asked.choices("candidates", "options")
     guesses = [f"videos/{name}.mp4", f"{name}.mp4"] if name else []
+    subtitles = video.subtitles([video.get("subtitle_path"), f"subtitles/{name}.srt"])
+    # VLMEvalKit shows an empty line if there is no file.
+    listed = f"This video's subtitles are listed below:\n{MARK if 'subtitles' in subtitles else ''}\n"
     path = video.medium("video_path", [video.get("video_path") or (f"{name}.mp4" if name else None)], guesses)
     return asked.question(
         asked.nth(name or path.rpartition("/")[2]) if identity is None else identity,
@@ -56,8 +60,11 @@ def _question(video: Record, asked: Record, identity: str | None) -> Question:
         videos=(path,),
         options=options,
         answer=asked.letter(options, "answer"),
-        prompt=_PROMPT.format(question=question, options="\n".join(lettered(options))),
+        prompt=_PROMPT.format(
+            subtitles=listed if subtitles else "", question=question, options="\n".join(lettered(options))
+        ),
         meta={
+            **subtitles,
             "groups": asked.groups(
                 task_domain=asked.label("task_domain"),
                 task_type=asked.label("task_type"),
@@ -65,6 +72,6 @@ def _question(video: Record, asked: Record, identity: str | None) -> Question:
                 sub_category=video.label("sub_category"),
                 duration=video.label("duration"),
                 audio_class=video.label("audio_class"),
-            )
+            ),
         },
     )
