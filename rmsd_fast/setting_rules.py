@@ -309,6 +309,7 @@ def refuse_useless(settings: RunConfig, written_keys: list[str], where: str) -> 
     warm_up, judged = "warm_up" in stages, uses_discriminator(settings)
     matched = judged or drops or settings.reward.unlabeled == "teacher"
     own_clips = settings.made.enabled and settings.made.source == "clips"
+    needles = settings.made.enabled and settings.made.source == "needles"
     # Evaluations decode with rollout.cuda_graphs, and sample at rollout.temperature.
     evaluated = ("cuda_graphs", "temperature") if settings.evaluate.rollouts else ("cuda_graphs",)
     of_rollouts = [f"rollout.{f.name}" for f in fields(settings.rollout) if f.name not in evaluated]
@@ -383,7 +384,7 @@ def refuse_useless(settings: RunConfig, written_keys: list[str], where: str) -> 
             "no stage uses it; add distill or control to stages",
         ),
         (
-            ["made.student_hidden", "made.student_layers"],
+            ["made.student_hidden", "made.student_layers", "made.student_family"],
             bool(settings.model.path),
             "model.path sets the student; leave model.path empty",
         ),
@@ -453,9 +454,14 @@ def refuse_useless(settings: RunConfig, written_keys: list[str], where: str) -> 
             "no material is generated; set made.enabled=true",
         ),
         (
-            ["made.train_clips", "made.heldout_clips", "made.questions_per_clip", "made.tasks", "made.label_share"],
-            not own_clips,
+            ["made.train_clips", "made.heldout_clips", "made.label_share"],
+            not own_clips and not needles,
             "the set of real clips is fixed; set made.source=clips",
+        ),
+        (
+            ["made.questions_per_clip", "made.tasks"],
+            not own_clips,
+            "only generated clips have questions of several task types; set made.source=clips",
         ),
         (
             ["made.wording"],

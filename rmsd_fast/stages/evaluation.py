@@ -162,6 +162,7 @@ class Answering:
                 device=world.device,
                 cuda_graphs=rollout.cuda_graphs,
                 share_media=True,
+                tokens_per_call=settings.micro_tokens,
             )
             for batch in (evaluate.prompts_per_batch, rows)
         )
