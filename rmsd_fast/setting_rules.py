@@ -16,6 +16,36 @@ from rmsd_fast.config import (
     SettingsError,
 )
 
+# Settings that rmsd_fast.evaluate reads; a name that ends in "." is a whole section. Some only say how others are read:
+# model.adapter is needed with model.quantize, and teacher.responses has to fit made.responses.
+_EVALUATED = (
+    *("made.", "video.", "evaluate.", "seed", "packing", "micro_tokens", "runtime.check_memory"),
+    *("data.heldout", "data.format", "data.task_type", "data.media_root", "data.follow_symlinks"),
+    *("data.max_prompt_tokens", "data.decoder", "data.decode_threads", "data.decode_timeout_s", "data.max_file_mib"),
+    *("data.check_frames", "data.cache_mib", "data.disk_cache", "data.disk_cache_gib", "data.max_bad_share"),
+    *("model.path", "model.dtype", "model.attention", "model.liger", "model.quantize", "model.adapter"),
+    *("teacher.responses", "teacher.unlabeled", "teacher.numeric_metric", "teacher.numeric_eps", "teacher.ocr_metric"),
+    *("rollout.temperature", "rollout.cuda_graphs"),
+)
+# Settings of these sections that only matter in training.
+_OF_TRAINING = ("evaluate.every_steps", "evaluate.samples")
+
+
+def refuse_training_settings(settings: RunConfig, written_keys: list[str]) -> None:
+    """Raise SettingsError if an override of rmsd_fast.evaluate is a setting that only matters in training."""
+    for key in written_keys:
+        read = any(key == name or (name.endswith(".") and key.startswith(name)) for name in _EVALUATED)
+        if not read or key in _OF_TRAINING:
+            raise SettingsError(
+                f"override: {key} has no effect: rmsd_fast.evaluate does not train; leave {key} out. A recipe or a "
+                "run's config.yaml may contain it"
+            )
+        if key == "rollout.temperature" and not settings.evaluate.rollouts:
+            raise SettingsError(
+                f"override: {key} has no effect: answers are greedy; leave {key} out, or sample more of them with "
+                "evaluate.rollouts"
+            )
+
 
 def uses_reference(settings: RunConfig) -> bool:
     """Return whether stage 2 computes log-probs of its rollouts under the stage-1 student."""
@@ -75,9 +105,12 @@ def check_room(settings: RunConfig, response: int, what: str) -> None:
         )
 
 
-def check_together(settings: RunConfig) -> None:
+def check_together(settings: RunConfig, *, trains: bool = True) -> None:
     """Check settings that are valid on their own but may conflict.
 
+    Args:
+        settings: the settings.
+        trains: whether the program trains, so that prompts and rollouts have to fit into a forward pass.
     Raises:
         SettingsError: two settings conflict; the message says which one to change.
     """
@@ -110,7 +143,7 @@ def check_together(settings: RunConfig) -> None:
         least, most = getattr(video, low), getattr(video, high)
         if least > most:
             raise SettingsError(f"video.{low}={least}: expected at most video.{high}={most}; change one of the two")
-    if makes_rollouts(settings):
+    if makes_rollouts(settings) and trains:
         # An end token is appended to truncated rollouts before the discriminator reads them.
         check_room(
             settings, settings.rollout.max_new_tokens + 1, "a rollout of rollout.max_new_tokens and its end token"

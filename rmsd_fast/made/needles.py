@@ -6,8 +6,8 @@ the event. The question is which color it was, with the options always in the sa
 learn to look and not to find the letter of an option. A student that does not see the event can only guess.
 
 How many frames are needed is arithmetic: F frames that are evenly spaced over 1,800 s show an event of d seconds with a
-probability of about F * d / 1,800, at most 1. Most held-out events last one second. In training, every length is equally
-frequent, because a student that sees the event in one of a hundred videos learns to guess.
+probability of about F * d / 1,800, at most 1. Half of the held-out events last one second. In training, every length is
+equally frequent, because a student that sees the event in one of a hundred videos learns to guess.
 """
 
 from __future__ import annotations

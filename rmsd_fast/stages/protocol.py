@@ -81,8 +81,9 @@ def evaluation_identity(settings: RunConfig, questions: Sequence[Question], mode
         "model": model,
         "protocol": protocol_of(settings),
         "questions": questions_digest(questions),
-        # Other batches can change an answer by rounding.
+        # Other batches, and other calls of the vision tower, can change an answer by rounding.
         "prompts_per_batch": settings.evaluate.prompts_per_batch,
+        "micro_tokens": settings.micro_tokens,
     }
 
 
