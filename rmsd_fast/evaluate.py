@@ -55,9 +55,10 @@ def main(argv: list[str] | None = None) -> int:
         return _compare(arguments.compare, arguments.output)
     if not arguments.recipe:
         parser.error("expected a recipe and --output or --dry-run, or --compare with two or more evaluations")
-    if (arguments.output is None) != arguments.dry_run:
-        expected = "none with --dry-run, which writes nothing" if arguments.dry_run else "a JSON file to write"
-        parser.error(f"--output: expected {expected}, got {arguments.output or 'nothing'}")
+    if arguments.dry_run and arguments.output:
+        parser.error(f"--output: expected none with --dry-run, which writes nothing, got {arguments.output}")
+    if not arguments.dry_run and not arguments.output:
+        parser.error("--output is missing: expected a JSON file to write")
     if reason := environment.why_not():
         tell(f"rmsd_fast.evaluate: {reason}")
         return 2
@@ -84,7 +85,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def rehearse(settings: RunConfig, world: World) -> bool:
-    """Check an evaluation, answer one batch per process to time it, and print what was found. Nothing is written.
+    """Check an evaluation, answer one batch per process to time it, and print what was found.
+
+    Nothing is written except generated material.
 
     Returns:
         Whether the evaluation is ready to start: at most `data.max_bad_share` of the questions cannot be used.
@@ -115,8 +118,9 @@ def rehearse(settings: RunConfig, world: World) -> bool:
             if world.is_main:
                 print(line)
     if world.is_main:
-        share = f"data.max_bad_share={settings.data.max_bad_share:g}"
-        print("ready" if ready else f"not ready: more than a share of {share} of the questions cannot be used")
+        unusable = f"{len(lengths.faults):,} of {len(questions):,} questions cannot be used"
+        limit = f"data.max_bad_share={settings.data.max_bad_share:g}"
+        print("ready" if ready else f"not ready: {unusable}, which is more than {limit} of them")
     return ready
 
 
