@@ -487,14 +487,14 @@ def refuse_useless(settings: RunConfig, written_keys: list[str], where: str) -> 
             "no material is generated; set made.enabled=true",
         ),
         (
-            ["made.train_clips", "made.heldout_clips", "made.label_share"],
+            ["made.train_clips", "made.heldout_clips", "made.questions_per_clip", "made.tasks", "made.label_share"],
             not own_clips and not needles,
             "the set of real clips is fixed; set made.source=clips",
         ),
         (
             ["made.questions_per_clip", "made.tasks"],
-            not own_clips,
-            "only generated clips have questions of several task types; set made.source=clips",
+            needles,
+            "a video of made.source=needles has one question of type mcq; set made.source=clips",
         ),
         (
             ["made.wording"],

@@ -93,18 +93,6 @@ def is_heldout_start(color: str, start: int) -> bool:
     return (start + EVENT_COLORS.index(color)) % 6 == 0
 
 
-def seen_share(frames: int, length: int) -> float:
-    """Return the share of the possible starts of an event at which a sampled frame shows it.
-
-    Args:
-        frames: number of frames that are sampled evenly from a video, the first and the last one among them.
-        length: seconds of the event, which has as many frames.
-    """
-    sampled = torch.linspace(0, SECONDS - 1, frames, dtype=torch.float64).round().long().tolist()
-    starts = {frame - back for frame in sampled for back in range(length)}
-    return len(starts & set(range(SECONDS - length + 1))) / (SECONDS - length + 1)
-
-
 def _make_split(folder: Path, split: str, clips: int, seed: int) -> list[Question]:
     rng = random.Random(f"needles {seed} {split}")
     heldout = split == "heldout"

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.media.needles import ceiling, seen_share
 from rmsd_fast.config import SettingsError
 from rmsd_fast.data.records import load_questions
 from rmsd_fast.made.clips import COLORS, MadeMaterial
-from rmsd_fast.made.needles import EVENT_COLORS, is_heldout_start, make_needles, render_needle, seen_share
+from rmsd_fast.made.needles import EVENT_COLORS, is_heldout_start, make_needles, render_needle
 from rmsd_fast.settings import load_settings
 
 
@@ -83,19 +84,23 @@ def test_equal_settings_reuse_the_folder_and_others_are_refused(made: MadeMateri
 
 
 def test_the_share_that_frames_can_show() -> None:
-    # One-second events: F of the 1,800 frames.
-    assert seen_share(16, 1) == 16 / 1800 and seen_share(128, 1) == 128 / 1800 and seen_share(768, 1) == 768 / 1800
-    assert seen_share(1800, 1) == 1
-    # 128 frames are at most 15 s apart, and 16 frames 120 s.
-    assert seen_share(128, 16) == 1 and seen_share(16, 120) == 1 and seen_share(16, 118) < 1
+    # One-second events: F of the 1,800 frames, so that the best score with four options is F/1800 + (1 - F/1800) / 4.
+    for family in ("qwen3_vl", "qwen2_vl"):
+        for frames in (16, 128, 768, 1800):
+            assert seen_share(frames, 1, family) == frames / 1800
+        # 128 frames are at most 15 s apart, and 16 frames 120 s.
+        assert seen_share(128, 16, family) == 1 and seen_share(16, 121, family) == 1 and seen_share(16, 100, family) < 1
     # Frames 0, 900 (899.5 rounded to even) and 1799 show an event of 10 s that starts at 0, at 891 to 900 or at 1790.
-    assert seen_share(3, 10) == 12 / 1791
+    assert seen_share(3, 10, "qwen3_vl") == 12 / 1791
+    # Frames 0 and 900 show one that starts at 0, or at 891 to 900.
+    assert seen_share(2, 10, "qwen2_vl") == 11 / 1791
+    assert ceiling(0.0) == 0.25 and ceiling(1.0) == 1.0 and ceiling(128 / 1800) == pytest.approx(0.30333, abs=1e-5)
 
 
 def test_settings() -> None:
     settings = load_settings("needles")
     assert settings.made.source == "needles" and settings.stages == ["sft"] and settings.video.num_frames == 128
-    with pytest.raises(SettingsError, match=r"has no effect: only generated clips have questions of several task"):
+    with pytest.raises(SettingsError, match=r"has no effect: a video of made\.source=needles has one question"):
         load_settings("needles", ["made.questions_per_clip=1"])
     with pytest.raises(SettingsError, match="the set of real clips is fixed"):
         load_settings("needles", ["made.source=real_clips", "made.train_clips=5"])
