@@ -271,10 +271,14 @@ class _Planner:
         return self._plan(phases, engines)
 
     def evaluation(self) -> StagePlan:
-        """Return the plan of an evaluation, which decodes the media of the next batch while it answers one."""
+        """Return the plan of an evaluation, which decodes the media of the next batch while it answers one.
+
+        The passes of a reranker are not planned, only its weights.
+        """
         evaluate, rollouts = self.settings.evaluate, self.settings.evaluate.rollouts
+        reranker = self.size.total - self.size.head if evaluate.reranker else 0
         held = {
-            WEIGHTS: self.width * self.size.total + self._changed_by_nf4(),
+            WEIGHTS: self.width * (self.size.total + reranker) + self._changed_by_nf4(),
             MEDIA: self._frames(ahead=1) if self._frames_on_device else 0,
             CONTEXT: CONTEXT_BYTES if self.device == "cuda" else 0,
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -86,8 +87,6 @@ def test_spread_is_even() -> None:
 
 
 def test_the_plan_of_an_evaluation(folder: Path, material: Material) -> None:
-    import json
-
     settings = tiny_settings(folder, "evaluate.prompts_per_batch=4", "evaluate.max_new_tokens=10", "data.cache_mib=3")
     settings.data.max_prompt_tokens = 100
     config = json.loads((Path(material.model_path) / "config.json").read_text())
@@ -112,6 +111,9 @@ def test_the_plan_of_an_evaluation(folder: Path, material: Material) -> None:
     sampled = plan_evaluation(settings, config, device="cpu")
     assert set(sampled.phases) == {"vision", "answers", "samples"}
     assert sampled.phases["samples"]["rollout"] <= sampled.phases["answers"]["rollout"]
+    # A reranker has the weights of the student, whose head is tied, and stays on the device.
+    settings.evaluate.reranker = "discriminator"
+    assert plan_evaluation(settings, config, device="cpu").phases["answers"]["weights"] == 2 * 4 * weights
 
 
 def test_an_evaluation_that_does_not_fit_is_refused(
@@ -136,8 +138,6 @@ def test_an_evaluation_that_does_not_fit_is_refused(
 
 
 def _config(material: Material) -> dict:
-    import json
-
     return json.loads((Path(material.model_path) / "config.json").read_text())
 
 
