@@ -103,16 +103,20 @@ def _frames(evaluations: list[dict]) -> list[int]:
 
 
 def _differences(evaluations: list[dict]) -> Iterable[str]:
+    """Yield the differences from the last evaluation of the student that was trained with most frames, shown as many.
+
+    A question that only one evaluation has is left out.
+    """
     best = max(evaluations, key=lambda e: (e["frames"] == e["trained"], e["frames"]))
-    ours = [answer for answer in best["answers"] if answer["groups"]["event_s"] == "1 s"]
     for other in evaluations:
         if other is best:
             continue
-        theirs = [answer for answer in other["answers"] if answer["groups"]["event_s"] == "1 s"]
-        difference = compare(ours, theirs, details=False)["closed"]
+        ours, theirs = ({a["id"]: a for a in e["answers"] if a["groups"]["event_s"] == "1 s"} for e in (best, other))
+        common = sorted(ours.keys() & theirs.keys())
+        difference = compare([ours[i] for i in common], [theirs[i] for i in common], details=False)["closed"]
         yield (
             f"- trained {best['trained']}, shown {best['frames']}, minus trained {other['trained']}, shown "
-            f"{other['frames']}: {signed_interval(difference)}"
+            f"{other['frames']}: {signed_interval(difference)}, {len(common)} questions"
         )
 
 
