@@ -92,7 +92,15 @@ def page(evaluations: list[dict], family: str, facts: dict) -> str:
         row += ["1.000" if row[0] == "1 s, seen" else "0.250"] * len(_frames(evaluations))
     head = ["event", *(f"trained {e['trained']}, shown {e['frames']}" for e in evaluations)]
     head += [f"ceiling {frames}" for frames in _frames(evaluations)]
-    lines = [table(head, rows), "**Paired differences, events of one second**\n", *_differences(evaluations)]
+    counts = ", ".join(f"{len(e['answers']):,}" for e in evaluations)
+    lines = [
+        "Scores of a tiny student on held-out needles (`made.source=needles`), by length of the event, with the numbers "
+        "of frames in training and in the evaluation. The ceiling is the expected score of a student that answers what "
+        f"a sampled frame shows, and guesses otherwise. Questions: {counts}.\n",
+        table(head, rows).rstrip(),
+        "\n**Paired differences, events of one second**\n",
+        *_differences(evaluations),
+    ]
     names = ", ".join(f"{name} {facts[name]}" for name in ("torch", "transformers", "torchcodec") if name in facts)
     lines.append(f"\n{facts['cpu']}, {facts['threads']} thread(s), {names}, commit {facts['commit'][:10]}.")
     return "\n".join(lines) + "\n"
