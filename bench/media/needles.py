@@ -74,7 +74,7 @@ def read(pair: str, questions: dict[str, Question], family: str) -> dict:
     }
 
 
-def page(evaluations: list[dict], family: str, facts: dict) -> str:
+def page(evaluations: list[dict], family: str, facts: dict, ran: str) -> str:
     """Return the page of the results."""
     order = [f"{length} s" for length in (1, 4, 16, 64, 256)] + ["1 s, seen", "1 s, not seen"]
     rows = []
@@ -94,15 +94,15 @@ def page(evaluations: list[dict], family: str, facts: dict) -> str:
     head += [f"ceiling {frames}" for frames in _frames(evaluations)]
     counts = ", ".join(f"{len(e['answers']):,}" for e in evaluations)
     lines = [
-        "Scores of a tiny student on held-out needles (`made.source=needles`), by length of the event, with the numbers "
-        "of frames in training and in the evaluation. The ceiling is the expected score of a student that answers what "
-        f"a sampled frame shows, and guesses otherwise. Questions: {counts}.\n",
+        "Scores of a tiny student on held-out needles (`made.source=needles`), by length of the event, with the\n"
+        "numbers of frames in training and in the evaluation. The ceiling is the expected score of a student that\n"
+        f"answers what a sampled frame shows, and guesses otherwise. Questions: {counts}.\n",
         table(head, rows).rstrip(),
         "\n**Paired differences, events of one second**\n",
         *_differences(evaluations),
     ]
     names = ", ".join(f"{name} {facts[name]}" for name in ("torch", "transformers", "torchcodec") if name in facts)
-    lines.append(f"\n{facts['cpu']}, {facts['threads']} thread(s), {names}, commit {facts['commit'][:10]}.")
+    lines.append(f"\n{facts['cpu']}, {facts['threads']} thread(s), {names}, {ran}.")
     return "\n".join(lines) + "\n"
 
 
@@ -133,14 +133,17 @@ def main() -> None:
     parser.add_argument("heldout", type=Path, help="heldout.jsonl of the needles")
     parser.add_argument("evaluations", nargs="+", metavar="FRAMES=EVALUATION")
     parser.add_argument("--family", default="qwen2_vl", help="preprocessing of the student, which chooses the frames")
+    parser.add_argument("--ran", required=True, help="commits of training and evaluation, as a text")
     arguments = parser.parse_args()
     questions = {q.id: q for q in load_questions(arguments.heldout, media_root=arguments.heldout.parent)}
     evaluations = [read(pair, questions, arguments.family) for pair in arguments.evaluations]
     facts = surroundings()
-    text = page(evaluations, arguments.family, facts)
+    text = page(evaluations, arguments.family, facts, arguments.ran)
     write_text_atomic(RESULTS / "needles.md", text)
     records = [{name: value for name, value in e.items() if name != "answers"} for e in evaluations]
-    write_text_atomic(RESULTS / "needles.json", json.dumps({**facts, "evaluations": records}, indent=1) + "\n")
+    write_text_atomic(
+        RESULTS / "needles.json", json.dumps({**facts, "ran": arguments.ran, "evaluations": records}, indent=1) + "\n"
+    )
     print(text)
 
 

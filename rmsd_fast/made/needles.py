@@ -7,7 +7,7 @@ learn to look and not to find the letter of an option. A student that does not s
 
 How many frames are needed is arithmetic: F frames that are evenly spaced over 1,800 s show an event of d seconds with a
 probability of about F * d / 1,800, at most 1. Half of the held-out events last one second. In training, every length is
-equally frequent, because a student that sees the event in one of a hundred videos learns to guess.
+equally frequent, so that a student with few frames sees enough events to learn from.
 """
 
 from __future__ import annotations
