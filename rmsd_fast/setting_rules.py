@@ -21,6 +21,35 @@ from rmsd_fast.config import (
 
 # Fields of a request to the judge that have settings of their own, or must not change.
 _OF_REQUESTS = ("messages", "model", "n", "stream", "temperature", "max_tokens", "max_completion_tokens")
+# Settings that rmsd_fast.evaluate reads; a name that ends in "." is a whole section. Some only say how others are read:
+# model.adapter is needed with model.quantize, and teacher.responses has to fit made.responses.
+_EVALUATED = (
+    *("made.", "video.", "evaluate.", "seed", "packing", "micro_tokens", "runtime.check_memory"),
+    *("data.heldout", "data.format", "data.task_type", "data.media_root", "data.follow_symlinks"),
+    *("data.max_prompt_tokens", "data.decoder", "data.decode_threads", "data.decode_timeout_s", "data.max_file_mib"),
+    *("data.check_frames", "data.cache_mib", "data.disk_cache", "data.disk_cache_gib", "data.max_bad_share"),
+    *("model.path", "model.dtype", "model.attention", "model.liger", "model.quantize", "model.adapter"),
+    *("teacher.responses", "teacher.unlabeled", "teacher.numeric_metric", "teacher.numeric_eps", "teacher.ocr_metric"),
+    *("rollout.temperature", "rollout.cuda_graphs"),
+)
+# Settings of these sections that only matter in training.
+_OF_TRAINING = ("evaluate.every_steps", "evaluate.samples")
+
+
+def refuse_training_settings(settings: RunConfig, written_keys: list[str]) -> None:
+    """Raise SettingsError if an override of rmsd_fast.evaluate is a setting that only matters in training."""
+    for key in written_keys:
+        read = any(key == name or (name.endswith(".") and key.startswith(name)) for name in _EVALUATED)
+        if not read or key in _OF_TRAINING:
+            raise SettingsError(
+                f"override: {key} has no effect: rmsd_fast.evaluate does not train; leave {key} out. A recipe or a "
+                "run's config.yaml may contain it"
+            )
+        if key == "rollout.temperature" and not settings.evaluate.rollouts:
+            raise SettingsError(
+                f"override: {key} has no effect: answers are greedy; leave {key} out, or sample more of them with "
+                "evaluate.rollouts"
+            )
 
 
 def uses_reference(settings: RunConfig) -> bool:
@@ -81,9 +110,12 @@ def check_room(settings: RunConfig, response: int, what: str) -> None:
         )
 
 
-def check_together(settings: RunConfig) -> None:
+def check_together(settings: RunConfig, *, trains: bool = True) -> None:
     """Check settings that are valid on their own but may conflict.
 
+    Args:
+        settings: the settings.
+        trains: whether the program trains, so that prompts and rollouts have to fit into a forward pass.
     Raises:
         SettingsError: two settings conflict; the message says which one to change.
     """
@@ -124,7 +156,7 @@ def check_together(settings: RunConfig) -> None:
         least, most = getattr(video, low), getattr(video, high)
         if least > most:
             raise SettingsError(f"video.{low}={least}: expected at most video.{high}={most}; change one of the two")
-    if makes_rollouts(settings):
+    if makes_rollouts(settings) and trains:
         # An end token is appended to truncated rollouts before the discriminator reads them.
         check_room(
             settings, settings.rollout.max_new_tokens + 1, "a rollout of rollout.max_new_tokens and its end token"
@@ -377,6 +409,7 @@ def refuse_useless(settings: RunConfig, written_keys: list[str], where: str) -> 
     warm_up, judged = "warm_up" in stages, uses_discriminator(settings)
     matched = judged or drops or settings.reward.unlabeled == "teacher"
     own_clips = settings.made.enabled and settings.made.source == "clips"
+    needles = settings.made.enabled and settings.made.source == "needles"
     # Evaluations decode with rollout.cuda_graphs, and sample at rollout.temperature.
     evaluated = ("cuda_graphs", "temperature") if settings.evaluate.rollouts else ("cuda_graphs",)
     of_rollouts = [f"rollout.{f.name}" for f in fields(settings.rollout) if f.name not in evaluated]
@@ -451,7 +484,7 @@ def refuse_useless(settings: RunConfig, written_keys: list[str], where: str) -> 
             "no stage uses it; add distill or control to stages",
         ),
         (
-            ["made.student_hidden", "made.student_layers"],
+            ["made.student_hidden", "made.student_layers", "made.student_family"],
             bool(settings.model.path),
             "model.path sets the student; leave model.path empty",
         ),
@@ -522,8 +555,13 @@ def refuse_useless(settings: RunConfig, written_keys: list[str], where: str) -> 
         ),
         (
             ["made.train_clips", "made.heldout_clips", "made.questions_per_clip", "made.tasks", "made.label_share"],
-            not own_clips,
+            not own_clips and not needles,
             "the set of real clips is fixed; set made.source=clips",
+        ),
+        (
+            ["made.questions_per_clip", "made.tasks"],
+            needles,
+            "a video of made.source=needles has one question of type mcq; set made.source=clips",
         ),
         (
             ["made.wording"],

@@ -20,7 +20,7 @@ from yaml import YAMLError
 
 from rmsd_fast.config import RECIPES, RunConfig, SettingsError
 from rmsd_fast.files import write_text_atomic
-from rmsd_fast.setting_rules import check_together, refuse_useless
+from rmsd_fast.setting_rules import check_together, refuse_training_settings, refuse_useless
 
 # Settings of earlier versions, and their replacements.
 RENAMED = {
@@ -88,6 +88,7 @@ def load_settings(
     resumed: bool = False,
     schema: type[RunConfig] = RunConfig,
     folders: Sequence[Path] = (RECIPES,),
+    trains: bool = True,
 ) -> RunConfig:
     """Read and check a recipe and its overrides, and return the run's settings.
 
@@ -98,6 +99,8 @@ def load_settings(
         resumed: whether the file was saved by a run, possibly of an earlier version; missing keys get their defaults.
         schema: RunConfig, or a dataclass that adds sections to it.
         folders: folders in which recipes are found by name.
+        trains: whether the program trains. One that does not accepts settings of training in a file, such as
+            config.yaml of a run, and refuses them as overrides.
     Returns:
         The settings.
     Raises:
@@ -108,11 +111,11 @@ def load_settings(
     defaults = OmegaConf.structured(schema)
     from_recipe, own_keys = _read_recipe(recipe, folders) if recipe else (OmegaConf.create({}), [])
     merged = _merge(defaults, from_recipe, where=f"recipe {recipe}")
-    _check(OmegaConf.to_object(merged))
+    _check(OmegaConf.to_object(merged), trains=trains)
     # Only settings that the recipe sets itself must have an effect, not settings of its base. A file with all settings
     # was saved by a run. The section `evaluate` is useful without held-out questions, because rmsd_fast.evaluate reads
     # the same file and accepts data.heldout on its command line.
-    if not resumed and set(own_keys) != set(_keys(defaults)):
+    if trains and not resumed and set(own_keys) != set(_keys(defaults)):
         checked_keys = [key for key in own_keys if not key.startswith("evaluate.")]
         refuse_useless(OmegaConf.to_object(merged), checked_keys, where=f"recipe {recipe}")
     for override in overrides:
@@ -125,7 +128,9 @@ def load_settings(
     _refuse_references(from_user, "override")
     merged = _merge(merged, from_user, where="override")
     settings = OmegaConf.to_object(merged)
-    _check(settings)
+    _check(settings, trains=trains)
+    if not trains:
+        refuse_training_settings(settings, _keys(from_user))
     refuse_useless(settings, _keys(from_user), where="override")
     return settings
 
@@ -227,14 +232,9 @@ def _read_recipe(recipe: str, folders: Sequence[Path], seen: tuple[str, ...] = (
 
 
 def _merge(schema: DictConfig, changes: DictConfig, where: str) -> DictConfig:
-    known = set(_keys(schema))
-    for key in _keys(changes):
-        if key in REMOVED:
-            raise SettingsError(f"{where}: {key} was removed: {REMOVED[key]}")
-        if key not in known and not any(name.startswith(key + ".") for name in known):
-            close = [RENAMED[key]] if key in RENAMED else difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-            hint = f"; did you mean {close[0]}?" if close else "; --help lists all settings"
-            raise SettingsError(f"{where}: unknown setting {key}{hint}")
+    known, keys = set(_keys(schema)), _keys(changes)
+    _refuse_unknown(keys, known, where)
+    for key in keys:
         # `data.heldout=` and `data.heldout: null` both mean an empty value.
         if OmegaConf.select(changes, key) is None and isinstance(OmegaConf.select(schema, key), str):
             OmegaConf.update(changes, key, "")
@@ -247,6 +247,25 @@ def _merge(schema: DictConfig, changes: DictConfig, where: str) -> DictConfig:
         return OmegaConf.merge(schema, changes)
     except OmegaConfBaseException as error:
         raise SettingsError(f"{where}: {error.full_key}: {str(error).splitlines()[0]}") from None
+
+
+def _refuse_unknown(keys: Sequence[str], known: set[str], where: str) -> None:
+    """Raise for all keys that are not settings, with the setting that may be meant by each."""
+    faults = []
+    for key in keys:
+        if key in REMOVED:
+            faults.append(f"{key} was removed: {REMOVED[key]}")
+        elif key not in known and not any(name.startswith(key + ".") for name in known):
+            close = [RENAMED[key]] if key in RENAMED else difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            hint = f"did you mean {close[0]}?" if close else "--help lists all settings"
+            faults.append(f"unknown setting {key}; {hint}")
+    if len(faults) == 1:
+        raise SettingsError(f"{where}: {faults[0]}")
+    if faults:
+        raise SettingsError(
+            f"{where}: {len(faults)} settings are not those of this version; change or delete them, in a file of "
+            "another version in a copy:\n" + "\n".join(f"  {fault}" for fault in faults)
+        )
 
 
 def _refuse_references(changes: DictConfig, where: str) -> None:
@@ -310,7 +329,7 @@ def _check_value(key: str, value: object, rule: Mapping[str, Any]) -> None:
     raise SettingsError(f"{key}: expected {expected}, got {value}")
 
 
-def _check(settings: RunConfig) -> None:
+def _check(settings: RunConfig, *, trains: bool) -> None:
     for key, rule in _rules(type(settings)).items():
         _check_value(key, _value(settings, key), rule)
     for key in _keys(OmegaConf.structured(settings)):
@@ -323,4 +342,4 @@ def _check(settings: RunConfig) -> None:
                 f"{key}: expected a path, got {_value(settings, key)!r}, in which '~' is not expanded; write the "
                 "absolute path, or a path relative to the current folder"
             )
-    check_together(settings)
+    check_together(settings, trains=trains)

@@ -123,14 +123,25 @@ class PromptBuilder:
             PromptError: the text contains a special token, the prompt is longer than max_tokens, the answer's times are
                 after the end of the video, or the student cannot see on which clock they are.
         """
-        requests = self.media_requests(question)
         if max_tokens is not None:
-            _refuse_long(question, self._length(question, [self._layout(request) for request in requests]), max_tokens)
-        prompt = self.build_from_media(question, tuple(self._read(request) for request in requests))
+            self.length(question, max_tokens=max_tokens)
+        media = tuple(self._read(request) for request in self.media_requests(question))
+        prompt = self.build_from_media(question, media)
         self._refuse_times(prompt)
         if max_tokens is not None:
             _refuse_long(question, len(prompt.input_ids), max_tokens)
         return prompt
+
+    def length(self, question: Question, *, max_tokens: int) -> int:
+        """Return the number of tokens of a question's prompt, from the headers of its media.
+
+        Raises:
+            MediaError: the headers of a media file cannot be read.
+            PromptError: the text contains a special token, or the prompt is longer than `max_tokens`.
+        """
+        tokens = self._length(question, [self._layout(request) for request in self.media_requests(question)])
+        _refuse_long(question, tokens, max_tokens)
+        return tokens
 
     def media_requests(self, question: Question) -> list[MediaRequest]:
         """Return requests for the question's media, in the order of their placeholders."""

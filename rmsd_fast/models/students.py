@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -188,9 +188,10 @@ def encode_media(
         distinct: whether to encode equal media only once. False allows comparisons with trainers that process samples
             without groups.
         tokens_per_call: if set, split the media over several calls, each of at most this many vision tokens or one
-            medium. Do not set it inside an engine's forward, where all ranks must make the same number of calls.
+            image or temporal patch. Long videos are split between temporal patches, which do not attend to each other.
+            Do not set it inside an engine's forward, where all ranks must make the same number of calls.
         cache: features by `Frames.key` in host memory, for a tower that does not change. Each medium is then encoded in
-            its own call, so that its features do not depend on which other media were cached.
+            calls of its own, so that its features do not depend on which other media were cached.
     Raises:
         RuntimeError: the number of features of a prompt differs from its number of placeholders.
     """
@@ -204,7 +205,7 @@ def encode_media(
     if cache is None:
         layers = _encode(model, media, tokens_per_call)
     else:
-        encoded_media = [_encode_cached(model, frames, cache) for frames in media]
+        encoded_media = [_encode_cached(model, frames, cache, tokens_per_call) for frames in media]
         layers = [[of_medium[layer] for of_medium in encoded_media] for layer in range(len(encoded_media[0]))]
     layers = [[layer[index] for index in index_of] for layer in layers]
     for features in layers:
@@ -233,20 +234,26 @@ def encode_in_pass(model: PreTrainedModel, prompts: list[Prompt]) -> MediaFeatur
 def _encode(model: PreTrainedModel, media: list[Frames], tokens_per_call: int | None) -> list[list[torch.Tensor]]:
     """Return the pooled features of each medium, followed by the features of each deepstack layer."""
     family = family_of(model.config)
-    layers: list[list[torch.Tensor]] = [[] for _ in range(1 + family.deepstack_layers(model.config))]
-    for part in _parts_of(media, tokens_per_call):
-        for layer, features in zip(layers, family.vision_layers(_run_tower(model, part)), strict=True):
-            layer += features
-    return layers
+    layers: list[list[list[torch.Tensor]]] = [
+        [[] for _ in media] for _ in range(1 + family.deepstack_layers(model.config))
+    ]
+    for call in _calls_of(media, tokens_per_call):
+        encoded = family.vision_layers(_run_tower(model, [frames for _, frames in call]))
+        for layer, of_call in zip(layers, encoded, strict=True):
+            for (medium, _), features in zip(call, of_call, strict=True):
+                layer[medium].append(features)
+    return [[parts[0] if len(parts) == 1 else torch.cat(parts) for parts in layer] for layer in layers]
 
 
-def _encode_cached(model: PreTrainedModel, frames: Frames, cache: ByteLru[list[torch.Tensor]]) -> list[torch.Tensor]:
+def _encode_cached(
+    model: PreTrainedModel, frames: Frames, cache: ByteLru[list[torch.Tensor]], tokens_per_call: int | None
+) -> list[torch.Tensor]:
     """Return the features of one medium, layer by layer, cached in host memory (pinned if the model is on a GPU)."""
     device = model.model.visual.device
     cached = cache.get(frames.key) if frames.key else None
     if cached is not None:
         return [features.to(device, non_blocking=True) for features in cached]
-    layers = [features for (features,) in _encode(model, [frames], None)]
+    layers = [features for (features,) in _encode(model, [frames], tokens_per_call)]
     if frames.key:
         kept = [features.detach().cpu() for features in layers]
         kept = [features.pin_memory() if device.type == "cuda" else features for features in kept]
@@ -270,18 +277,36 @@ def _run_tower(model: PreTrainedModel, media: list[Frames]):
     return model.model.get_image_features(torch.cat(patches), grid_thw, return_dict=True)
 
 
-def _parts_of(media: list[Frames], most_tokens: int | None) -> list[list[Frames]]:
-    """Split the media, in order, into parts of at most `most_tokens` vision tokens or one medium."""
-    parts: list[list[Frames]] = []
+def _calls_of(media: list[Frames], most_tokens: int | None) -> list[list[tuple[int, Frames]]]:
+    """Return what each call of the tower encodes, in order: media or parts of videos, with the index of the medium."""
+    calls: list[list[tuple[int, Frames]]] = []
     tokens = 0
-    for frames in media:
-        size = math.prod(frames.grid_thw) // frames.preprocessor.merge_size**2
-        if not parts or (most_tokens is not None and tokens + size > most_tokens):
-            parts.append([])
-            tokens = 0
-        parts[-1].append(frames)
-        tokens += size
-    return parts
+    for index, frames in enumerate(media):
+        for part in _parts_of(frames, most_tokens):
+            size = math.prod(part.grid_thw) // part.preprocessor.merge_size**2
+            if not calls or (most_tokens is not None and tokens + size > most_tokens):
+                calls.append([])
+                tokens = 0
+            calls[-1].append((index, part))
+            tokens += size
+    return calls
+
+
+def _parts_of(frames: Frames, most_tokens: int | None) -> list[Frames]:
+    """Split a medium between temporal patches, into parts of at most `most_tokens` vision tokens or one such patch."""
+    steps, height, width = frames.grid_thw
+    of_step = height * width // frames.preprocessor.merge_size**2
+    if most_tokens is None or steps * of_step <= most_tokens:
+        return [frames]
+    count, span = max(1, most_tokens // of_step), frames.preprocessor.temporal_patch_size
+    return [
+        replace(
+            frames,
+            pixels=frames.pixels[start * span : (start + count) * span],
+            grid_thw=(min(count, steps - start), height, width),
+        )
+        for start in range(0, steps, count)
+    ]
 
 
 def _check_places(prompts: list[Prompt], features: list[torch.Tensor]) -> None:

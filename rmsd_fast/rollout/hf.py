@@ -45,6 +45,7 @@ class HfRollout:
         cuda_graphs: whether decoding is captured in CUDA graphs. It has no effect on other devices.
         share_media: whether prompts of a batch whose tokens and media are equal up to the end of their media share this
             beginning. Logits change by rounding only.
+        tokens_per_call: maximum number of vision tokens in a call of the vision tower; see `encode_media`.
         look_every: number of tokens between two looks at which rows have ended; None means LOOK_EVERY of the device.
             The sampled tokens do not depend on it.
     """
@@ -59,6 +60,7 @@ class HfRollout:
         device: torch.device,
         cuda_graphs: bool = True,
         share_media: bool = False,
+        tokens_per_call: int | None = None,
         look_every: int | None = None,
     ):
         self.builder = builder
@@ -66,6 +68,7 @@ class HfRollout:
         self.device = device
         self.cuda_graphs = cuda_graphs and device.type == "cuda"
         self.share_media = share_media
+        self.tokens_per_call = tokens_per_call
         self.look_every = look_every or LOOK_EVERY[device.type]
         self.banned_ids = builder.banned_ids.to(device)
 
@@ -76,7 +79,7 @@ class HfRollout:
     def encode(self, model: torch.nn.Module, prompts: list[Prompt]) -> MediaFeatures:
         """Return the vision features of prompts, for several calls of `generate`."""
         with _generating(model):
-            return encode_media(model, prompts)
+            return encode_media(model, prompts, tokens_per_call=self.tokens_per_call)
 
     def close(self) -> None:
         """Do nothing: this engine uses no server."""
@@ -100,7 +103,7 @@ class HfRollout:
             for start in range(0, len(prompts), self.prompts_per_batch):
                 batch = prompts[start : start + self.prompts_per_batch]
                 if features is None:
-                    encoded = encode_media(model, batch)
+                    encoded = encode_media(model, batch, tokens_per_call=self.tokens_per_call)
                 else:
                     encoded = features.select(range(start, start + len(batch)))
                 beginnings = shared_beginnings(batch, encoded) if self.share_media else None

@@ -236,6 +236,7 @@ def make_rollouts(state: StageState, path: str, settings: RunConfig, world: Worl
         prompts_per_batch=rollout.prompts_per_batch,
         device=world.device,
         cuda_graphs=rollout.cuda_graphs,
+        tokens_per_call=settings.micro_tokens,
     )
 
 

@@ -29,6 +29,7 @@ from rmsd_fast.runtime.engine import release_memory
 from rmsd_fast.runtime.process_group import World, global_max, global_sum, on_main
 from rmsd_fast.setting_rules import makes_rollouts, uses_servers
 from rmsd_fast.stages.build import build_distillation, build_imitation
+from rmsd_fast.stages.evaluation_forecast import duration
 from rmsd_fast.stages.findings import Finding, Sample, Show
 from rmsd_fast.stages.material import Material, losses_of, prepare_material
 from rmsd_fast.stages.memory import GIB, OPTIMIZER, WEIGHTS, plan_memory
@@ -244,9 +245,9 @@ def _examine_training(
     if stages_timed := [name for name in ("imitation", "stage 2") if name in hours and hours[name] == 0]:
         show(Finding("whole run", "skipped", f"{', '.join(stages_timed)} could not be timed"))
     elif hours:
-        parts = ", ".join(f"{name} {_duration(of_part)}" for name, of_part in hours.items())
+        parts = ", ".join(f"{name} {duration(of_part)}" for name, of_part in hours.items())
         total = sum(hours.values())
-        show(Finding("whole run", "ok", f"about {_duration(total)}: {parts}", {"hours": total}))
+        show(Finding("whole run", "ok", f"about {duration(total)}: {parts}", {"hours": total}))
 
 
 def _sample(state: StageState, material: Material, count: int) -> tuple[Sample | None, Finding]:
@@ -291,10 +292,3 @@ def _sample(state: StageState, material: Material, count: int) -> tuple[Sample |
         "seconds_per_question": seconds,
     }
     return Sample(prompts, seconds), Finding("prompts", status, text, numbers)
-
-
-def _duration(hours: float) -> str:
-    if hours < 1 / 60:
-        return f"{hours * 3600:.0f} s"
-    minutes = round(hours * 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -30,11 +31,14 @@ from rmsd_fast.stages.answer_records import (
     without_samples,
 )
 from rmsd_fast.stages.answer_store import AnswerStore
+from rmsd_fast.stages.evaluation_forecast import BatchTime, forecast_line, spread, time_batch
 from rmsd_fast.stages.protocol import video_of
 from rmsd_fast.stages.reranker import Reranker
 from rmsd_fast.stages.summaries import count_unusable
 
 log = logging.getLogger("rmsd_fast")
+# Batches that are timed for the forecasts.
+_TIMED_BATCHES = 4
 
 
 def answer_questions(
@@ -48,6 +52,7 @@ def answer_questions(
     stop: StopSignal | None = None,
     store: AnswerStore | None = None,
     reranker: Reranker | None = None,
+    forecast: bool = False,
 ) -> list[dict]:
     """Return a student's answers, one record per question, as the same list on every process.
 
@@ -69,6 +74,8 @@ def answer_questions(
         stop: stop signal, checked between batches.
         store: keeps the answers of each batch, and has those of an interrupted evaluation.
         reranker: scores the sampled responses to closed questions, if given.
+        forecast: whether to print how long the rest will take, after the first batch and again after three more. These
+            batches are then spread over the questions, because long videos may be together in a file.
     Raises:
         Stopped: the program was asked to end.
     """
@@ -78,6 +85,10 @@ def answer_questions(
     batches = plan_batches(questions, settings.evaluate.prompts_per_batch, world.size)
     open_batches = [batch for batch in batches if any(question.id not in done for question in batch)]
     share = open_batches[world.rank :: world.size]
+    if forecast:
+        sample = spread(share, _TIMED_BATCHES)
+        share = [*sample, *(batch for batch in share if not any(batch is timed for timed in sample))]
+    clock = _Clock(share, world) if forecast and world.is_main else None
     records: list[dict] = []
     # Without a terminal, print one line every ten seconds to show that a long evaluation makes progress.
     live = sys.stderr.isatty()
@@ -92,16 +103,80 @@ def answer_questions(
         for batch in answering.prompts_ahead(share):
             if stop is not None:
                 stop.check()
+            if clock is not None:
+                clock.read()
             answered = answering.answer(batch)
             if store is not None:
                 store.append(answered)
             records += answered
             progress.update(len(batch))
+            if clock is not None and (line := clock.answered()):
+                progress.write(line, file=sys.stderr)
     by_id = {record["id"]: record for part in all_gather_objects(records, world) for record in part} | done
     everything = [by_id[question.id] for question in questions]
     if world.is_main:
         _warn_of_unusable(everything, name)
     return everything
+
+
+def time_questions(
+    student: Student,
+    questions: list[Question],
+    settings: RunConfig,
+    world: World,
+    media: MediaReader,
+    reranker: Reranker | None = None,
+) -> str:
+    """Answer a batch per process, drop the answers, and return a line about the time of all questions.
+
+    The batch has questions from the whole list. One question per process is answered before, so that kernels are
+    compiled. The arguments are those of `answer_questions`.
+    """
+    size = min(settings.evaluate.prompts_per_batch, len(questions) // world.size)
+    if not size:
+        return f"time: not measured, since there are fewer questions than processes ({world.size})"
+    answering = Answering(student, settings, world, media, clusters_of(questions), reranker)
+    batch = spread(questions, size * world.size)[world.rank :: world.size]
+    time_batch(answering, batch[:1], world)
+    measured = time_batch(answering, batch, world)
+    return forecast_line(measured.seconds_per_question(world.device), len(questions), measured.questions)
+
+
+class _Clock:
+    """Time the first batches of an evaluation on the main process.
+
+    Args:
+        batches: the batches of this process.
+        world: this process in the run.
+    """
+
+    def __init__(self, batches: list[list[Question]], world: World) -> None:
+        self._sizes, self._world = [len(batch) for batch in batches], world
+        self._done, self._began = 0, time.perf_counter()
+        self._ready = self._first_end = self._began
+
+    def read(self) -> None:
+        """Note that the prompts of the next batch are there."""
+        self._ready = time.perf_counter()
+
+    def answered(self) -> str:
+        """Note that a batch is answered, and return a line about the time of the rest, or ""."""
+        now = time.perf_counter()
+        self._done += 1
+        if self._done == 1:
+            self._first_end = now
+            measured = self._sizes[0]
+            first = BatchTime(measured, self._ready - self._began, now - self._ready)
+            each = first.seconds_per_question(self._world.device)
+        elif self._done == _TIMED_BATCHES:
+            measured = sum(self._sizes[1 : self._done])
+            each = (now - self._first_end) / measured
+        else:
+            return ""
+        left = sum(self._sizes[self._done :])
+        # All processes answer as many questions in this time.
+        size = self._world.size
+        return forecast_line(each / size, left * size, measured * size) if left else ""
 
 
 def plan_batches(questions: Sequence[Question], batch_size: int, processes: int) -> list[list[Question]]:
@@ -162,6 +237,7 @@ class Answering:
                 device=world.device,
                 cuda_graphs=rollout.cuda_graphs,
                 share_media=True,
+                tokens_per_call=settings.micro_tokens,
             )
             for batch in (evaluate.prompts_per_batch, rows)
         )

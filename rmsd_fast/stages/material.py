@@ -17,6 +17,7 @@ from rmsd_fast.data.records import load_questions
 from rmsd_fast.files import FolderLock, file_digest, remove_leftovers
 from rmsd_fast.made.clips import make_clips
 from rmsd_fast.made.labels import write_label_share
+from rmsd_fast.made.needles import make_needles
 from rmsd_fast.made.real_clips import write_real_questions
 from rmsd_fast.made.student import build_tiny_student
 from rmsd_fast.made.teacher import SimulatedTeacher, write_simulated_pool
@@ -223,6 +224,11 @@ def _make(settings: RunConfig) -> dict[str, str]:
             tasks=made.tasks,
         )
         folder, train, heldout, root = clips.folder, clips.train, clips.heldout, clips.folder
+    elif made.source == "needles":
+        clips = make_needles(
+            made.folder, train_clips=made.train_clips, heldout_clips=made.heldout_clips, seed=made.seed
+        )
+        folder, train, heldout, root = clips.folder, clips.train, clips.heldout, clips.folder
     else:
         folder = Path(made.folder).absolute() / f"real-clips-{made.seed}"
         train, heldout, root = write_real_questions(folder)
@@ -233,7 +239,16 @@ def _make(settings: RunConfig) -> dict[str, str]:
     texts += [response.text for responses in list(load_pool(pool_path).values())[:2000] for response in responses]
     if made.label_share < 1:
         train = write_label_share(train, questions, share=made.label_share, seed=made.seed, media_root=root)
-    student = folder / f"student-{made.student_hidden}x{made.student_layers}-{pool_path.stem}"
-    build_tiny_student(student, texts=texts, seed=made.seed, hidden=made.student_hidden, layers=made.student_layers)
+    # Students of the first family keep the name that earlier versions gave them.
+    family = "" if made.student_family == "qwen3_vl" else f"{made.student_family}-"
+    student = folder / f"student-{family}{made.student_hidden}x{made.student_layers}-{pool_path.stem}"
+    build_tiny_student(
+        student,
+        texts=texts,
+        seed=made.seed,
+        hidden=made.student_hidden,
+        layers=made.student_layers,
+        family=made.student_family,
+    )
     paths = {"train": train, "heldout": heldout, "pool": pool_path, "student": student, "media_root": root}
     return {role: str(path) for role, path in paths.items()}

@@ -140,6 +140,20 @@ def plan_memory(settings: RunConfig, config: dict[str, Any], *, processes: int, 
     return MemoryPlan(device, stages)
 
 
+def plan_evaluation(settings: RunConfig, config: dict[str, Any], *, device: str) -> StagePlan:
+    """Return the plan of `rmsd_fast.evaluate` on one process, which holds one model and answers batches.
+
+    Args:
+        settings: settings of the evaluation, with `video` as in evaluations.
+        config: contents of the student's config.json.
+        device: "cuda" or "cpu", where the evaluation will be.
+    Raises:
+        ModelError: the family is not supported.
+    """
+    config = complete_config(config)
+    return _Planner(settings, config, count_parameters(config, settings.model), 1, device, "evaluate").evaluation()
+
+
 def count_parameters(config: dict[str, Any], model_config: ModelConfig) -> Parameters:
     """Count the parameters of a model by the contents of its config.json, without allocating weights.
 
@@ -185,8 +199,9 @@ class _Planner:
         self.settings, self.config, self.size = settings, config, size
         self.processes, self.device, self.stage = processes, device, stage
         training = settings.sft if stage == "sft" else settings.distill
-        self.train_vision = training.train_vision
-        self.questions = max(1, training.batch_size // processes)
+        self.train_vision = training.train_vision and stage != "evaluate"
+        batch = settings.evaluate.prompts_per_batch if stage == "evaluate" else training.batch_size
+        self.questions = max(1, batch // processes)
         self.width = 2 if settings.model.dtype == "bfloat16" else 4
         self.lora = settings.model.adapter == "lora"
         self.quantized = settings.model.quantize == "nf4"
@@ -254,6 +269,27 @@ class _Planner:
         gradients += policy.gradients
         phases |= self._passes("policy", held, policy, gradients, drawn)
         return self._plan(phases, engines)
+
+    def evaluation(self) -> StagePlan:
+        """Return the plan of an evaluation, which decodes the media of the next batch while it answers one.
+
+        The passes of a reranker are not planned, only its weights.
+        """
+        evaluate, rollouts = self.settings.evaluate, self.settings.evaluate.rollouts
+        reranker = self.size.total - self.size.head if evaluate.reranker else 0
+        held = {
+            WEIGHTS: self.width * (self.size.total + reranker) + self._changed_by_nf4(),
+            MEDIA: self._frames(ahead=1) if self._frames_on_device else 0,
+            CONTEXT: CONTEXT_BYTES if self.device == "cuda" else 0,
+        }
+        phases = {
+            "vision": held | self._tower(),
+            "answers": held | self._generation(self.questions, 1, evaluate.max_new_tokens),
+        }
+        if rollouts:
+            prompts = max(1, self.questions // rollouts)
+            phases["samples"] = held | self._generation(prompts, rollouts, evaluate.max_new_tokens)
+        return StagePlan(phases, 0 if self._frames_on_device else self._frames(ahead=1))
 
     @property
     def _inside(self) -> bool:
@@ -462,16 +498,19 @@ class _Planner:
 
     def _tower(self) -> dict[str, int]:
         """Return the bytes of encoding the step's media, which is done in calls of at most micro_tokens tokens."""
-        tokens = min(self._vision_tokens(), self.settings.data.max_prompt_tokens - 1)
+        tokens = self._shown_tokens()
         if not tokens:
             return {}
+        # A video that does not fit into a call is split between temporal patches.
+        in_call = min(tokens, self.settings.micro_tokens)
         videos = max(1, min(self.questions, self.settings.micro_tokens // tokens))
-        shape = RowShape("shared", (1,) * videos, ((),) * videos, (tokens,) * videos, self._steps())
+        steps = -(-self._steps() * in_call // tokens)
+        shape = RowShape("shared", (1,) * videos, ((),) * videos, (in_call,) * videos, steps)
         sizes = dict(_counted_vision(_key(self.config), _model_key(self.settings.model), shape, self.device))
         # The call's own features are part of its bytes.
-        sizes[VISION] += self._features(self.questions - videos)
+        sizes[VISION] += self._features(self.questions) - self._feature_bytes(videos * in_call)
         if not self._frames_on_device:
-            sizes[VISION] += videos * tokens * self.pixels_per_token * _PIXEL_BYTES
+            sizes[VISION] += videos * in_call * self.pixels_per_token * _PIXEL_BYTES
         return sizes
 
     def _steps(self) -> int:
@@ -486,19 +525,25 @@ class _Planner:
 
     def _features(self, questions: int) -> int:
         """Return the bytes of the pooled and deepstack features of so many questions."""
-        tokens = min(self._vision_tokens(), self.settings.data.max_prompt_tokens - 1)
-        return questions * tokens * self.feature_layers * self.text["hidden_size"] * self.width
+        return self._feature_bytes(questions * self._shown_tokens())
+
+    def _feature_bytes(self, tokens: int) -> int:
+        return tokens * self.feature_layers * self.text["hidden_size"] * self.width
+
+    def _shown_tokens(self) -> int:
+        """Return the most vision tokens of a video in a prompt of the allowed length."""
+        return min(self._vision_tokens(), self.settings.data.max_prompt_tokens - 1)
 
     @property
     def _frames_on_device(self) -> bool:
         """Whether decoded frames are on the device. decoder=auto uses the GPU if it can decode there."""
         return self.device == "cpu" or self.settings.data.decoder != "cpu"
 
-    def _frames(self) -> int:
+    def _frames(self, ahead: int | None = None) -> int:
         """Return the bytes of decoded frames: those of the step and the steps ahead, and the cache."""
         data = self.settings.data
-        tokens = min(self._vision_tokens(), data.max_prompt_tokens - 1)
-        frames = (1 + data.decode_ahead) * self.questions * tokens * self.pixels_per_token * _PIXEL_BYTES
+        ahead = data.decode_ahead if ahead is None else ahead
+        frames = (1 + ahead) * self.questions * self._shown_tokens() * self.pixels_per_token * _PIXEL_BYTES
         return frames + data.cache_mib * 2**20
 
     def _embedding_cache(self) -> int:

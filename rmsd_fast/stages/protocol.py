@@ -88,8 +88,9 @@ def evaluation_identity(settings: RunConfig, questions: Sequence[Question], mode
         # A judge does not change the answers, and its verdicts have a file of their own.
         "protocol": {name: value for name, value in protocol_of(settings).items() if name != "judge"},
         "questions": questions_digest(questions),
-        # Other batches can change an answer by rounding.
+        # Other batches, and other calls of the vision tower, can change an answer by rounding.
         "prompts_per_batch": settings.evaluate.prompts_per_batch,
+        "micro_tokens": settings.micro_tokens,
     }
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import statistics
-import time
 
 from rmsd_fast.data.errors import counted
 from rmsd_fast.data.media import MediaReader
 from rmsd_fast.runtime.process_group import global_max
 from rmsd_fast.stages import distill, sft
-from rmsd_fast.stages.evaluation import answer_questions
+from rmsd_fast.stages.answer_records import clusters_of
+from rmsd_fast.stages.evaluation import Answering
+from rmsd_fast.stages.evaluation_forecast import time_batch
 from rmsd_fast.stages.findings import Finding, Sample
 from rmsd_fast.stages.material import Material
 from rmsd_fast.stages.run import Step
@@ -114,14 +115,15 @@ def time_evaluation(state: StageState, material: Material, media: MediaReader) -
     if settings.evaluate.every_steps:
         evaluations += len(late) * ((settings.distill.steps - 1) // settings.evaluate.every_steps)
     questions = material.heldout[: settings.evaluate.prompts_per_batch * world.size]
-    if len(questions) < world.size:
+    # Every process times as many questions.
+    questions = questions[: len(questions) // world.size * world.size]
+    if not questions:
         return Finding("evaluation", "skipped", "there are fewer held-out questions than processes", {"hours": 0.0})
-    began = time.perf_counter()
+    answering = Answering(state.student, settings, world, media, clusters_of(questions))
     with state.policy.full_weights():
         state.policy.module.activate()
-        answer_questions(state.student, questions, settings, world, media, name="sample")
-    spent = global_max({"seconds": time.perf_counter() - began}, world)["seconds"]
-    each = spent / len(questions)
+        measured = time_batch(answering, questions[world.rank :: world.size], world)
+    each = measured.seconds_per_question(world.device)
     text = f"{each:.2g} s per question; {counted(len(material.heldout), 'question')}, {evaluations} times"
     hours = each * len(material.heldout) * evaluations / 3600
     return Finding("evaluation", "ok", text, {"hours": hours, "seconds_per_question": each})

@@ -141,7 +141,9 @@ def test_a_killed_evaluation_continues_with_the_same_result(tmp_path):
     """Kill the program in the middle, tear its last line, continue with two processes, and compare the files."""
     sizes = ["made.heldout_clips=24", "evaluate.prompts_per_batch=4", "evaluate.max_new_tokens=24"]
     sampled = ["evaluate.rollouts=2", "rollout.temperature=1"]
-    shared = ["quickstart", *MINI, f"made.folder={tmp_path / 'made'}", *sizes, *sampled]
+    # The program refuses settings of training on its command line.
+    small = [setting for setting in MINI if setting.startswith("made.")]
+    shared = ["quickstart", *small, f"made.folder={tmp_path / 'made'}", *sizes, *sampled]
 
     def start(output: Path, processes: int = 1) -> subprocess.Popen:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]

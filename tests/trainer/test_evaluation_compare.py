@@ -230,7 +230,12 @@ def test_arguments_that_do_not_fit(capsys):
     assert "--output is missing: expected a JSON file to write" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         evaluate.main([])
-    assert "expected a recipe and --output, or --compare with two or more evaluations" in capsys.readouterr().err
+    expected = "expected a recipe and --output or --dry-run, or --compare with two or more evaluations"
+    assert expected in capsys.readouterr().err
+    for arguments in (["quickstart", "--dry-run", "--output", "a.json"], ["--compare", "a", "b", "--dry-run"]):
+        with pytest.raises(SystemExit):
+            evaluate.main(arguments)
+        assert "--dry-run" in capsys.readouterr().err
 
 
 def test_an_output_that_cannot_be_written_is_refused_at_the_start(tmp_path, capsys):

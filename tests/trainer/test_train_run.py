@@ -264,10 +264,9 @@ def test_a_continued_run_is_evaluated_again(whole, tmp_path):
 
 
 def test_evaluate_gives_the_scores_of_the_run(whole, made, tmp_path):
-    arguments = [a for a in mini_arguments(tmp_path, made) if not a.startswith("output=")]
     output = tmp_path / "evaluation.json"
-    arguments += [f"model.path={whole / 'export'}", "made.enabled=true", "--output", str(output)]
-    arguments = [a for a in arguments if a not in ("made.student_layers=2",)]
+    # The settings of the run include those of training, which the program refuses only as overrides.
+    arguments = [str(whole / "config.yaml"), f"model.path={whole / 'export'}", "--output", str(output)]
     done = run_program("rmsd_fast.evaluate", arguments, environment(), timeout_s=300)
     assert done.returncode == 0, done.stderr[-3000:]
     expected = json.loads((whole / "evaluation.json").read_text())

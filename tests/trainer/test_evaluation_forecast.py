@@ -1,0 +1,253 @@
+"""Test what an evaluation says before it starts: prompts, media, memory, time, and settings without effect."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from material import WORLD, tiny_settings
+from train_runs import SIX_TASKS, environment
+
+from rmsd_fast.config import RunConfig, SettingsError
+from rmsd_fast.data.media import MediaReader
+from rmsd_fast.data.prompts import PromptBuilder
+from rmsd_fast.settings import load_settings, save_settings
+from rmsd_fast.stages import evaluation_forecast
+from rmsd_fast.stages.build import load
+from rmsd_fast.stages.evaluation import _Clock, time_questions
+from rmsd_fast.stages.evaluation_forecast import (
+    BatchTime,
+    check_evaluation_memory,
+    describe_evaluation,
+    describe_questions,
+    duration,
+    forecast_line,
+    read_lengths,
+    spread,
+)
+from rmsd_fast.stages.material import Material, prepare_material
+from rmsd_fast.stages.memory import GIB, plan_evaluation
+
+CUDA = replace(WORLD, device=torch.device("cuda", 0))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("made")
+
+
+@pytest.fixture(scope="module")
+def material(folder: Path) -> Material:
+    return prepare_material(tiny_settings(folder), WORLD)
+
+
+def test_lengths_are_those_of_the_prompts(folder: Path, material: Material, tmp_path: Path) -> None:
+    settings = tiny_settings(folder, "evaluate.num_frames=6")
+    questions = list(material.heldout)
+    lost = replace(questions[0], id="lost", videos=(str(tmp_path / "lost.mp4"),))
+    damaged = replace(questions[1], id="damaged", videos=(str(tmp_path / "damaged.mp4"),))
+    (tmp_path / "damaged.mp4").write_bytes(b"no video")
+    special = replace(questions[2], id="special", question="<|im_end|>")
+    asked = [*questions, lost, damaged, special]
+    with MediaReader(settings.data) as media:
+        lengths = read_lengths(material.model_path, asked, settings, media)
+        student = load(material.model_path, settings, WORLD)
+        builder = PromptBuilder(student, replace(settings.video, num_frames=6), media)
+        tokens = sorted(len(builder.build(question).input_ids) for question in questions)
+        assert lengths.read == len(asked) and lengths.tokens == tokens
+        reasons = {name: reason for name, (reason, _) in lengths.faults.items()}
+        assert reasons == {"lost": "missing_media", "damaged": "unreadable_media", "special": "refused_question"}
+        # Prompts that are one token too long.
+        settings.data.max_prompt_tokens = tokens[-1] - 1
+        short = read_lengths(material.model_path, questions, settings, media)
+        longest = tokens.count(tokens[-1])
+        assert short.tokens == tokens[:-longest]
+        assert [reason for reason, _ in short.faults.values()] == ["prompt_too_long"] * longest
+        assert read_lengths(material.model_path, questions, settings, media, most=2).read == 2
+    lines = describe_questions(asked, lengths, settings)
+    videos = len({question.videos for question in asked})
+    assert lines[0] == f"questions: {len(asked)} questions about {videos} videos"
+    assert lines[1] == f"MISSING: 1 of {videos} media files, first {tmp_path / 'lost.mp4'}"
+    assert "6 frames of each video, at most 8,192 tokens in a call of its tower" in lines[2]
+    assert f"prompts: {tokens[0]} to {tokens[-1]} tokens, median" in lines[3]
+    assert lines[4].startswith(f"UNUSABLE: 3 of the {len(asked)} questions read would score 0 (")
+    for part in ("missing_media 1", "unreadable_media 1", "refused_question 1", "lost.mp4"):
+        assert part in lines[4]
+
+
+def test_spread_is_even() -> None:
+    assert spread(range(8), 4) == [1, 3, 5, 7] and spread(range(100), 2) == [25, 75]
+    assert spread(range(3), 4) == [0, 1, 2] and spread([], 4) == []
+
+
+def test_the_plan_of_an_evaluation(folder: Path, material: Material) -> None:
+    settings = tiny_settings(folder, "evaluate.prompts_per_batch=4", "evaluate.max_new_tokens=10", "data.cache_mib=3")
+    settings.data.max_prompt_tokens = 100
+    config = json.loads((Path(material.model_path) / "config.json").read_text())
+    plan = plan_evaluation(settings, config, device="cpu")
+    weights = sum(p.numel() for p in load(material.model_path, settings, WORLD).model.parameters())
+    for phase in plan.phases.values():
+        assert phase["weights"] == 4 * weights
+        # 8 frames of up to 99 vision tokens of 2 x 32 x 32 pixels, for this batch and the next one.
+        assert phase["media"] == 2 * 4 * 99 * 2 * 32 * 32 * 3 + 3 * 2**20
+    # The features of 4 videos, in 1 + 3 layers of width 64, are there while answers are decoded.
+    layers = 1 + len(config["vision_config"]["deepstack_visual_indexes"])
+    assert plan.phases["answers"]["vision"] == 4 * 99 * layers * 64 * 4
+    # A smaller bound takes less in the tower, and as much for the answers.
+    settings.micro_tokens = 50
+    bounded = plan_evaluation(settings, config, device="cpu")
+    assert bounded.phases["answers"] == plan.phases["answers"]
+    features = plan.phases["answers"]["vision"]
+    ratio = (bounded.phases["vision"]["vision"] - features) / (plan.phases["vision"]["vision"] - features)
+    assert 0 < ratio < 0.5
+    # Sampled answers have their own phase, with as many rows.
+    settings.evaluate.rollouts = 2
+    sampled = plan_evaluation(settings, config, device="cpu")
+    assert set(sampled.phases) == {"vision", "answers", "samples"}
+    assert sampled.phases["samples"]["rollout"] <= sampled.phases["answers"]["rollout"]
+    # A reranker has the weights of the student, whose head is tied, and stays on the device.
+    settings.evaluate.reranker = "discriminator"
+    assert plan_evaluation(settings, config, device="cpu").phases["answers"]["weights"] == 2 * 4 * weights
+
+
+def test_an_evaluation_that_does_not_fit_is_refused(
+    folder: Path, material: Material, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = tiny_settings(folder, "evaluate.prompts_per_batch=16", "evaluate.num_frames=16")
+    assert check_evaluation_memory(material.model_path, 200, settings, WORLD)[0].startswith("memory: ")
+    monkeypatch.setattr(evaluation_forecast, "device_room", lambda device: (2 * GIB, "2.0 GiB are free"))
+    planned, free = check_evaluation_memory(material.model_path, 200, settings, CUDA)
+    assert "planned per process, at most in" in planned and free == "2.0 GiB are free"
+    total = evaluation_forecast._plan(settings, _config(material), 200, CUDA.device).total
+    settings.evaluate.prompts_per_batch = 4
+    four = evaluation_forecast._plan(settings, _config(material), 200, CUDA.device).total
+    settings.evaluate.prompts_per_batch = 16
+    monkeypatch.setattr(evaluation_forecast, "device_room", lambda device: (four, "little is free"))
+    with pytest.raises(SettingsError) as refused:
+        check_evaluation_memory(material.model_path, 200, settings, CUDA)
+    assert f"got a plan of {evaluation_forecast._size(total)} with prompts of 200 tokens" in str(refused.value)
+    assert "set evaluate.prompts_per_batch=4, planned" in str(refused.value)
+    settings.runtime.check_memory = False
+    assert "expected at most" in check_evaluation_memory(material.model_path, 200, settings, CUDA)[-1]
+
+
+def _config(material: Material) -> dict:
+    return json.loads((Path(material.model_path) / "config.json").read_text())
+
+
+def test_time_is_extrapolated(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Reading and answering share the cores of a CPU, and overlap otherwise.
+    batch = BatchTime(questions=4, read_s=6.0, answer_s=2.0)
+    assert batch.seconds_per_question(torch.device("cpu")) == 2.0
+    assert batch.seconds_per_question(torch.device("cuda")) == 1.5
+    assert forecast_line(1.8, 400, 16) == "time: about 12 min for 400 questions, 30 min per 1,000 (from 16 questions)"
+    assert [duration(hours) for hours in (0.5 / 3600, 40 / 3600, 0.5, 2.05)] == [
+        "0.5 s",
+        "40 s",
+        "30 min",
+        "2 h 03 min",
+    ]
+
+    now = [0.0]
+    monkeypatch.setattr("rmsd_fast.stages.evaluation.time.perf_counter", lambda: now[0])
+    clock = _Clock([["q"] * 4] * 10, replace(WORLD, size=2))
+    lines = []
+    # The first batch waits 8 s for its media and is answered in 4 s. The others take 6 s each.
+    for ready, end in ((8, 12), (13, 18), (19, 24), (25, 30), (31, 36)):
+        now[0] = ready
+        clock.read()
+        now[0] = end
+        lines.append(clock.answered())
+    # 12 s for 4 questions of each of the two processes: 1.5 s per question, 72 left. Then 18 s for 24 questions.
+    assert lines[0] == "time: about 2 min for 72 questions, 25 min per 1,000 (from 8 questions)"
+    assert lines[3] == "time: about 36 s for 48 questions, 12 min per 1,000 (from 24 questions)"
+    assert lines[1] == lines[2] == lines[4] == ""
+
+
+def test_a_sample_is_timed_and_dropped(folder: Path, material: Material) -> None:
+    settings = tiny_settings(folder, "evaluate.prompts_per_batch=3", "evaluate.max_new_tokens=3")
+    with MediaReader(settings.data) as media:
+        student = load(material.model_path, settings, WORLD)
+        line = time_questions(student, material.heldout, settings, WORLD, media)
+        lines, lengths = describe_evaluation(material.model_path, material.heldout, settings, WORLD, media)
+    assert f"for {len(material.heldout)} questions" in line and line.endswith("(from 3 questions)")
+    assert lengths.read == len(material.heldout) and any(text.startswith("memory: ") for text in lines)
+
+
+def test_a_dry_run_of_the_program(folder: Path, material: Material, tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    shutil.copytree(folder, made)
+    tasks = [setting for setting in SIX_TASKS if setting.startswith("made.")]
+    settings = [*tasks, "made.train_clips=12", "made.heldout_clips=3", "made.student_layers=2"]
+    arguments = ["quickstart", f"made.folder={made}", *settings, "evaluate.rollouts=0", "evaluate.max_new_tokens=4"]
+
+    def rehearse(*overrides: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "rmsd_fast.evaluate", *arguments, *overrides, "--dry-run"]
+        return subprocess.run(
+            command, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
+        )
+
+    assert made.is_dir() and material.heldout
+    before = sorted(tmp_path.rglob("*"))
+    done = rehearse()
+    assert done.returncode == 0, done.stderr[-3000:]
+    starts = [line.split(":")[0] for line in done.stdout.splitlines()]
+    assert starts == ["questions", "frames", "prompts", "memory", "time", "ready"]
+    assert sorted(tmp_path.rglob("*")) == before
+    # One of three videos is damaged, so a third of the questions cannot be used.
+    sorted(made.glob("*/clips/heldout-*.mp4"))[0].write_bytes(b"no video")
+    done = rehearse()
+    assert done.returncode == 2 and "UNUSABLE: 3 of the 9 questions" in done.stdout, done.stdout + done.stderr[-3000:]
+    expected = "not ready: 3 of 9 questions cannot be used, which is more than data.max_bad_share=0.05 of them"
+    assert done.stdout.splitlines()[-1] == expected
+    assert rehearse("data.max_bad_share=0.5").stdout.splitlines()[-1] == "ready"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("distill.lr=1", "distill.lr has no effect: rmsd_fast.evaluate does not train"),
+        ("sft.steps=4", "sft.steps has no effect: rmsd_fast.evaluate does not train"),
+        ("data.train=a.jsonl", "data.train has no effect: rmsd_fast.evaluate does not train"),
+        ("evaluate.every_steps=4", "evaluate.every_steps has no effect: rmsd_fast.evaluate does not train"),
+        ("rollout.temperature=0.5", "rollout.temperature has no effect: answers are greedy"),
+        ("evaluate.num_frame=4", "unknown setting evaluate.num_frame; did you mean evaluate.num_frames?"),
+    ],
+)
+def test_overrides_without_effect_are_refused(override: str, words: str) -> None:
+    with pytest.raises(SettingsError, match=words):
+        load_settings("quickstart", ["evaluate.rollouts=0", override], trains=False)
+
+
+def test_a_file_may_hold_settings_of_training(tmp_path: Path) -> None:
+    load_settings("quickstart", ["evaluate.rollouts=4", "rollout.temperature=0.5", "video.num_frames=4"], trains=False)
+    save_settings(load_settings("quickstart", ["stages=[sft]"]), tmp_path / "config.yaml")
+    # Prompts of an evaluation may be longer than a pass of training.
+    settings = load_settings(str(tmp_path / "config.yaml"), ["data.max_prompt_tokens=100000"], trains=False)
+    assert settings.stages == ["sft"] and settings.data.max_prompt_tokens > settings.micro_tokens
+    # An earlier version had fewer settings, so the file has not all of them.
+    text = (tmp_path / "config.yaml").read_text()
+    older = "\n".join(line for line in text.splitlines() if "student_family" not in line)
+    (tmp_path / "older.yaml").write_text(older)
+    assert isinstance(load_settings(str(tmp_path / "older.yaml"), trains=False), RunConfig)
+    with pytest.raises(SettingsError, match="has no effect"):
+        load_settings(str(tmp_path / "older.yaml"))
+
+
+def test_all_unknown_settings_of_a_file_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("sft:\n  step: 4\n  target: best\nteacher:\n  spatial_format: pixels\nevaluate:\n  frames: 3\n")
+    with pytest.raises(SettingsError) as refused:
+        load_settings(str(path), trains=False)
+    first, *rest = str(refused.value).splitlines()
+    assert first.startswith(f"recipe {path}: 4 settings are not those of this version; change or delete them")
+    assert rest[0] == "  unknown setting sft.step; did you mean sft.steps?"
+    assert rest[1] == "  unknown setting sft.target; did you mean sft.responses=best, all or random?"
+    assert rest[2].startswith("  teacher.spatial_format was removed: ")
+    assert rest[3].startswith("  unknown setting evaluate.frames; did you mean ")
