@@ -15,7 +15,7 @@ from rmsd_fast.method.matching import Pairs, expected_pairs, order_pairs, sample
 from rmsd_fast.method.quality import quality_against, quality_score
 from rmsd_fast.method.rewards import RewardWeights, composite_advantages, composite_reward
 from rmsd_fast.rollout.base import Rollout
-from rmsd_fast.setting_rules import uses_discriminator
+from rmsd_fast.setting_rules import rewards_rollouts, uses_discriminator
 from rmsd_fast.stages.step_metrics import Metric, mean
 from rmsd_fast.teacher.scores import quality_settings
 from rmsd_fast.teacher.targets import Targets
@@ -40,6 +40,11 @@ class RolloutGroup:
         log_ratio: k1 estimate of the KL to the reference, mean over the tokens; empty if the reward does not use it.
         reward: total reward of each rollout; empty in the warm-up.
         advantages: advantage of each rollout; empty in the warm-up.
+        ref_logp: the reference's log-probs of each rollout's tokens, [R] each; empty unless the self-teacher's passes
+            have computed them.
+        teacher_logp: the self-teacher's log-probs of each rollout's tokens with each hint, [M, R] each; empty without
+            hints.
+        token_advantages: advantage of each rollout's tokens, [R] each; empty if all tokens have that of the rollout.
     """
 
     prompt: Prompt
@@ -56,6 +61,9 @@ class RolloutGroup:
     log_ratio: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
     reward: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
     advantages: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+    ref_logp: list[torch.Tensor] = field(default_factory=list)
+    teacher_logp: list[torch.Tensor] = field(default_factory=list)
+    token_advantages: list[torch.Tensor] = field(default_factory=list)
 
 
 def make_group(
@@ -255,8 +263,9 @@ def group_record(groups: list[RolloutGroup], settings: RunConfig) -> dict[str, M
         del record["teacher/target_quality"], record["teacher/headroom"]
     # The warm-up has no advantages.
     if all(len(group.advantages) for group in groups):
-        flat = sum(float(degenerate_groups(group.advantages)) for group in groups)
-        record["advantage/zero_share"] = (mean, flat, len(groups))
+        if rewards_rollouts(settings):
+            flat = sum(float(degenerate_groups(group.advantages)) for group in groups)
+            record["advantage/zero_share"] = (mean, flat, len(groups))
         record["reward/total"] = (mean, sum(float(group.reward.sum()) for group in groups), len(rollouts))
     weights = settings.reward
     for name, component, weight in (
