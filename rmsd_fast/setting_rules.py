@@ -43,6 +43,19 @@ def teaches(settings: RunConfig, step: int) -> bool:
     return teacher.kind != "none" and in_time and (weighted or settings.kd.kind != "none")
 
 
+def has_pool(settings: RunConfig) -> bool:
+    """Return whether the run has a teacher pool, which may be generated."""
+    return bool(settings.teacher.pool) or settings.made.enabled
+
+
+def uses_pool(settings: RunConfig) -> bool:
+    """Return whether the run cannot do without a teacher pool."""
+    imitates = bool({"sft", "control"} & set(settings.stages))
+    chosen = settings.reward.unlabeled == "teacher" or settings.teacher.empty_pools == "drop"
+    quoted = settings.self_teacher.kind != "none" and "best_answer" in settings.self_teacher.views
+    return imitates or chosen or quoted or uses_discriminator(settings)
+
+
 def weights_tokens(settings: RunConfig) -> bool:
     """Return whether the tokens of a rollout may have different advantages."""
     return settings.kd.kind != "none" or settings.credit.magnitude != "none" or settings.credit.position != "none"

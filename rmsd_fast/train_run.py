@@ -26,7 +26,7 @@ from rmsd_fast.report import ReportError, write_report
 from rmsd_fast.runtime.engine import release_memory
 from rmsd_fast.runtime.process_group import World, on_main
 from rmsd_fast.runtime.stop_signal import Stopped, StopSignal
-from rmsd_fast.setting_rules import uses_discriminator
+from rmsd_fast.setting_rules import has_pool, uses_discriminator
 from rmsd_fast.stages import distill, sft
 from rmsd_fast.stages.build import build_distillation, build_imitation
 from rmsd_fast.stages.held_out import evaluate
@@ -251,7 +251,7 @@ def _forecast(run: TrainingRun, state: StageState) -> None:
     """Print what stage 2 can gain, and write it to `forecast.json`, before any step of warm-up and stage 2."""
     first = next(stage for stage in run.settings.stages if stage in ("warm_up", "distill"))
     path = run.folder / "forecast.json"
-    if on_main(run.world, path.exists) or first_step(run, first):
+    if not has_pool(run.settings) or on_main(run.world, path.exists) or first_step(run, first):
         return
     loader = open_loader(run, state, first, _late_questions(run, state), run.settings.distill.batch_size)
     seen = run.bad, run.seen

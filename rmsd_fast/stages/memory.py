@@ -34,7 +34,14 @@ from rmsd_fast.rollout.shared_cache import BLOCK, PrefixCache
 from rmsd_fast.rollout.vllm import batch_tokens
 from rmsd_fast.runtime.engine import LARGEST_BUCKET
 from rmsd_fast.runtime.engine_memory import EngineMemory, engine_memory
-from rmsd_fast.setting_rules import uses_discriminator, uses_reference, uses_servers, uses_vllm
+from rmsd_fast.setting_rules import (
+    samples_reference,
+    uses_discriminator,
+    uses_ema,
+    uses_reference,
+    uses_servers,
+    uses_vllm,
+)
 
 GIB = 2**30
 WEIGHTS, GRADIENTS, OPTIMIZER, BUCKETS, ROLLOUT, MEDIA, CONTEXT = (
@@ -47,6 +54,8 @@ CONTEXT_BYTES = GIB // 2
 # ZeRO-3 keeps up to so many gathered elements (stage3_max_live_parameters of DeepSpeed).
 _MOST_GATHERED = 1_000_000_000
 _PIXEL_BYTES = 3
+# `<|im_end|>`, a line break, and the opening of the response.
+TAIL_TOKENS = 8
 
 
 class Parameters(NamedTuple):
@@ -235,6 +244,10 @@ class _Planner:
         if uses_vllm(settings) and self.device == "cpu":
             # On a CPU, vLLM does not sleep between rollouts.
             held[ROLLOUT] = self._vllm_state()
+        average = EngineMemory()
+        if uses_ema(settings):
+            average = self._average(self._trained_by_policy())
+            held = self._add(held, {OPTIMIZER: average.optimizer})
         phases = {}
         if settings.rollout.engine != "replay":
             phases["rollout"] = self._add(held, self._rollout(), self._gathered(), gradients=lasting)
@@ -246,14 +259,36 @@ class _Planner:
             gradients += engines[1].gradients
             kind = "discriminator" if mode != "head" else ""
             phases |= self._passes("discriminator", held, engines[1], gradients, drawn + answers, kind=kind)
+        engines.append(average)
         if self.stage == "warm_up":
             return self._plan(phases, engines)
+        if settings.self_teacher.kind != "none":
+            rows = self._pass(self._hinted(), "", adapted=settings.self_teacher.kind != "frozen")
+            phases["teacher"] = self._add(held, rows, {WEIGHTS: average.step}, gradients=gradients)
         if referenced:
             rows = self._pass(drawn, "")
             phases["reference"] = self._add(held, rows, gradients=gradients)
         gradients += policy.gradients
         phases |= self._passes("policy", held, policy, gradients, drawn)
         return self._plan(phases, engines)
+
+    def _average(self, trained: int) -> EngineMemory:
+        """Return the bytes of a moving average of so many weights; `step` are those of a pass with it."""
+        ranks = self.processes if self.settings.runtime.zero_stage else 1
+        part = -(-trained // ranks)
+        # A pass has all of the average in the dtype of the model, and this process's part before it is gathered.
+        in_pass = self.width * (trained + (part if ranks > 1 else 0))
+        on_host = self.settings.runtime.offload_optimizer and self.device == "cuda"
+        return EngineMemory(optimizer=0 if on_host else 4 * part, step=in_pass, host=4 * part if on_host else 0)
+
+    def _hinted(self) -> list[int]:
+        """Return the tokens after each prompt in the self-teacher's passes: hints, ends of the turn, and rollouts."""
+        settings = self.settings
+        teacher, drawn = settings.self_teacher, settings.rollout.max_new_tokens + TAIL_TOKENS
+        views = len(teacher.views) if settings.kd.kind == "avsd" else 1
+        hinted = [drawn + teacher.max_hint_tokens] * (views * settings.rollout.n)
+        plain = [drawn] * settings.rollout.n if teacher.kind == "frozen" and samples_reference(settings) else []
+        return plain + hinted
 
     @property
     def _inside(self) -> bool:
@@ -343,8 +378,15 @@ class _Planner:
     def _fills_buckets(self) -> bool:
         return self._trained_by_policy() > LARGEST_BUCKET and self.settings.runtime.zero_stage >= 2
 
-    def _pass(self, responses: list[int], kind: str, *, scores: bool = True) -> dict[str, int]:
-        """Return the bytes of a pass. kind: what it trains, or "" for a pass without gradients."""
+    def _pass(self, responses: list[int], kind: str, *, scores: bool = True, adapted: bool = False) -> dict[str, int]:
+        """Return the bytes of a pass.
+
+        Args:
+            responses: tokens after each prompt, in one list for each prompt.
+            kind: what the pass trains, or "" for a pass without gradients.
+            scores: whether the tokens are scored by the language model's head.
+            adapted: whether a pass without gradients reads the policy's adapter.
+        """
         settings = self.settings
         shape = self._rows(responses)
         full_kl = (
@@ -357,7 +399,7 @@ class _Planner:
             train_vision=self.train_vision and bool(kind),
             # The reference and a scalar head alone read the backbone without trained adapters. A frozen adapter adds as
             # much to their passes, and nothing to passes that have another one.
-            adapted=bool(kind) or self.starts,
+            adapted=bool(kind) or self.starts or adapted,
             reference_heads=int(bool(full_kl)),
             scores=scores,
             masked=settings.model.attention != "flash_attention_2",

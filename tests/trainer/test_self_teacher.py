@@ -9,15 +9,21 @@ from dataclasses import replace
 import pytest
 import torch
 from material import tiny_material, tiny_settings
+from train_runs import forget_steps, mini_arguments, only_run, run_train
+from train_runs import metrics as metrics_of
 
 from rmsd_fast.config import SettingsError
 from rmsd_fast.data.errors import DataError
 from rmsd_fast.data.preprocess import video_patches
+from rmsd_fast.data.records import write_questions
 from rmsd_fast.models.shared_prefix import disable_shared_prefix
+from rmsd_fast.runtime.engine import Engine
+from rmsd_fast.runtime.moving_average import MovingAverage
 from rmsd_fast.runtime.process_group import start, stop
 from rmsd_fast.settings import load_settings
 from rmsd_fast.stages import distill
 from rmsd_fast.stages.build import build_distillation, read_hints
+from rmsd_fast.stages.material import prepare_material
 
 SMALL = (
     *("rollout.n=3", "rollout.max_new_tokens=8", "rollout.parity_every=0", "data.max_prompt_tokens=500"),
@@ -319,3 +325,101 @@ def test_unusable_hints_are_counted_or_refused(trained, material, world, caplog)
 def test_conflicting_settings_are_refused(overrides, says):
     with pytest.raises(SettingsError, match=says):
         load_settings("quickstart", overrides)
+
+
+TINY = (
+    *("data.heldout=", "data.max_prompt_tokens=500", "data.cache_mib=16", "micro_tokens=2000", "video.num_frames=8"),
+    *("rollout.max_new_tokens=8", "distill.batch_size=4", "self_teacher.max_hint_tokens=300", "runtime.trackers=[]"),
+)
+SHOWN = {
+    "opsd": {"kd/clipped_share"},
+    "vicur": {"kd/clipped_share"},
+    "avsd": {"kd/clipped_share"},
+    "visd": {"credit/clipped_share", "advantage/zero_share"},
+    "rmsd_visd": {"credit/clipped_share", "advantage/zero_share", "teacher/quality", "discriminator/loss"},
+}
+
+
+@pytest.mark.parametrize("recipe", SHOWN)
+def test_recipes_train_a_tiny_student(folder, material, world, monkeypatch, recipe):
+    hints = HINTS | {"feedback": "Look at the end.", "keyframes": [1, 1.5]}
+    train = folder / "hinted.jsonl"
+    write_questions(train, [replace(q, hints=hints) for q in material.train], media_root=folder)
+    pool = [f"teacher.pool={material.files['pool']}", "discriminator.head=random"] if recipe == "rmsd_visd" else []
+    paths = [f"data.train={train}", f"data.media_root={folder}", f"model.path={material.model_path}", *pool]
+    settings = load_settings(recipe, [*paths, *TINY])
+    inputs = prepare_material(settings, world)
+    state = build_distillation(material.model_path, settings, world, inputs)
+    prompts = [state.builder.build(question) for question in inputs.train[:3]]
+    make = distill.make_group
+
+    def rewarded(*arguments, **options):
+        # The answers of the tiny student to closed questions are never right.
+        group = make(*arguments, **options)
+        return replace(group, content=torch.arange(len(group.rollouts)) / len(group.rollouts))
+
+    monkeypatch.setattr(distill, "make_group", rewarded)
+    before = {name: p.detach().clone() for name, p in state.policy.module.named_parameters()}
+    for number in range(2):
+        state.policy.set_lr(1e-3)
+        result = distill.step(state, prompts, number)
+        assert not result.skipped and result.metrics["policy/grad_norm"] > 0
+    assert any(not torch.equal(p, before[name]) for name, p in state.policy.module.named_parameters())
+    metrics = result.metrics
+    assert metrics["self_teacher/hinted_share"] == 1 and metrics["self_teacher/gap_size"] > 0
+    every = {
+        "kd/clipped_share",
+        "credit/clipped_share",
+        "advantage/zero_share",
+        "teacher/quality",
+        "discriminator/loss",
+    }
+    assert every & metrics.keys() == SHOWN[recipe]
+    assert len(result.groups[0].teacher_logp[0]) == (3 if recipe == "avsd" else 1)
+    if state.average is not None:
+        masters = zip(state.average.values, state.policy.masters(), strict=True)
+        assert any(not torch.equal(average, master) for average, master in masters)
+
+
+def test_an_interrupted_run_continues_with_the_average(folder):
+    """The gap to the averaged teacher is that of an undisturbed run only if the checkpoint has the average."""
+    arguments = mini_arguments(
+        *(folder / "runs", folder / "made", "checkpoint.every_steps=2", "self_teacher.kind=ema", "kd.kind=k1"),
+        *("self_teacher.ema_rate=0.3", "self_teacher.views=[answer]", "self_teacher.max_hint_tokens=80"),
+        *("distill.lr=1e-2", "evaluate.max_questions=1", "sft.steps=1", "sft.warmup_steps=0", "distill.steps=3"),
+    )
+    done = run_train(arguments)
+    assert done.returncode == 0, done.stderr
+    run = only_run(folder / "runs")
+    expected = metrics_of(run)
+    gaps = [line["self_teacher/gap"] for line in expected if line["stage"] == "distill"]
+    assert len(set(gaps)) == 3
+    # Stage 1 and the warm-up have a step each, and stage 2 continues after 2 of 3.
+    forget_steps(run, after=4)
+    assert (run / "checkpoints" / "step_4" / "engines" / "self_teacher" / "engine.json").is_file()
+    done = run_train(["--resume", str(run)])
+    assert done.returncode == 0, done.stderr
+    assert metrics_of(run) == expected
+
+
+def test_a_bfloat16_average_would_hardly_move(world):
+    """At a learning rate of 1e-6, over 600 steps, and with weights of the size of a language model's."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(256, 256, bias=False)
+    torch.nn.init.normal_(layer.weight, std=0.02)
+    engine = Engine(layer, lr=0.0, zero_stage=2, dtype="bfloat16", world=world)
+    average = MovingAverage(engine, 0.01)
+    (master,) = engine.masters()
+    start, direction = master.detach().clone(), torch.sign(torch.randn(master.shape))
+    rounded = start.bfloat16()
+    with torch.no_grad():
+        for _ in range(600):
+            master.add_(1e-6 * direction)
+            average.update()
+            rounded.lerp_(master.bfloat16(), 0.01)
+    # The average of a steady motion lags by (1 - rate) / rate steps, apart from its start.
+    exact = sum(1 - 0.99**step for step in range(1, 601)) * 1e-6
+    moved = ((average.values[0] - start) * direction).mean()
+    assert float(moved) == pytest.approx(exact, rel=1e-3)
+    assert float(((rounded.float() - start) * direction).mean()) < 0.2 * exact
+    engine.close()
