@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rmsd_fast.method import hints
 from rmsd_fast.method.answers import TASK_TYPES
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -36,6 +37,7 @@ BENCHMARKS = (
 FORMATS = ("auto", "rmsd", "ms-swift", "llava", "video-r1")
 TEACHERS = ("noisy", "reported", "biased", "imprecise", "blind")
 WORDINGS = ("reference", "paraphrased")
+VIEWS = hints.VIEWS
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
 

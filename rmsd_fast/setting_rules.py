@@ -10,12 +10,12 @@ from rmsd_fast.config import (
     STAGES,
     TASK_TYPES,
     TRACKERS,
+    VIEWS,
     MadeConfig,
     RolloutConfig,
     RunConfig,
     SettingsError,
 )
-from rmsd_fast.method.hints import VIEWS
 
 
 def uses_reference(settings: RunConfig) -> bool:

@@ -230,6 +230,41 @@ def test_the_teacher_pass_does_not_depend_on_micro_batches(trained, material, wo
         assert float((others[name] - gradient).norm()) <= 1e-4 * float(gradient.norm()) + 1e-7, name
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("packing=padded",),
+        ("distill.train_vision=true",),
+        ("model.adapter=lora", "sft.train_vision=false", "discriminator.mode=shared", "runtime.zero_stage=2"),
+    ],
+    ids=" ".join,
+)
+def test_all_kinds_agree_before_the_first_update(folder, material, world, monkeypatch, overrides):
+    """They have the same weights then. An average of rate 1 has the policy's weights afterwards, too."""
+    ema = ("self_teacher.kind=ema", "self_teacher.ema_rate=1", *overrides)
+    state, prompts = build(folder, material, world, *ema)
+    seen = []
+
+    def discarded(engines):
+        for engine in engines:
+            engine.discard()
+        return [0.0] * len(engines), True
+
+    for number in range(2):
+        for kind in ("frozen", "live", "ema"):
+            state.settings = tiny_settings(folder, *SMALL, *overrides, f"self_teacher.kind={kind}")
+            with monkeypatch.context() as patched:
+                patched.setattr(distill, "apply_or_discard", discarded)
+                seen.append(distill.step(state, prompts, number).metrics["self_teacher/gap_size"])
+        if number == 0:
+            assert seen[1:] == pytest.approx(seen[:1] * 2, rel=1e-4) and seen[0] > 1e-3
+            state.settings = tiny_settings(folder, *SMALL, *ema)
+            state.policy.set_lr(1e-2)
+            assert not distill.step(state, prompts, 0).skipped
+    frozen, live, average = seen[3:]
+    assert average == pytest.approx(live, rel=1e-5) and abs(frozen - live) > 1e-3 * live
+
+
 def test_steps_without_the_teacher_equal_plain_steps_bit_for_bit(trained, material, world, monkeypatch):
     state, prompts, _, _ = trained
     state.settings = tiny_settings(state.settings.made.folder, *SMALL[:-3])
