@@ -229,11 +229,6 @@ def _check_self_teacher(settings: RunConfig) -> None:
             "self_teacher.views: expected two or more with kd.kind=avsd, which weighs teachers by their agreement, "
             f"got {teacher.views}; add a view, or set kd.kind=k1"
         )
-    if teacher.kind == "ema" and settings.runtime.zero_stage == 3:
-        raise SettingsError(
-            "runtime.zero_stage: expected 0, 1 or 2 with self_teacher.kind=ema, whose weights take the place of the "
-            "policy's during a pass, got 3; set runtime.zero_stage=2, or self_teacher.kind=live"
-        )
     if credit.magnitude == "teacher" and not rewards_rollouts(settings):
         raise SettingsError(
             "credit.magnitude: expected none if no reward has a weight, since it weights the advantages of the "

@@ -318,9 +318,8 @@ class Engine:
         stored = self.saved_states(folder)
         masters = self.masters()
         part = stored.part(masters, self.zero_stage, self.world.size, self.world.rank)
-        persistent = self._release_persistent()
         params = dict(self.module.named_parameters())
-        with torch.no_grad():
+        with torch.no_grad(), self.replaced_parts():
             for name, target in self._weights().items():
                 if name in params:
                     start, length = self._held(params[name])
@@ -330,8 +329,6 @@ class Engine:
             for i, master in enumerate(masters):
                 master.copy_(part[f"master.{i}"])
                 _restore_state(self.engine.basic_optimizer, master, part, f"state.{i}.")
-        if persistent:
-            persistent[0].all_gather(persistent)
         self.discard()
 
     def _held(self, param: nn.Parameter) -> tuple[int, int]:
@@ -342,12 +339,27 @@ class Engine:
         start = min(self.world.rank * part, param.ds_numel)
         return start, min(part, param.ds_numel - start)
 
-    def _release_persistent(self) -> list[nn.Parameter]:
-        """Partition the small parameters that ZeRO-3 keeps gathered, whose full copies would hide the loaded parts."""
-        persistent = list(self.engine.optimizer.persistent_parameters) if self.zero_stage == 3 else []
+    @contextmanager
+    def replaced_parts(self) -> Iterator[None]:
+        """Let the caller change this rank's parts of the weights inside the context. All ranks must leave together.
+
+        ZeRO-3 keeps whole copies of small parameters, and of those that it has used last, which would hide the changes.
+        They are released at first, and those of small parameters gathered again at the end.
+        """
+        if self.zero_stage != 3:
+            yield
+            return
+        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+        available = [p for p in self.module.parameters() if p.ds_status == ZeroParamStatus.AVAILABLE]
+        for param in available:
+            param.ds_active_sub_modules.clear()
+        if available:
+            available[0].partition(available)
+        yield
+        persistent = list(self.engine.optimizer.persistent_parameters)
         if persistent:
-            persistent[0].partition(persistent)
-        return persistent
+            persistent[0].all_gather(persistent)
 
     def part_name(self) -> str:
         """Return the name of the file that holds this rank's states."""

@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rmsd_fast.config import SettingsError
 from rmsd_fast.files import write_tensors
 from rmsd_fast.runtime.engine import Engine
 
@@ -24,17 +23,11 @@ class MovingAverage:
     """The average, which starts as the weights of the engine.
 
     Args:
-        engine: an engine under ZeRO-0 to ZeRO-2.
+        engine: the engine.
         rate: share of the engine's weights that an update adds, in (0, 1].
-    Raises:
-        SettingsError: the engine runs under ZeRO-3.
     """
 
     def __init__(self, engine: Engine, rate: float) -> None:
-        if engine.zero_stage == 3:
-            raise SettingsError(
-                "runtime.zero_stage: expected 0, 1 or 2 with self_teacher.kind=ema, got 3; set runtime.zero_stage=2"
-            )
         self.engine, self.rate = engine, rate
         # Tensors of this rank, like the engine's master weights.
         self.values = [master.detach().clone() for master in engine.masters()]
@@ -48,29 +41,33 @@ class MovingAverage:
     def in_place(self) -> Iterator[None]:
         """Let the engine's model compute with the average inside the context, rounded to the model's dtype.
 
-        All ranks must enter together. Do not call `backward` or `step` inside. The engine's own weights are untouched:
-        its parameters refer to other memory meanwhile.
+        All ranks must enter and leave together. Do not call `backward` or `step` inside. The engine's own weights are
+        untouched: its parameters refer to other memory meanwhile. Under ZeRO-3, all ranks hold all weights inside.
         """
         engine = self.engine
         trained = dict(engine.module.named_parameters())
         params = [trained[name] for name in engine.names]
-        own = [param.data for param in params]
-        whole = self._whole(params[0])
-        start = 0
-        for param, numel in zip(params, engine.numels, strict=True):
-            param.data = whole[start : start + numel].view(param.shape)
-            start += numel
-        try:
-            yield
-        finally:
-            for param, data in zip(params, own, strict=True):
-                param.data = data
+        # What this rank holds of each parameter.
+        held = [param.ds_tensor for param in params] if engine.zero_stage == 3 else params
+        own = [part.data for part in held]
+        with engine.replaced_parts():
+            values, start = self._held_values(own[0]), 0
+            for part, numel in zip(held, [data.numel() for data in own], strict=True):
+                part.data = values[start : start + numel].view(part.shape)
+                start += numel
+            try:
+                with engine.full_weights():
+                    yield
+            finally:
+                for part, data in zip(held, own, strict=True):
+                    part.data = data
 
-    def _whole(self, like: Tensor) -> Tensor:
-        """Return all values in the order of the parameters, one-dimensional, in dtype and on the device of `like`."""
+    def _held_values(self, like: Tensor) -> Tensor:
+        """Return the values of what this rank holds of each parameter, one after the other, in dtype and on the device
+        of `like`."""
         part = torch.cat([value.to(like.device, like.dtype).flatten() for value in self.values])
         engine = self.engine
-        if engine.zero_stage == 0 or engine.world.size == 1:
+        if engine.zero_stage in (0, 3) or engine.world.size == 1:
             return part
         # Padding is at the end of the last rank's part.
         whole = part.new_empty(len(part) * engine.world.size)

@@ -276,10 +276,14 @@ class _Planner:
         """Return the bytes of a moving average of so many weights; `step` are those of a pass with it."""
         ranks = self.processes if self.settings.runtime.zero_stage else 1
         part = -(-trained // ranks)
-        # A pass has all of the average in the dtype of the model, and this process's part before it is gathered.
-        in_pass = self.width * (trained + (part if ranks > 1 else 0))
+        # A pass has all of the average in the dtype of the model, and this process's part before it is gathered. ZeRO-3
+        # gathers all weights, beyond those that it gathers for other passes.
+        in_pass = trained + (part if ranks > 1 else 0)
+        if self.settings.runtime.zero_stage == 3:
+            in_pass = part + max(0, self.size.total - _MOST_GATHERED)
         on_host = self.settings.runtime.offload_optimizer and self.device == "cuda"
-        return EngineMemory(optimizer=0 if on_host else 4 * part, step=in_pass, host=4 * part if on_host else 0)
+        states = {"host" if on_host else "optimizer": 4 * part}
+        return EngineMemory(step=self.width * in_pass, **states)
 
     def _hinted(self) -> list[int]:
         """Return the tokens after each prompt in the self-teacher's passes: hints, ends of the turn, and rollouts."""

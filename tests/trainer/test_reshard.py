@@ -57,7 +57,7 @@ def program(folder: Path, link: int) -> None:
             results[name] = norms
             engine.close()
     for dtype in DTYPES:
-        engine = make(world, link % 3, dtype, seed=link)
+        engine = make(world, (link + 1) % 4, dtype, seed=link)
         average = MovingAverage(engine, 0.5)
         if link:
             average.load(folder / f"{link - 1}_average_{dtype}")
@@ -67,7 +67,10 @@ def program(folder: Path, link: int) -> None:
         average.save(folder / f"{link}_average_{dtype}")
         with average.in_place():
             if world.is_main:
-                torch.save(weights(engine), folder / f"{link}_average_{dtype}.pt")
+                torch.save(
+                    {name: p.detach().clone() for name, p in engine.module.named_parameters()},
+                    folder / f"{link}_average_{dtype}.pt",
+                )
         engine.close()
     if world.is_main:
         (folder / f"norms_{link}.json").write_text(json.dumps(results))

@@ -9,8 +9,6 @@ from dataclasses import replace
 import pytest
 import torch
 from material import tiny_material, tiny_settings
-from train_runs import forget_steps, mini_arguments, only_run, run_train
-from train_runs import metrics as metrics_of
 
 from rmsd_fast.config import SettingsError
 from rmsd_fast.data.errors import DataError
@@ -326,10 +324,6 @@ def test_unusable_hints_are_counted_or_refused(trained, material, world, caplog)
             "expected two or more with kd.kind=avsd",
         ),
         (
-            ["self_teacher.kind=ema", "kd.kind=k1", "self_teacher.views=[cue]", "runtime.zero_stage=3"],
-            "runtime.zero_stage: expected 0, 1 or 2 with self_teacher.kind=ema",
-        ),
-        (
             ["self_teacher.kind=live", "kd.kind=k1", "self_teacher.views=[cue]", "self_teacher.max_hint_tokens=9000"],
             "micro_tokens: expected room for data.max_prompt_tokens=1024 and a hint of self_teacher.max_hint_tokens",
         ),
@@ -414,27 +408,6 @@ def test_recipes_train_a_tiny_student(folder, material, world, monkeypatch, reci
     if state.average is not None:
         masters = zip(state.average.values, state.policy.masters(), strict=True)
         assert any(not torch.equal(average, master) for average, master in masters)
-
-
-def test_an_interrupted_run_continues_with_the_average(folder):
-    """The gap to the averaged teacher is that of an undisturbed run only if the checkpoint has the average."""
-    arguments = mini_arguments(
-        *(folder / "runs", folder / "made", "checkpoint.every_steps=2", "self_teacher.kind=ema", "kd.kind=k1"),
-        *("self_teacher.ema_rate=0.3", "self_teacher.views=[answer]", "self_teacher.max_hint_tokens=80"),
-        *("distill.lr=1e-2", "evaluate.max_questions=1", "sft.steps=1", "sft.warmup_steps=0", "distill.steps=3"),
-    )
-    done = run_train(arguments)
-    assert done.returncode == 0, done.stderr
-    run = only_run(folder / "runs")
-    expected = metrics_of(run)
-    gaps = [line["self_teacher/gap"] for line in expected if line["stage"] == "distill"]
-    assert len(set(gaps)) == 3
-    # Stage 1 and the warm-up have a step each, and stage 2 continues after 2 of 3.
-    forget_steps(run, after=4)
-    assert (run / "checkpoints" / "step_4" / "engines" / "self_teacher" / "engine.json").is_file()
-    done = run_train(["--resume", str(run)])
-    assert done.returncode == 0, done.stderr
-    assert metrics_of(run) == expected
 
 
 def test_a_bfloat16_average_would_hardly_move(world):
