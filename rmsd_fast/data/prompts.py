@@ -279,6 +279,21 @@ class PromptBuilder:
         text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return self.opening + text
 
+    def pieces(self, ids: torch.Tensor | list[int]) -> list[tuple[str, int]]:
+        """Return the text of a response in pieces of as few tokens as possible, each with its number of tokens.
+
+        A character of several tokens is one piece. Special tokens have an empty text.
+        """
+        pieces, waiting = [], []
+        for index in map(int, ids):
+            waiting.append(index)
+            text = self.tokenizer.decode(waiting, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            # A character has at most 4 bytes, and a token at least one.
+            if not text.endswith("\ufffd") or len(waiting) == 4:
+                pieces.append((text, len(waiting)))
+                waiting = []
+        return pieces + ([("\ufffd", len(waiting))] if waiting else [])
+
     def _encode(self, text: str) -> torch.Tensor:
         return torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
 

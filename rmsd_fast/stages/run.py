@@ -365,6 +365,7 @@ def run_steps(
                         run.logs["rollouts"],
                         result.groups,
                         run.settings.rollout,
+                        builder=state.builder,
                         stage=stage,
                         step=number + 1,
                         total=total,

@@ -16,12 +16,14 @@ from rmsd_fast.data.preprocess import video_patches
 from rmsd_fast.data.records import write_questions
 from rmsd_fast.models.shared_prefix import disable_shared_prefix
 from rmsd_fast.runtime.engine import Engine
+from rmsd_fast.runtime.json_lines import JsonLines
 from rmsd_fast.runtime.moving_average import MovingAverage
 from rmsd_fast.runtime.process_group import start, stop
 from rmsd_fast.settings import load_settings
 from rmsd_fast.stages import distill
 from rmsd_fast.stages.build import build_distillation, read_hints
 from rmsd_fast.stages.material import prepare_material
+from rmsd_fast.stages.rollout_log import log_rollouts
 
 SMALL = (
     *("rollout.n=3", "rollout.max_new_tokens=8", "rollout.parity_every=0", "data.max_prompt_tokens=500"),
@@ -405,6 +407,14 @@ def test_recipes_train_a_tiny_student(folder, material, world, monkeypatch, reci
     }
     assert every & metrics.keys() == SHOWN[recipe]
     assert len(result.groups[0].teacher_logp[0]) == (3 if recipe == "avsd" else 1)
+    log = JsonLines(folder / f"{recipe}.jsonl")
+    (record, *_) = log_rollouts(
+        log, result.groups, settings.rollout, builder=state.builder, stage="distill", step=1, total=2
+    )
+    log.close()
+    for rollout in record["rollouts"]:
+        assert "".join(text for text, _ in rollout["token_credit"]) == rollout["text"]
+    assert any(value for rollout in record["rollouts"] for _, value in rollout["token_credit"])
     if state.average is not None:
         masters = zip(state.average.values, state.policy.masters(), strict=True)
         assert any(not torch.equal(average, master) for average, master in masters)
