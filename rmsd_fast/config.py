@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rmsd_fast.method import hints
 from rmsd_fast.method.answers import TASK_TYPES
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -42,6 +43,7 @@ BENCHMARKS = (
 FORMATS = ("auto", "rmsd", "ms-swift", "llava", "video-r1")
 TEACHERS = ("noisy", "reported", "biased", "imprecise", "blind")
 WORDINGS = ("reference", "paraphrased")
+VIEWS = hints.VIEWS
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
@@ -461,6 +463,69 @@ class DistillConfig:
 
 
 @dataclass
+class SelfTeacherConfig:
+    """The student's own model with hints in its prompt, which scores the rollouts of stage 2 again (docs/methods.md).
+
+    `credit.*` and `kd.*` say what its log-probs are used for.
+    """
+
+    kind: str = choice("none", of=("none", "frozen", "live", "ema"))
+    """Weights of the self-teacher: `none` = no self-teacher, `frozen` = those of the stage-1 student, which is also the
+    reference (2606.05718), `live` = the policy's, or `ema` = a moving average of the policy's, in float32
+    (2605.06094)."""
+    views: list[str] = field(default_factory=list)
+    """What the self-teacher is told: some of [answer, reasoning, half_reasoning, window, keyframes, cue, feedback,
+    best_answer]. `answer` is `hints.answer` of the question, or else its ground truth, `best_answer` the best usable
+    response of the pool (T_best), `half_reasoning` the first half of `hints.reasoning`, and the others are `hints` of
+    the question. One teacher reads all views together, except with `kd.kind=avsd`, where each view is a teacher."""
+    max_hint_tokens: int = number(512, least=1)
+    """Longest hint in tokens. Longer hints, and hints with special tokens, are left out, and their number is limited by
+    `data.max_bad_share`."""
+    ema_rate: float = number(0.01, above=0, most=1)
+    """Share of the policy's weights that `ema` adds in each update (2605.06094: 0.01)."""
+    ema_every: int = number(1, least=1)
+    """Interval in steps between the updates of `ema`."""
+    until_step: int = number(0, least=0)
+    """Number of steps of stage 2 with the self-teacher; 0 = all (2605.06094: 600)."""
+
+
+@dataclass
+class CreditConfig:
+    """Weights of the tokens of a rollout in the policy gradient. The KL to the reference is not weighted."""
+
+    magnitude: str = choice("none", of=("none", "teacher"))
+    """`none`, or `teacher` = a token's advantage grows if the self-teacher agrees with its direction (2605.06094)."""
+    magnitude_clip: float = number(0.2, above=0, most=1)
+    """Bound of the teacher's factor: 1 - clip to 1 + clip (2605.06094: 0.2)."""
+    magnitude_mix: float = number(0.5, above=0, most=1)
+    """Share of the teacher's factor in the first step; the rest is 1 (2605.06094: 0.5)."""
+    magnitude_steps: int = number(600, least=0)
+    """Steps over which this share decreases linearly to 0; 0 = it does not decrease (2605.06094: 600)."""
+    position: str = choice("none", of=("none", "sigmoid"))
+    """`none`, or `sigmoid` = early tokens count less (2605.21606)."""
+    position_least: float = number(0.25, least=0, most=1)
+    """Lower bound of the position weights (2605.21606: 0.25)."""
+    position_start: float = number(0.3, least=0, most=1)
+    """Part of the rollout after which the weights have risen by half (2605.21606: 0.3)."""
+    position_width: float = number(0.1, above=0, most=10)
+    """Width of the rise as a part of the rollout (2605.21606: 0.1)."""
+
+
+@dataclass
+class KdConfig:
+    """Distillation from the self-teacher on the sampled tokens, in addition to the rewards."""
+
+    kind: str = choice("none", of=("none", "k1", "avsd"))
+    """Advantage that is added for each token: `none`, `k1` = log-prob of the self-teacher minus that of the student
+    (2606.05718), or `avsd` = the same of several teachers, one for each view, weighted by their agreement
+    (2605.20643)."""
+    coef: float = number(1.0, above=0)
+    """Weight of this advantage against that of the rewards (open)."""
+    gap_clip: float = number(10.0, above=0)
+    """Largest absolute value of this advantage, in nats (2606.05718: 10)."""
+
+
+@dataclass
 class RuntimeConfig:
     """DeepSpeed and numerics."""
 
@@ -599,6 +664,9 @@ class RunConfig:
     reward: RewardConfig = field(default_factory=RewardConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
+    self_teacher: SelfTeacherConfig = field(default_factory=SelfTeacherConfig)
+    credit: CreditConfig = field(default_factory=CreditConfig)
+    kd: KdConfig = field(default_factory=KdConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)

@@ -13,6 +13,7 @@ from rmsd_fast.config import (
     SUBTITLED,
     TASK_TYPES,
     TRACKERS,
+    VIEWS,
     MadeConfig,
     RolloutConfig,
     RunConfig,
@@ -54,7 +55,51 @@ def refuse_training_settings(settings: RunConfig, written_keys: list[str]) -> No
 
 def uses_reference(settings: RunConfig) -> bool:
     """Return whether stage 2 computes log-probs of its rollouts under the stage-1 student."""
-    return "distill" in settings.stages and (settings.distill.kl_coef > 0 or settings.reward.kl_in_reward > 0)
+    compared = settings.distill.kl_coef > 0 or settings.reward.kl_in_reward > 0
+    return "distill" in settings.stages and (compared or settings.self_teacher.kind == "frozen")
+
+
+def samples_reference(settings: RunConfig) -> bool:
+    """Return whether stage 2 needs the reference's log-probs of the sampled tokens, and not only its hidden states."""
+    in_loss = settings.distill.kl_coef > 0 and settings.distill.kl != "full"
+    return in_loss or settings.reward.kl_in_reward > 0
+
+
+def uses_ema(settings: RunConfig) -> bool:
+    """Return whether stage 2 keeps a moving average of the policy's weights."""
+    return "distill" in settings.stages and settings.self_teacher.kind == "ema"
+
+
+def teaches(settings: RunConfig, step: int) -> bool:
+    """Return whether a step of stage 2, counted from 0, uses the self-teacher."""
+    teacher, credit = settings.self_teacher, settings.credit
+    weighted = credit.magnitude == "teacher" and (not credit.magnitude_steps or step < credit.magnitude_steps)
+    in_time = not teacher.until_step or step < teacher.until_step
+    return teacher.kind != "none" and in_time and (weighted or settings.kd.kind != "none")
+
+
+def has_pool(settings: RunConfig) -> bool:
+    """Return whether the run has a teacher pool, which may be generated."""
+    return bool(settings.teacher.pool) or settings.made.enabled
+
+
+def uses_pool(settings: RunConfig) -> bool:
+    """Return whether the run cannot do without a teacher pool."""
+    imitates = bool({"sft", "control"} & set(settings.stages))
+    chosen = settings.reward.unlabeled == "teacher" or settings.teacher.empty_pools == "drop"
+    quoted = settings.self_teacher.kind != "none" and "best_answer" in settings.self_teacher.views
+    return imitates or chosen or quoted or uses_discriminator(settings)
+
+
+def weights_tokens(settings: RunConfig) -> bool:
+    """Return whether the tokens of a rollout may have different advantages."""
+    return settings.kd.kind != "none" or settings.credit.magnitude != "none" or settings.credit.position != "none"
+
+
+def rewards_rollouts(settings: RunConfig) -> bool:
+    """Return whether any reward has a weight, that is, whether rollouts can have advantages of their own."""
+    reward = settings.reward
+    return max(reward.alpha, reward.beta, reward.eta, reward.delta, reward.kl_in_reward) > 0
 
 
 def uses_discriminator(settings: RunConfig) -> bool:
@@ -169,6 +214,7 @@ def check_together(settings: RunConfig, *, trains: bool = True) -> None:
             f"quantized, got {settings.rollout.engine} with model.quantize={settings.model.quantize}; set "
             "rollout.engine=hf or model.quantize=none"
         )
+    _check_self_teacher(settings)
     _check_made(settings.made)
     _check_adapter(settings)
     if settings.made.label_share < 1 and settings.teacher.unlabeled == "refuse":
@@ -194,6 +240,49 @@ def check_together(settings: RunConfig, *, trains: bool = True) -> None:
         )
     if not settings.name or "/" in settings.name:
         raise SettingsError(f"name: expected a folder name without '/', got {settings.name!r}")
+
+
+def _check_self_teacher(settings: RunConfig) -> None:
+    teacher, kd, credit = settings.self_teacher, settings.kd, settings.credit
+    used_by = [
+        *([f"kd.kind={kd.kind}"] if kd.kind != "none" else []),
+        *([f"credit.magnitude={credit.magnitude}"] if credit.magnitude != "none" else []),
+    ]
+    if used_by and teacher.kind == "none":
+        raise SettingsError(
+            f"self_teacher.kind: expected frozen, live or ema, whose log-probs {used_by[0]} needs, got none; set e.g. "
+            "self_teacher.kind=frozen self_teacher.views=[answer]"
+        )
+    if not set(teacher.views) <= set(VIEWS) or len(set(teacher.views)) < len(teacher.views):
+        raise SettingsError(
+            f"self_teacher.views: expected some of {list(VIEWS)}, each at most once, got {teacher.views}; set e.g. "
+            "self_teacher.views=[answer]"
+        )
+    if teacher.kind == "none":
+        return
+    if not used_by:
+        raise SettingsError(
+            f"self_teacher.kind: expected none, since neither kd.kind nor credit.magnitude uses a self-teacher, got "
+            f"{teacher.kind}; set kd.kind=k1 or credit.magnitude=teacher, or self_teacher.kind=none"
+        )
+    if not teacher.views:
+        raise SettingsError(
+            "self_teacher.views: expected one or more hints, without which the self-teacher knows no more than the "
+            "student, got none; set e.g. self_teacher.views=[answer]"
+        )
+    if kd.kind == "avsd" and len(teacher.views) < 2:
+        raise SettingsError(
+            "self_teacher.views: expected two or more with kd.kind=avsd, which weighs teachers by their agreement, "
+            f"got {teacher.views}; add a view, or set kd.kind=k1"
+        )
+    if credit.magnitude == "teacher" and not rewards_rollouts(settings):
+        raise SettingsError(
+            "credit.magnitude: expected none if no reward has a weight, since it weights the advantages of the "
+            "rewards, got teacher; give a reward a weight, e.g. reward.delta=0.4, or set credit.magnitude=none"
+        )
+    if "distill" in settings.stages:
+        longest = teacher.max_hint_tokens + settings.rollout.max_new_tokens
+        check_room(settings, longest, "a hint of self_teacher.max_hint_tokens and a rollout of rollout.max_new_tokens")
 
 
 def _check_replay(rollout: RolloutConfig) -> None:
@@ -526,6 +615,32 @@ def refuse_useless(settings: RunConfig, written_keys: list[str], where: str) -> 
             "rollout.engine=replay has rollouts of another run, whose weights may differ; set rollout.engine=hf",
         ),
         (["distill.kl"], distill.kl_coef == 0, "distill.kl_coef is 0; give it a weight"),
+        (
+            ["self_teacher.", "credit.", "kd."],
+            "distill" not in stages,
+            "stage distill is not in stages; add it to stages",
+        ),
+        (
+            [f"self_teacher.{f.name}" for f in fields(settings.self_teacher) if f.name != "kind"],
+            settings.self_teacher.kind == "none",
+            "self_teacher.kind is none; set self_teacher.kind=frozen",
+        ),
+        (
+            ["self_teacher.ema_rate", "self_teacher.ema_every"],
+            settings.self_teacher.kind != "ema",
+            f"self_teacher.kind={settings.self_teacher.kind} has no average; set self_teacher.kind=ema",
+        ),
+        (
+            ["credit.magnitude_clip", "credit.magnitude_mix", "credit.magnitude_steps"],
+            settings.credit.magnitude == "none",
+            "credit.magnitude is none; set credit.magnitude=teacher",
+        ),
+        (
+            ["credit.position_least", "credit.position_start", "credit.position_width"],
+            settings.credit.position == "none",
+            "credit.position is none; set credit.position=sigmoid",
+        ),
+        (["kd.coef", "kd.gap_clip"], settings.kd.kind == "none", "kd.kind is none; set kd.kind=k1"),
         (
             [f"sft.{f.name}" for f in fields(settings.sft) if f.name != "responses"],
             "sft" not in stages,

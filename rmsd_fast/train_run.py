@@ -23,10 +23,10 @@ from rmsd_fast.data.records import Question
 from rmsd_fast.files import write_text_atomic
 from rmsd_fast.models.folders import resolve_folder
 from rmsd_fast.report import ReportError, write_report
-from rmsd_fast.runtime.engine import Engine, release_memory
+from rmsd_fast.runtime.engine import release_memory
 from rmsd_fast.runtime.process_group import World, on_main
 from rmsd_fast.runtime.stop_signal import Stopped, StopSignal
-from rmsd_fast.setting_rules import uses_discriminator
+from rmsd_fast.setting_rules import has_pool, uses_discriminator
 from rmsd_fast.stages import distill, sft
 from rmsd_fast.stages.build import build_distillation, build_imitation
 from rmsd_fast.stages.held_out import evaluate
@@ -35,6 +35,7 @@ from rmsd_fast.stages.memory_advice import check_memory
 from rmsd_fast.stages.rollout_dump import begin_dump, check_replay_start, dump_folder
 from rmsd_fast.stages.rollout_servers import check_servers
 from rmsd_fast.stages.run import (
+    Saved,
     Step,
     TrainingRun,
     close_logs,
@@ -214,9 +215,11 @@ def distillation(run: TrainingRun) -> None:
 
 def _distillation(run: TrainingRun, state: StageState) -> None:
     settings = run.settings
-    engines = {"policy": state.policy}
+    engines: dict[str, Saved] = {"policy": state.policy}
     if state.discriminator is not None:
         engines["discriminator"] = state.discriminator
+    if state.average is not None:
+        engines["self_teacher"] = state.average
     restore(run, ("warm_up", "distill"), state, engines)
     first = first_step(run, "warm_up") if "warm_up" in settings.stages else 0
     first += first_step(run, "distill") if "distill" in settings.stages else 0
@@ -233,7 +236,7 @@ def _distillation(run: TrainingRun, state: StageState) -> None:
         engine.close()
 
 
-def _adversarial_steps(run: TrainingRun, state: StageState, engines: dict[str, Engine], stage: str, step: Step) -> None:
+def _adversarial_steps(run: TrainingRun, state: StageState, engines: dict[str, Saved], stage: str, step: Step) -> None:
     settings = run.settings
     lr = settings.discriminator.warm_up_lr if stage == "warm_up" else settings.discriminator.lr
     rates = {"discriminator": lambda _: lr}
@@ -248,7 +251,7 @@ def _forecast(run: TrainingRun, state: StageState) -> None:
     """Print what stage 2 can gain, and write it to `forecast.json`, before any step of warm-up and stage 2."""
     first = next(stage for stage in run.settings.stages if stage in ("warm_up", "distill"))
     path = run.folder / "forecast.json"
-    if on_main(run.world, path.exists) or first_step(run, first):
+    if not has_pool(run.settings) or on_main(run.world, path.exists) or first_step(run, first):
         return
     loader = open_loader(run, state, first, _late_questions(run, state), run.settings.distill.batch_size)
     seen = run.bad, run.seen

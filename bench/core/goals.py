@@ -71,6 +71,7 @@ CASES = {
     "step": tuple(f"P{p}-R{r}-float32" for p, r in ((1024, 64), (2048, 64), (2048, 128), (4096, 128))),
     "rollout": tuple(f"P{p}-N{n}-R64-float32" for p in (512, 2048) for n in (4, 8, 16)),
     "evaluation": ("V40-Q200-F16-R32-float32",),
+    "self_teacher": tuple(f"P{p}-R{r}-float32-N8-H64" for p, r in ((2048, 128), (1024, 64))),
 }
 CONDITIONS = {
     "linear_cross_entropy": (f"{_LONG}-conditions",),
@@ -110,6 +111,7 @@ TABLE = (
     (_STEPS, SWEPT, "cpu", "K=8 against the cost model", 1.25),
     (_ROLLOUT, ("P2048-N8-R64-float32",), "cpu", "times faster than generate", 3.0),
     (("evaluation",), CASES["evaluation"], "cpu", "times faster than generate", 2.5),
+    (("self_teacher",), CASES["self_teacher"][:1], "cpu", "self-teacher over a step", 0.2),
     (_MEDIA, _PREPROCESS, "cpu", "preprocessing time", 3.0),
     (_MEDIA, _PREPROCESS, "cpu", "preprocessing memory", 0.2),
     (_MEDIA, _PREPROCESS, "cpu", "levels from HF", 0),

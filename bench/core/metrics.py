@@ -188,6 +188,11 @@ def _step_over_padded(record: dict) -> Found:
     return Found(times, f"passes of {base} {times:.2f} times faster than {padded}", (own, other))
 
 
+def _self_teacher(record: dict, kind: str) -> Found:
+    own, plain = _sides(record, kind, record["baseline"])
+    return Found(own["extra_share"], f"{kind}: {own['extra_share']:.1%} of a step more", (own, plain))
+
+
 # The media path. Its times are spreads of seconds, and cpu_s counts all threads and processes.
 
 
@@ -302,6 +307,7 @@ METRICS: dict[str, tuple[str, Metric]] = {
     "times faster than eager steps": (LEAST, _metric(_faster_than, "ours, eager")),
     "vLLM, times faster than eager steps": (LEAST, _metric(_faster_than, "ours, eager", "vllm")),
     "all weights to vLLM, ms": (MOST, _metric(_milliseconds, "vllm, weights")),
+    "self-teacher over a step": (MOST, _metric(_self_teacher, each=("frozen", "live", "ema"))),
     "preprocessing time": (LEAST, _metric(_preprocessing_time)),
     "preprocessing memory": (MOST, _metric(_preprocessing_memory)),
     "levels from HF": (

@@ -102,6 +102,7 @@ SUBJECTS = {
     "sharing": ("shared_prefix", "step"),
     "rollouts": ("rollout",),
     "evaluations": ("evaluation",),
+    "teachers": ("self_teacher",),
     "media": ("media",),
 }
 

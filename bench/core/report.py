@@ -328,6 +328,32 @@ def rollout_page(records: list[dict]) -> str:
     return f"{first}\n\n**Goals**\n\n{goals}\n\n{legend}{sources(records)}.\n"
 
 
+# Self-teachers.
+
+
+def teacher_page(records: list[dict]) -> str:
+    """What each kind of self-teacher adds to a step."""
+    rows = []
+    for record in records:
+        shape, base = record["shape"], main_time(record["variants"][record["baseline"]])
+        for name, own in record["variants"].items():
+            phases = [f"{1e3 * own['phases_s'].get(phase, 0.0):.0f}" for phase in ("teacher", "reference", "policy")]
+            extra = "-" if name == record["baseline"] else f"{own['extra_share']:.1%}"
+            rows.append(
+                (*(shape[key] for key in ("P", "R", "hint")), name, *phases, f"{base:.0f}", extra, own["rounds"])
+            )
+    head = ("prompt", "response", "hint", "self-teacher", "teacher ms", "reference ms", "policy ms", "plain step ms")
+    legend = (
+        "A step of stage 2 with one question, N = 8 rollouts and K = 4 teacher answers, by the small student. Extra: "
+        "teacher and reference beyond the reference of a plain step, over a whole plain step. Processor time, medians. "
+    )
+    found = [
+        (v.status, v.where.removeprefix("self_teacher "), v.what) for v in verdicts(records, "cpu", ["self_teacher"])
+    ]
+    goals = table(("verdict", "case", "found"), found)
+    return f"{table((*head, 'extra', 'rounds'), rows)}\n\n**Goals**\n\n{goals}\n\n{legend}{sources(records)}.\n"
+
+
 # Evaluations of several questions per video.
 
 
@@ -549,6 +575,7 @@ PAGES = {
     "sharing": {"shared-prefix.md": sharing_page, "shared-prefix.svg": sharing_chart},
     "rollouts": {"rollout.md": rollout_page},
     "evaluations": {"evaluation.md": evaluation_page},
+    "teachers": {"self-teacher.md": teacher_page},
     "media": {"media.md": media_page},
 }
 

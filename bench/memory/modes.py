@@ -48,7 +48,7 @@ def state_bytes(state: StageState) -> int:
     tensors = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
     for engine in (state.policy, state.discriminator):
         if engine is not None:
-            tensors += engine._masters()
+            tensors += engine.masters()
             tensors += [t for s in engine.engine.basic_optimizer.state.values() for t in s.values()]
     for tensor in tensors:
         if isinstance(tensor, torch.Tensor):

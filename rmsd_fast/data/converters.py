@@ -20,11 +20,11 @@ options Yes and No if the record has none. Questions that no task type can grade
 
 The answer is the key `answer` or `solution`, otherwise the assistant's turn. If both exist and differ, the record is an
 error. If the answer contains exactly one `<answer>…</answer>`, only the text inside is used. The optional keys
-`task_type`, `options`, `duration`, `system` and `id` are read from every format. A null value is treated as a missing
-key. All other keys are stored in `meta["source"]`. Keys with the same meaning must agree: a record that states its
-media, answer, task type or system text twice with different values is an error. Keys of two formats, or more than one
-user turn, are also errors. The id is `id` (Video-R1: `problem_id`), otherwise "<file stem>-<index from 0>", which the
-summary at the start counts (`meta["id_by_position"]`).
+`task_type`, `options`, `duration`, `system`, `hints` and `id` are read from every format. A null value is treated as a
+missing key. All other keys are stored in `meta["source"]`. Keys with the same meaning must agree: a record that states
+its media, answer, task type or system text twice with different values is an error. Keys of two formats, or more than
+one user turn, are also errors. The id is `id` (Video-R1: `problem_id`), otherwise "<file stem>-<index from 0>", which
+the summary at the start counts (`meta["id_by_position"]`).
 
 Video-R1's regression questions are graded as numeric questions. Set `teacher.numeric_metric=mra` for them.
 """
@@ -85,7 +85,7 @@ _PROBLEM_TYPES = {
 # Possible task types of problem types that are not task types themselves.
 _TASKS_OF = {_YES_NO: ("mcq",), _MATH: ("mcq", "numeric")}
 _USER, _ASSISTANT = ("user", "human"), ("assistant", "gpt")
-_EXTRA = ("options", "duration", "system")
+_EXTRA = ("options", "duration", "system", "hints")
 _SPLIT_TURNS = "split conversations of several turns into separate questions"
 
 Converted = tuple[dict[str, Any], dict[str, str]]

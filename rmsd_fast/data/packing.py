@@ -5,6 +5,9 @@ Packed: one row `[P_1 | P_2 | ... | R_11 R_12 ... | R_21 ...]`, each prompt once
 prompt's own segment. Padded: `[prompt | response | pad]` per response, the reference that packed rows are tested
 against. Both describe in the same way which hidden states predict which tokens, so a loss does not depend on the
 layout. Responses are always numbered group by group ("group-major").
+
+A response may have a lead: tokens between the prompt and the response that only this response attends to, such as a
+hint. A lead is read but not scored.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ class Rows:
         attention_mask: int64 [B, L]; None for packed rows, with B = 1 and no padding.
         plan: the segments of a packed row; None for padded rows.
         predicts: int64 [S], response by response: the row of `hidden.flatten(0, 1)` that predicts the token. The first
-            token of a response is predicted by the last row of its prompt.
+            token of a response is predicted by the last row of its lead or, without a lead, of its prompt.
         targets: int64 [S], the predicted tokens.
         last: int64 [M], the row of each response's last token.
         lengths: int64 [M], tokens of each response.
@@ -71,51 +74,63 @@ class Rows:
         return replace(self, **moved)
 
 
-def make_rows(packing: str, prompts: list[Prompt], responses: list[list[torch.Tensor]], *, pad_id: int) -> Rows:
+def make_rows(
+    packing: str,
+    prompts: list[Prompt],
+    responses: list[list[torch.Tensor]],
+    leads: list[list[torch.Tensor]] | None = None,
+    *,
+    pad_id: int,
+) -> Rows:
     """Call `pack` for packing="shared" and `pad` for "padded".
 
     Raises:
         ValueError: packing is neither, or `pack` or `pad` raises it.
     """
     check_packing(packing)
-    return pack(prompts, responses) if packing == "shared" else pad(prompts, responses, pad_id=pad_id)
+    return pack(prompts, responses, leads) if packing == "shared" else pad(prompts, responses, leads, pad_id=pad_id)
 
 
-def pack(prompts: list[Prompt], responses: list[list[torch.Tensor]]) -> Rows:
+def pack(
+    prompts: list[Prompt], responses: list[list[torch.Tensor]], leads: list[list[torch.Tensor]] | None = None
+) -> Rows:
     """Return one packed row of all prompts and responses.
 
     Args:
         prompts: G prompts.
         responses: the responses of each prompt, each int64 [R], including the end token if there is one. A prompt may
             have none.
+        leads: the lead of each response, int64 [H] with H >= 1; None = responses follow their prompts directly.
     Raises:
-        ValueError: there are no prompts, the lists differ in length, or a response is empty or contains one of the
-            prompts' `vision_ids`.
-        TypeError: a response is not a one-dimensional int64 tensor.
+        ValueError: there are no prompts, the lists differ in length, or a response or a lead is empty or contains one
+            of the prompts' `vision_ids`.
+        TypeError: a response or a lead is not a one-dimensional int64 tensor.
     """
-    flat, _ = _flatten(prompts, responses)
+    flat, _ = _flatten(prompts, responses, leads)
+    segments = _segments(responses, leads)
     # A single response continues its prompt's segment: plain causal attention, in one call instead of three.
-    heads = [answers if len(answers) == 1 else [] for answers in responses]
-    tails = [answers if len(answers) != 1 else [] for answers in responses]
+    heads = [of_prompt if len(of_prompt) == 1 else [] for of_prompt in segments]
+    tails = [of_prompt if len(of_prompt) != 1 else [] for of_prompt in segments]
     prefix_lengths = [len(prompt.input_ids) + sum(map(len, head)) for prompt, head in zip(prompts, heads, strict=True)]
     ids, positions, tail_ids, tail_positions, predicts, last, forks = [], [], [], [], [], [], []
     row, tail_row = 0, sum(prefix_lengths)
-    for prompt, answers, length in zip(prompts, responses, prefix_lengths, strict=True):
+    for prompt, answers, of_prompt, length in zip(prompts, responses, segments, prefix_lengths, strict=True):
         ids.append(prompt.input_ids)
         positions.append(prompt.position_ids)
         end = row + len(prompt.input_ids)
         lone = len(answers) == 1
-        if len(answers) > 1:
+        if len(answers) > 1 and leads is None:
             forks.append((end - 1, len(last), len(answers)))
-        for response in answers:
-            start = end if lone else tail_row
-            (ids if lone else tail_ids).append(response)
-            following = (prompt.next_position + torch.arange(len(response))).expand(3, len(response))
+        for response, segment in zip(answers, of_prompt, strict=True):
+            stop = (end if lone else tail_row) + len(segment)
+            (ids if lone else tail_ids).append(segment)
+            following = (prompt.next_position + torch.arange(len(segment))).expand(3, len(segment))
             (positions if lone else tail_positions).append(following)
-            predicts.append(torch.arange(start - 1, start - 1 + len(response)))
-            predicts[-1][0] = end - 1
-            last.append(start + len(response) - 1)
-            tail_row += 0 if lone else len(response)
+            predicts.append(torch.arange(stop - 1 - len(response), stop - 1))
+            if leads is None:
+                predicts[-1][0] = end - 1
+            last.append(stop - 1)
+            tail_row += 0 if lone else len(segment)
         row += length
     lengths = [len(response) for response in flat]
     return Rows(
@@ -123,7 +138,7 @@ def pack(prompts: list[Prompt], responses: list[list[torch.Tensor]]) -> Rows:
         position_ids=torch.cat(positions + tail_positions, dim=1)[:, None],
         attention_mask=None,
         plan=SharedPrefixPlan.from_lengths(
-            prefix_lengths, [[len(response) for response in answers] for answers in tails]
+            prefix_lengths, [[len(segment) for segment in of_prompt] for of_prompt in tails]
         ),
         predicts=_joined(predicts),
         targets=_joined(flat),
@@ -136,30 +151,37 @@ def pack(prompts: list[Prompt], responses: list[list[torch.Tensor]]) -> Rows:
     )
 
 
-def pad(prompts: list[Prompt], responses: list[list[torch.Tensor]], *, pad_id: int) -> Rows:
-    """Return one row `[prompt | response]` per response, padded on the right with `pad_id`.
+def pad(
+    prompts: list[Prompt],
+    responses: list[list[torch.Tensor]],
+    leads: list[list[torch.Tensor]] | None = None,
+    *,
+    pad_id: int,
+) -> Rows:
+    """Return one row `[prompt | lead | response]` per response, padded on the right with `pad_id`.
 
     Arguments and errors as `pack`, except that at least one response is required.
     """
-    flat, owner = _flatten(prompts, responses)
+    flat, owner = _flatten(prompts, responses, leads)
     if not flat:
         raise ValueError("expected at least one response, got none; padded rows consist of responses")
     lengths = [len(response) for response in flat]
+    segments = [segment for of_prompt in _segments(responses, leads) for segment in of_prompt]
     starts = [len(prompts[i].input_ids) for i in owner]
-    length = max(start + tokens for start, tokens in zip(starts, lengths, strict=True))
+    length = max(start + len(segment) for start, segment in zip(starts, segments, strict=True))
     input_ids = torch.full((len(flat), length), pad_id, dtype=torch.int64)
     attention_mask = torch.zeros(len(flat), length, dtype=torch.int64)
     position_ids = torch.zeros(3, len(flat), length, dtype=torch.int64)
     following = [prompt.next_position for prompt in prompts]
     predicts, last = [], []
-    for row, (response, i, start) in enumerate(zip(flat, owner, starts, strict=True)):
-        end = start + len(response)
+    for row, (response, segment, i, start) in enumerate(zip(flat, segments, owner, starts, strict=True)):
+        end = start + len(segment)
         input_ids[row, :start] = prompts[i].input_ids
-        input_ids[row, start:end] = response
+        input_ids[row, start:end] = segment
         attention_mask[row, :end] = 1
         position_ids[:, row, :start] = prompts[i].position_ids
-        position_ids[:, row, start:end] = following[i] + torch.arange(len(response))
-        predicts.append(row * length + torch.arange(start - 1, end - 1))
+        position_ids[:, row, start:end] = following[i] + torch.arange(len(segment))
+        predicts.append(row * length + torch.arange(end - 1 - len(response), end - 1))
         last.append(row * length + end - 1)
     return Rows(
         input_ids=input_ids,
@@ -232,27 +254,46 @@ def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
 
 
-def _flatten(prompts: list[Prompt], responses: list[list[torch.Tensor]]) -> tuple[list[torch.Tensor], list[int]]:
-    """Check the responses, and return them in group-major order with the index of each one's prompt."""
+def _segments(responses: list[list[torch.Tensor]], leads: list[list[torch.Tensor]] | None) -> list[list[torch.Tensor]]:
+    """Return the responses of each prompt with their leads."""
+    if leads is None:
+        return responses
+    pairs = zip(leads, responses, strict=True)
+    return [[torch.cat(pair) for pair in zip(stems, answers, strict=True)] for stems, answers in pairs]
+
+
+def _flatten(
+    prompts: list[Prompt], responses: list[list[torch.Tensor]], leads: list[list[torch.Tensor]] | None
+) -> tuple[list[torch.Tensor], list[int]]:
+    """Check responses and leads, and return the responses in group-major order with the index of each one's prompt."""
     if len(prompts) != len(responses) or not prompts:
         raise ValueError(
             f"expected at least one prompt, and a list of responses for each prompt, got {len(responses)} lists "
             f"and {len(prompts)} prompts"
         )
+    if leads is not None and [len(stems) for stems in leads] != [len(answers) for answers in responses]:
+        raise ValueError(
+            f"leads: expected one per response, {[len(answers) for answers in responses]} for the prompts, got "
+            f"{[len(stems) for stems in leads]}"
+        )
     vision_ids = {index for prompt in prompts for index in prompt.vision_ids}
-    for prompt, answers in zip(prompts, responses, strict=True):
-        for number, response in enumerate(answers):
-            name = f"response {number} of question {prompt.question.id!r}"
-            if response.dtype != torch.int64 or response.dim() != 1:
-                raise TypeError(f"{name}: expected int64 [R], got {response.dtype} {list(response.shape)}")
-            if not len(response):
-                raise ValueError(f"{name} is empty; leave it out, or append the end token")
-            vision_tokens = vision_ids.intersection(response.tolist())
-            if vision_tokens:
-                raise ValueError(
-                    f"{name} contains the vision token {min(vision_tokens)}, which the model would treat as a medium "
-                    "or its delimiter; ban it in generation, or leave the response out"
-                )
+    for kind, lists in (("response", responses), ("lead", leads or [])):
+        for prompt, of_prompt in zip(prompts, lists, strict=False):
+            for number, ids in enumerate(of_prompt):
+                _check_ids(f"{kind} {number} of question {prompt.question.id!r}", ids, vision_ids)
     flat = [response for answers in responses for response in answers]
     owner = [i for i, answers in enumerate(responses) for _ in answers]
     return flat, owner
+
+
+def _check_ids(name: str, ids: torch.Tensor, vision_ids: set[int]) -> None:
+    if ids.dtype != torch.int64 or ids.dim() != 1:
+        raise TypeError(f"{name}: expected int64 [R], got {ids.dtype} {list(ids.shape)}")
+    if not len(ids):
+        raise ValueError(f"{name} is empty; leave it out, or append the end token")
+    vision_tokens = vision_ids.intersection(ids.tolist())
+    if vision_tokens:
+        raise ValueError(
+            f"{name} contains the vision token {min(vision_tokens)}, which the model would treat as a medium "
+            "or its delimiter; ban it in generation, or leave the response out"
+        )

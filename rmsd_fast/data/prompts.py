@@ -45,6 +45,17 @@ class ResponseError(ValueError):
         self.reason = reason
 
 
+class HintError(ValueError):
+    """A hint that the self-teacher cannot read. The message gives the reason, and says what to do.
+
+    `reason` is "not_unicode", "special_token" or "too_long".
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 @dataclass(frozen=True)
 class Prompt:
     """One question as the student sees it.
@@ -227,6 +238,50 @@ class PromptBuilder:
                 "leave the response out",
             )
 
+    def split(self, prompt: Prompt) -> tuple[Prompt, torch.Tensor]:
+        """Return the prompt up to the end of the user's text, and the tokens after it, int64.
+
+        These tokens end the user's turn and open the response. A hint belongs before them.
+        """
+        # The user's text contains no special token, so the last end token ends the user's turn.
+        end = int((prompt.input_ids == self.eos_id).nonzero()[-1])
+        body = replace(
+            prompt,
+            input_ids=prompt.input_ids[:end],
+            mm_token_type_ids=prompt.mm_token_type_ids[:end],
+            position_ids=prompt.position_ids[:, :end],
+        )
+        return body, prompt.input_ids[end:]
+
+    def encode_hint(self, text: str, *, max_tokens: int) -> torch.Tensor:
+        """Return the token ids of a hint on a line of its own after the user's text, int64 [H].
+
+        Raises:
+            HintError: as `check_hint`.
+        """
+        self.check_hint(text, max_tokens=max_tokens)
+        return self._encode(f"\n{text}")
+
+    def check_hint(self, text: str, *, max_tokens: int) -> None:
+        """Raise HintError if a hint contains a special token or more than `max_tokens` tokens, or is not Unicode."""
+        if not is_unicode(text):
+            raise HintError("not_unicode", "a hint must be Unicode text, got a lone surrogate; fix the text")
+        if token := self._find_special(text):
+            raise HintError(
+                "special_token",
+                f"a hint must be plain text, got the special token {token[0]}; remove it from the text",
+            )
+        # A token has at least one byte, so only a text that might be too long needs to be tokenized.
+        if len(text.encode()) < max_tokens:
+            return
+        tokens = len(self._encode(f"\n{text}"))
+        if tokens > max_tokens:
+            raise HintError(
+                "too_long",
+                f"self_teacher.max_hint_tokens: expected at least {tokens} for this hint, got {max_tokens}; raise it, "
+                "or shorten the hint",
+            )
+
     def decode_response(self, ids: torch.Tensor | list[int]) -> str:
         """Return the full text of a response.
 
@@ -237,6 +292,21 @@ class PromptBuilder:
             ids = ids[: ids.index(self.eos_id)]
         text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return self.opening + text
+
+    def pieces(self, ids: torch.Tensor | list[int]) -> list[tuple[str, int]]:
+        """Return the text of a response in pieces of as few tokens as possible, each with its number of tokens.
+
+        A character of several tokens is one piece. Special tokens have an empty text.
+        """
+        pieces, waiting = [], []
+        for index in map(int, ids):
+            waiting.append(index)
+            text = self.tokenizer.decode(waiting, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            # A character has at most 4 bytes, and a token at least one.
+            if not text.endswith("\ufffd") or len(waiting) == 4:
+                pieces.append((text, len(waiting)))
+                waiting = []
+        return pieces + ([("\ufffd", len(waiting))] if waiting else [])
 
     def _encode(self, text: str) -> torch.Tensor:
         return torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)

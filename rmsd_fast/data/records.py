@@ -2,7 +2,7 @@
 
 One JSON object per line:
 ``{"id", "videos": [path], "images": [path], "question", "task_type",
-"options"?, "answer"?, "system"?, "duration"?, "meta"?}``
+"options"?, "answer"?, "system"?, "duration"?, "hints"?, "meta"?}``
 A question has at least one video or image. If it is about text alone, both lists are there and empty. `video` and
 `image` are also accepted, and null is treated as a missing key.
 
@@ -10,6 +10,9 @@ A question has at least one video or image. If it is about text alone, both list
 before the text. A part of a video is written `{"path": "a.mp4", "start": 3.5, "end": 10}` instead of the path (in
 seconds; either bound may be omitted). Frames are taken from this part, while stamps and answers use the times of the
 whole file.
+
+`hints` is what a self-teacher may be told and the student is not: `{"answer", "reasoning", "cue", "feedback"}` are
+texts, `"window": [start, end]` and `"keyframes": [time, …]` are in seconds of the whole file. All of them are optional.
 
 `converters` reads files of other trainers, and `ground_truths` reads ground truths. Relative paths are relative to the
 media root, and every path must be inside it after symbolic links are resolved. Media files do not have to exist on this
@@ -29,6 +32,7 @@ from rmsd_fast.config import FORMATS, SettingsError
 from rmsd_fast.data import converters
 from rmsd_fast.data.errors import DataError, OtherFileError, several_faults
 from rmsd_fast.data.ground_truths import GroundTruthError, check_times, read_ground_truth
+from rmsd_fast.data.hint_records import read_hints
 from rmsd_fast.data.json_records import read_records
 from rmsd_fast.data.marks import MARK, SPECIAL_TOKEN, MarkError, is_unicode, place_marks
 from rmsd_fast.data.media_paths import Span, is_number, media_paths, split_spans, with_span
@@ -44,7 +48,10 @@ from rmsd_fast.method.answers import (
     parse_answer_body,
 )
 
-_FIELDS = ("id", "videos", "images", "question", "task_type", "options", "answer", "system", "duration", "meta")
+_FIELDS = (
+    *("id", "videos", "images", "question", "task_type", "options", "answer", "system", "duration"),
+    *("hints", "meta"),
+)
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,8 @@ class Question:
     """Text of a system turn before the question."""
     duration: float | None = None
     """Duration of the video in seconds; if there are several videos, of the longest one."""
+    hints: dict[str, Any] = field(default_factory=dict)
+    """What a self-teacher may be told, by name (`method.hints.FILE_HINTS`). Times are lists of seconds."""
     meta: dict[str, Any] = field(default_factory=dict)
     """Any other data. Training does not read it. For questions of a benchmark, `benchmark` is its name, and `groups`
     has the values of its breakdowns by name, such as {"duration": "short"}. `cluster` names questions that are not
@@ -303,6 +312,7 @@ def parse_question(
         answer=answer,
         system=system,
         duration=duration,
+        hints=read_hints(raw.get("hints"), fail),
         meta=meta or {},
     )
 
@@ -338,6 +348,8 @@ def write_questions(path: str | os.PathLike, questions: Iterable[Question], *, m
         for name in ("options", "answer", "system", "duration"):
             if (value := getattr(question, name)) is not None:
                 record[name] = list(value) if isinstance(value, tuple) else value
+        if question.hints:
+            record["hints"] = question.hints
         if question.meta:
             record["meta"] = question.meta
         lines.append(json.dumps(record, ensure_ascii=False))

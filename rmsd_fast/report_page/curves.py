@@ -8,7 +8,15 @@ from dataclasses import dataclass, replace
 from html import escape
 
 from rmsd_fast.report_page.svg import Series, curve_chart, stacked_chart
-from rmsd_fast.runtime.alarms import ENGINE_KL, LENGTH_BIAS, LENGTH_RATIO, REPETITION, SEPARATED
+from rmsd_fast.runtime.alarms import (
+    CLIPPED_CREDIT,
+    ENGINE_KL,
+    LEAST_GAP,
+    LENGTH_BIAS,
+    LENGTH_RATIO,
+    REPETITION,
+    SEPARATED,
+)
 
 STAGE_TITLES = {
     "sft": "Stage 1: imitation of teacher responses",
@@ -202,6 +210,31 @@ GROUPS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
             ),
             Chart("Log-probability", "mean of the rollouts' tokens", (("policy/logp", "log-probability"),)),
             Chart("Gradient norm, policy", "before clipping", (("policy/grad_norm", "norm"),), include=(0.0,)),
+        ),
+    ),
+    (
+        "Self-teacher and token credit",
+        (
+            Chart(
+                "Gap of the self-teacher",
+                "log-prob under the self-teacher minus that under the student, nats per token; size: absolute value",
+                (("self_teacher/gap", "mean"), ("self_teacher/gap_size", "size")),
+                include=(0.0,),
+                warn=((LEAST_GAP, f"{LEAST_GAP:g}"),),
+            ),
+            Chart(
+                "Rollouts with a hint",
+                "share of rollouts that the self-teacher has scored",
+                (("self_teacher/hinted_share", "rollouts"),),
+                include=(0.0, 1.0),
+            ),
+            Chart(
+                "Clipped token credit",
+                "share of tokens whose magnitude weight, or distillation advantage, is at its bound",
+                (("credit/clipped_share", "weights"), ("kd/clipped_share", "distillation")),
+                include=(0.0, 1.0),
+                warn=((CLIPPED_CREDIT, f"{CLIPPED_CREDIT:g}"),),
+            ),
         ),
     ),
     (

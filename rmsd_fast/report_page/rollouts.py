@@ -42,7 +42,8 @@ def rollouts_section(rows: Sequence[Mapping[str, Any]], films: Films) -> str:
         head,
         '<p class="muted">Questions of the first, a middle and the last logged step of each stage, with the teacher '
         "answers T and the rollouts R, best first. Equal answers share a card. q = quality, p = matching probability, "
-        "D = discriminator score before the step. All logged steps are in rollouts.jsonl.</p>",
+        "D = discriminator score before the step. With token credit, tokens with positive advantages are green, and "
+        "those with negative ones red. All logged steps are in rollouts.jsonl.</p>",
     ]
     for stage, steps in stages.items():
         out.append(f"<h3>{visible(STAGE_TITLES.get(stage, stage))}</h3>")
@@ -86,12 +87,14 @@ def _rank(rollout: Mapping[str, Any]) -> float:
 
 @dataclass(frozen=True)
 class _Answer:
-    """The content of a card. All fields but `text` are HTML; `kind` is the CSS class of the card's edge."""
+    """The content of a card. Except for `text`, all fields are HTML. `kind` is the CSS class of the card's edge, and
+    `credit` the text colored by the credit of its tokens, or ""."""
 
     kind: str
     facts: str
     details: str
     text: str
+    credit: str = ""
 
 
 def _teacher_answer(answer: Mapping[str, Any]) -> _Answer:
@@ -109,7 +112,31 @@ def _rollout(rollout: Mapping[str, Any]) -> _Answer:
         details += " · cut"
     if "match" in rollout:
         details += f" · matched with T{visible(rollout['match'])}"
-    return _Answer(kind, _facts(rollout, "advantage", "d_score"), details, str(rollout.get("text") or ""))
+    credit = token_credit_html(rollout.get("token_credit"))
+    return _Answer(kind, _facts(rollout, "advantage", "d_score"), details, str(rollout.get("text") or ""), credit)
+
+
+def token_credit_html(credit: Any) -> str:
+    """Return the text of a rollout with a background for each token: green = its advantage is positive, red = negative.
+
+    The strength is the size of the advantage as a share of the rollout's largest. Return "" without credit, or if it is
+    damaged.
+
+    Args:
+        credit: `token_credit` of a rollout in rollouts.jsonl: pairs of text and advantage.
+    """
+    pairs = credit if isinstance(credit, list) else []
+    if not all(isinstance(pair, list) and len(pair) == 2 and is_number(pair[1]) for pair in pairs):
+        return ""
+    largest = max((abs(value) for _, value in pairs), default=0.0)
+    out = []
+    for text, value in pairs:
+        # A twentieth of the largest advantage, and more, gets a color.
+        level = math.ceil(4 * abs(value) / largest - 0.2) if largest else 0
+        side = "up" if value > 0 else "down"
+        tip = f"{value:.3g}".replace("-", "−")
+        out.append(f'<span class="{side}{level}" title="{tip}">{visible(text)}</span>' if level else visible(text))
+    return "".join(out)
 
 
 def _facts(record: Mapping[str, Any], *keys: str) -> str:
@@ -126,7 +153,7 @@ def _answers(named: Sequence[tuple[str, _Answer]]) -> str:
     cards = []
     for answer, agreeing in names.items():
         head = f"<b>{visible(', '.join(agreeing))}</b><span>{answer.facts}</span>"
-        text = response_html(answer.text) or "(empty)"
+        text = answer.credit or response_html(answer.text) or "(empty)"
         cards.append(
             f'<div class="answer {answer.kind}"><header>{head}</header><p class="hint">{answer.details}</p>'
             f'<pre class="text">{text}</pre></div>'

@@ -98,6 +98,14 @@ h3{font-size:1rem;margin:22px 0 8px}
 p{margin:6px 0;max-width:75ch}
 a{color:var(--s1)}
 .muted{color:var(--muted)}
+.up1{background:color-mix(in srgb,var(--good) 12%,transparent)}
+.up2{background:color-mix(in srgb,var(--good) 24%,transparent)}
+.up3{background:color-mix(in srgb,var(--good) 36%,transparent)}
+.up4{background:color-mix(in srgb,var(--good) 48%,transparent)}
+.down1{background:color-mix(in srgb,var(--bad) 12%,transparent)}
+.down2{background:color-mix(in srgb,var(--bad) 24%,transparent)}
+.down3{background:color-mix(in srgb,var(--bad) 36%,transparent)}
+.down4{background:color-mix(in srgb,var(--bad) 48%,transparent)}
 .small{font-size:.86rem}
 nav{display:flex;flex-wrap:wrap;gap:4px 16px;margin:10px 0;font-size:.9rem}
 .card{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:14px}

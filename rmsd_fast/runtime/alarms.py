@@ -25,6 +25,9 @@ REPETITION = 0.3
 # student would have about 0.04 after the 60 steps of the demonstration.
 ENGINE_KL = 0.01
 LENGTH_RATIO = (0.5, 2.0)
+# Nats per token, and a share of tokens. No run has tried these bounds yet.
+LEAST_GAP = 1e-3
+CLIPPED_CREDIT = 0.9
 
 
 @dataclass(frozen=True)
@@ -221,6 +224,28 @@ CONDITIONS = (
         "lower distill.lr or raise distill.kl_coef, and read some rollouts in the report. Go back to an earlier "
         "checkpoint if they are broken.",
         high=1.0,
+    ),
+    Condition(
+        "the self-teacher says the same as the student",
+        "self_teacher/gap_size",
+        "Its log-probs hardly differ from the student's, so its hints change nothing.",
+        "read some hints in data.train, and choose other self_teacher.views. Without an effect, self_teacher.kind=none "
+        "saves the time of its passes.",
+        low=LEAST_GAP,
+    ),
+    Condition(
+        "most magnitude weights are clipped",
+        "credit/clipped_share",
+        "The weights then say only on which side of the student the self-teacher is, and not how far.",
+        "raise credit.magnitude_clip, or use shorter hints: self_teacher.views.",
+        high=CLIPPED_CREDIT,
+    ),
+    Condition(
+        "most distillation advantages are clipped",
+        "kd/clipped_share",
+        "The self-teacher gives the tokens of the student almost no probability.",
+        "read some hints in data.train, choose other self_teacher.views, or raise kd.gap_clip.",
+        high=CLIPPED_CREDIT,
     ),
     Condition(
         "trainer and rollout engine disagree",

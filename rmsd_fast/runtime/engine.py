@@ -79,8 +79,8 @@ class Engine:
         self.world, self.zero_stage, self.dtype, self.save_frozen = world, zero_stage, dtype, save_frozen
         self.optimizer = optimizer
         self.names = [n for n, p in module.named_parameters() if p.requires_grad]
-        self._numels = [getattr(p, "ds_numel", p.numel()) for p in trainable]
-        config = _config(sum(self._numels), zero_stage, grad_clip, dtype, offload_optimizer)
+        self.numels = [getattr(p, "ds_numel", p.numel()) for p in trainable]
+        config = _config(sum(self.numels), zero_stage, grad_clip, dtype, offload_optimizer)
         if dtype == "float32":
             module = module.float()
         dtypes = {name: buffer.dtype for name, buffer in module.named_buffers()}
@@ -272,30 +272,26 @@ class Engine:
         folder.mkdir(parents=True, exist_ok=True)
         main = self.world.is_main
         if main:
-            (folder / "engine.json").write_text(json.dumps(self._layout(), indent=1) + "\n", encoding="utf-8")
+            (folder / "engine.json").write_text(json.dumps(self.layout(), indent=1) + "\n", encoding="utf-8")
             if self.zero_stage != 3:
                 write_tensors(folder / "weights.safetensors", self._weights())
         if main or self.zero_stage > 0:  # Under ZeRO-0, all ranks hold the same states.
             tensors = {} if self.zero_stage != 3 else {f"weight.{k}": v for k, v in self._weights().items()}
             state = self.engine.basic_optimizer.state
-            for i, master in enumerate(self._masters()):
+            for i, master in enumerate(self.masters()):
                 tensors[f"master.{i}"] = master
                 # bitsandbytes counts its steps in a Python number.
                 tensors |= {f"state.{i}.{k}": torch.as_tensor(v) for k, v in state.get(master, {}).items()}
-            write_tensors(folder / self._part(), tensors)
+            write_tensors(folder / self.part_name(), tensors)
 
-    def load(self, folder: Path) -> None:
-        """Restore the exact state saved by `save`.
-
-        If it was saved with another number of ranks or another ZeRO stage, it is redistributed. Values are the same,
-        and later steps are equal up to rounding.
+    def saved_states(self, folder: Path) -> SavedEngine:
+        """Open states that an engine with the same trained parameters has saved.
 
         Raises:
-            CheckpointError: the state was saved with another dtype, optimizer or other trainable parameters, or 8-bit
-                moments with another number of ranks or ZeRO stage.
+            CheckpointError: they were saved with another dtype, optimizer or other trainable parameters.
         """
         # Earlier versions had no other optimizer.
-        saved, now = {"optimizer": "adamw", **json.loads((folder / "engine.json").read_text())}, self._layout()
+        saved, now = {"optimizer": "adamw", **json.loads((folder / "engine.json").read_text())}, self.layout()
         for key in ("dtype", "optimizer", "elements", "trainable"):
             if saved.get(key) != now[key]:
                 value, got = now[key], saved.get(key)
@@ -307,12 +303,23 @@ class Engine:
                     f"{folder}: {key}: expected {value} as in this run, got {got}; resume with the same dtype, "
                     "optimizer and trained parameters, or start a run from the exported model"
                 )
-        stored = SavedEngine(folder, saved["zero_stage"], saved["world_size"], self._numels)
-        masters = self._masters()
+        return SavedEngine(folder, saved["zero_stage"], saved["world_size"], self.numels)
+
+    def load(self, folder: Path) -> None:
+        """Restore the exact state saved by `save`.
+
+        If it was saved with another number of ranks or another ZeRO stage, it is redistributed. Values are the same,
+        and later steps are equal up to rounding.
+
+        Raises:
+            CheckpointError: as `saved_states`, or the state has 8-bit moments and was saved with another number of
+                ranks or ZeRO stage.
+        """
+        stored = self.saved_states(folder)
+        masters = self.masters()
         part = stored.part(masters, self.zero_stage, self.world.size, self.world.rank)
-        persistent = self._release_persistent()
         params = dict(self.module.named_parameters())
-        with torch.no_grad():
+        with torch.no_grad(), self.replaced_parts():
             for name, target in self._weights().items():
                 if name in params:
                     start, length = self._held(params[name])
@@ -322,8 +329,6 @@ class Engine:
             for i, master in enumerate(masters):
                 master.copy_(part[f"master.{i}"])
                 _restore_state(self.engine.basic_optimizer, master, part, f"state.{i}.")
-        if persistent:
-            persistent[0].all_gather(persistent)
         self.discard()
 
     def _held(self, param: nn.Parameter) -> tuple[int, int]:
@@ -334,23 +339,40 @@ class Engine:
         start = min(self.world.rank * part, param.ds_numel)
         return start, min(part, param.ds_numel - start)
 
-    def _release_persistent(self) -> list[nn.Parameter]:
-        """Partition the small parameters that ZeRO-3 keeps gathered, whose full copies would hide the loaded parts."""
-        persistent = list(self.engine.optimizer.persistent_parameters) if self.zero_stage == 3 else []
-        if persistent:
-            persistent[0].partition(persistent)
-        return persistent
+    @contextmanager
+    def replaced_parts(self) -> Iterator[None]:
+        """Let the caller change this rank's parts of the weights inside the context. All ranks must leave together.
 
-    def _part(self) -> str:
+        ZeRO-3 keeps whole copies of small parameters, and of those that it has used last, which would hide the changes.
+        They are released at first, and those of small parameters gathered again at the end.
+        """
+        if self.zero_stage != 3:
+            yield
+            return
+        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+        available = [p for p in self.module.parameters() if p.ds_status == ZeroParamStatus.AVAILABLE]
+        for param in available:
+            param.ds_active_sub_modules.clear()
+        if available:
+            available[0].partition(available)
+        yield
+        persistent = list(self.engine.optimizer.persistent_parameters)
+        if persistent:
+            persistent[0].all_gather(persistent)
+
+    def part_name(self) -> str:
+        """Return the name of the file that holds this rank's states."""
         return f"rank_{0 if self.zero_stage == 0 else self.world.rank:05d}.safetensors"
 
-    def _layout(self) -> dict[str, Any]:
+    def layout(self) -> dict[str, Any]:
+        """Return what describes saved states, the contents of `engine.json`."""
         return {
             "world_size": self.world.size,
             "zero_stage": self.zero_stage,
             "dtype": self.dtype,
             "optimizer": self.optimizer,
-            "elements": sum(self._numels),
+            "elements": sum(self.numels),
             "trainable": self.names,
         }
 
@@ -360,7 +382,7 @@ class Engine:
         named = [(name, p) for name, p in self.module.named_parameters() if self.save_frozen or name in trained]
         return {name: p.ds_tensor.data if part else p.data for name, p in named} | dict(self.module.named_buffers())
 
-    def _masters(self) -> list[Tensor]:
+    def masters(self) -> list[Tensor]:
         """Return the float32 tensors that AdamW updates; under ZeRO 1 to 3, this rank's flattened part."""
         if self.zero_stage == 3:
             return list(self.engine.optimizer.fp32_partitioned_groups_flat)

@@ -1,7 +1,7 @@
 """Stage 2 (adversarial distillation) and the discriminator's warm-up before it (arXiv 2603.11423).
 
-One step: vision once per video -> rollouts -> matching -> one discriminator forward for rewards and L_D -> reference
-log-probs -> policy forward and backward -> both optimizer steps, or none.
+One step: vision once per video -> rollouts -> matching -> one discriminator forward for rewards and L_D -> log-probs
+under self-teacher and reference -> policy forward and backward -> both optimizer steps, or none.
 """
 
 from __future__ import annotations
@@ -19,7 +19,13 @@ from rmsd_fast.losses import linear_logprob, linear_policy_loss
 from rmsd_fast.models.students import MediaFeatures, encode_media
 from rmsd_fast.rollout.base import Rollout, Sampling
 from rmsd_fast.runtime.process_group import any_rank, global_sum
-from rmsd_fast.setting_rules import uses_discriminator, warm_up_steps
+from rmsd_fast.setting_rules import (
+    samples_reference,
+    teaches,
+    uses_discriminator,
+    warm_up_steps,
+    weights_tokens,
+)
 from rmsd_fast.stages.degeneration import degeneration_record
 from rmsd_fast.stages.discriminator_pass import discriminator_pass
 from rmsd_fast.stages.groups import RolloutGroup, group_record, make_group, quality_record, set_advantages
@@ -27,6 +33,8 @@ from rmsd_fast.stages.parity import check_parity
 from rmsd_fast.stages.passes import Pass, passes
 from rmsd_fast.stages.state import StageState, StepResult, apply_or_discard, encode_step
 from rmsd_fast.stages.step_metrics import Metric, global_metrics, mean
+from rmsd_fast.stages.teach import teach
+from rmsd_fast.stages.token_credit import set_token_advantages
 
 
 def warm_up_step(state: StageState, prompts: list[Prompt], number: int) -> StepResult:
@@ -125,17 +133,23 @@ def step(state: StageState, prompts: list[Prompt], number: int) -> StepResult:
         # The discriminator reads the rollouts again.
         tokens += _rollout_tokens(groups) + teacher_tokens
         engines.append(state.discriminator)
+    if teaches(settings, number):
+        with state.timer("teacher"):
+            teach(state, groups, features)
     with state.timer("reference"):
         policy_passes = _reference_pass(state, groups, features)
     for group in groups:
         set_advantages(group, settings)
+    credited = set_token_advantages(groups, settings, step=number) if weights_tokens(settings) else {}
     with state.timer("policy"):
         trained, trained_tokens = _policy_pass(state, groups, policy_passes, counts)
     with state.timer("optimizer"):
         norms, skipped = apply_or_discard(engines)
+        if state.average is not None and not skipped and (number + 1) % settings.self_teacher.ema_every == 0:
+            state.average.update()
     work = {"tokens": tokens, "tokens_computed": computed + trained_tokens}
     described = {**group_record(groups, settings), **degeneration_record(groups, state.builder)}
-    metrics = global_metrics({**described, **trained, **work, **scored}, state.world)
+    metrics = global_metrics({**described, **trained, **credited, **work, **scored}, state.world)
     metrics["policy/grad_norm"] = norms[0]
     if scored:
         metrics["discriminator/grad_norm"] = norms[1]
@@ -201,11 +215,12 @@ def _reference_pass(state: StageState, groups: list[RolloutGroup], features: Med
     If the reward contains a KL penalty, also store the k1 estimates in the groups.
     """
     distill, kl_in_reward = state.settings.distill, state.settings.reward.kl_in_reward
+    scored = all(group.ref_logp for group in groups)
     score = partial(linear_logprob, temperature=state.settings.rollout.temperature, ignore_index=None)
     responses = [[rollout.token_ids for rollout in group.rollouts] for group in groups]
     policy_passes = []
     for read in passes(state, [group.prompt for group in groups], responses, features):
-        logp = torch.cat([rollout.logp for rollout in _rollouts_of(read, groups)])
+        logp = torch.cat([groups[i].rollouts[r].logp for i, r in _places(read)])
         (rollout_logp,) = to_device([logp], state.world.device)
         ref_features = read.features
         if state.reference is not None and ref_features is None:
@@ -213,7 +228,10 @@ def _reference_pass(state: StageState, groups: list[RolloutGroup], features: Med
             ref_features = encode_media(state.reference.model, read.prompts)
         keep_features = distill.kl_coef and distill.kl == "full"
         policy_pass = _PolicyPass(read, ref_features if keep_features else None, rollout_logp)
-        if (distill.kl_coef and distill.kl != "full") or kl_in_reward:
+        if samples_reference(state.settings) and scored:
+            logp = torch.cat([groups[i].ref_logp[r] for i, r in _places(read)])
+            (policy_pass.ref_logp,) = to_device([logp], state.world.device)
+        elif samples_reference(state.settings):
             policy_pass.ref_logp = state.reference(read.prompts, read.rows, ref_features, score)
         policy_passes.append(policy_pass)
     if kl_in_reward:
@@ -221,10 +239,10 @@ def _reference_pass(state: StageState, groups: list[RolloutGroup], features: Med
     return policy_passes
 
 
-def _rollouts_of(read: Pass, groups: list[RolloutGroup]) -> list[Rollout]:
-    """Return the rollouts of a pass, in the order of its rows."""
+def _places(read: Pass) -> list[tuple[int, int]]:
+    """Return the group and the index in it of each rollout of a pass, in the order of its rows."""
     pairs = zip(read.batch.prompts, read.batch.responses, strict=True)
-    return [groups[i].rollouts[r] for i, chosen in pairs for r in chosen]
+    return [(i, r) for i, chosen in pairs for r in chosen]
 
 
 def _set_log_ratios(groups: list[RolloutGroup], policy_passes: list[_PolicyPass]) -> None:
@@ -237,9 +255,8 @@ def _set_log_ratios(groups: list[RolloutGroup], policy_passes: list[_PolicyPass]
     for group in groups:
         group.log_ratio = torch.zeros(len(group.rollouts))
     for policy_pass in policy_passes:
-        for i, chosen in zip(policy_pass.read.batch.prompts, policy_pass.read.batch.responses, strict=True):
-            for rollout in chosen:
-                groups[i].log_ratio[rollout] = next(every_mean)
+        for i, rollout in _places(policy_pass.read):
+            groups[i].log_ratio[rollout] = next(every_mean)
 
 
 def _policy_pass(
@@ -265,10 +282,14 @@ def _policy_pass(
     tokens = 0
     for policy_pass in policy_passes:
         read, rows = policy_pass.read, policy_pass.read.rows
-        pairs = zip(read.batch.prompts, read.batch.responses, strict=True)
-        advantages = torch.cat([groups[i].advantages[chosen] for i, chosen in pairs])
-        (advantages,) = to_device([advantages], state.world.device)
         each_token = partial(torch.repeat_interleave, repeats=rows.lengths, output_size=len(rows.targets))
+        if weights_tokens(state.settings):
+            advantages = torch.cat([groups[i].token_advantages[r] for i, r in _places(read)])
+            (advantages,) = to_device([advantages], state.world.device)
+        else:
+            advantages = torch.stack([groups[i].advantages[r] for i, r in _places(read)])
+            (advantages,) = to_device([advantages], state.world.device)
+            advantages = each_token(advantages)
         reference = {} if policy_pass.ref_logp is None else {"ref_logp": policy_pass.ref_logp}
         if exact_kl:
             with torch.no_grad():
@@ -277,7 +298,7 @@ def _policy_pass(
                 reference = state.reference(read.prompts, rows, policy_pass.ref_features, read_out)
         head = partial(
             linear_policy_loss,
-            advantages=each_token(advantages),
+            advantages=advantages,
             token_weights=None if token_mean else each_token(1.0 / rows.lengths),
             normalizer=counts["tokens"] if token_mean else counts["sequences"],
             temperature=state.settings.rollout.temperature,

@@ -15,7 +15,7 @@ from rmsd_fast.method.matching import Pairs, expected_pairs, order_pairs, sample
 from rmsd_fast.method.quality import quality_against, quality_score
 from rmsd_fast.method.rewards import RewardWeights, composite_advantages, composite_reward
 from rmsd_fast.rollout.base import Rollout
-from rmsd_fast.setting_rules import uses_discriminator
+from rmsd_fast.setting_rules import has_pool, rewards_rollouts, uses_discriminator
 from rmsd_fast.stages.step_metrics import Metric, mean
 from rmsd_fast.teacher.scores import quality_settings
 from rmsd_fast.teacher.targets import Targets
@@ -40,6 +40,11 @@ class RolloutGroup:
         log_ratio: k1 estimate of the KL to the reference, mean over the tokens; empty if the reward does not use it.
         reward: total reward of each rollout; empty in the warm-up.
         advantages: advantage of each rollout; empty in the warm-up.
+        ref_logp: the reference's log-probs of each rollout's tokens, [R] each; empty unless the self-teacher's passes
+            have computed them.
+        teacher_logp: the self-teacher's log-probs of each rollout's tokens with each hint, [M, R] each; empty without
+            hints.
+        token_advantages: advantage of each rollout's tokens, [R] each; empty if all tokens have that of the rollout.
     """
 
     prompt: Prompt
@@ -56,6 +61,9 @@ class RolloutGroup:
     log_ratio: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
     reward: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
     advantages: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+    ref_logp: list[torch.Tensor] = field(default_factory=list)
+    teacher_logp: list[torch.Tensor] = field(default_factory=list)
+    token_advantages: list[torch.Tensor] = field(default_factory=list)
 
 
 def make_group(
@@ -210,53 +218,66 @@ def _score_counts(group: RolloutGroup, score_groups: str) -> bool:
     return True
 
 
-def quality_record(groups: list[RolloutGroup]) -> dict[str, Metric]:
+def quality_record(groups: list[RolloutGroup], *, pool: bool = True) -> dict[str, Metric]:
     """Return this process's part of the metrics that show what stage 2 can gain on closed questions.
 
     Only questions with ground truth and a teacher response count, so that all of the metrics refer to the same
-    questions.
+    questions. Without a `pool`, those with ground truth count, and there are no metrics of teacher responses.
     """
-    closed = [g for g in groups if g.kept and g.prompt.question.has_truth]
+    closed = [g for g in groups if (g.kept or not pool) and g.prompt.question.has_truth]
     student = sum(float(group.content.mean()) for group in closed)
-    target = sum(group.targets.target_quality for group in closed)
-    best = sum(float(group.targets.quality.max()) for group in closed)
     signal = sum(not bool(degenerate_groups(group.content)) for group in closed)
-    return {
+    record: dict[str, Metric] = {
         "rollout/quality": (mean, student, len(closed)),
         "rollout/signal_share": (mean, signal, len(closed)),
+    }
+    if not pool:
+        return record
+    target = sum(group.targets.target_quality for group in closed)
+    best = sum(float(group.targets.quality.max()) for group in closed)
+    return record | {
         "teacher/target_quality": (mean, target, len(closed)),
         "teacher/best_quality": (mean, best, len(closed)),
         "teacher/headroom": (mean, target - student, len(closed)),
     }
 
 
+def _answer_record(groups: list[RolloutGroup]) -> dict[str, Metric]:
+    answers = [(q, v) for group in groups for q, v in zip(group.targets.quality, group.targets.valid, strict=True)]
+    return {
+        "teacher/quality": (mean, sum(float(q) for q, _ in answers), len(answers)),
+        "teacher/valid_share": (mean, sum(v for _, v in answers), len(answers)),
+        "teacher/kept_share": (mean, sum(len(group.kept) for group in groups), len(answers)),
+        "teacher/empty_share": (mean, sum(not group.kept for group in groups), len(groups)),
+    }
+
+
 def group_record(groups: list[RolloutGroup], settings: RunConfig) -> dict[str, Metric]:
     """Return this process's part of the metrics of rollouts, teacher responses and rewards."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
-    answers = [(q, v) for group in groups for q, v in zip(group.targets.quality, group.targets.valid, strict=True)]
     record: dict[str, Metric] = {
         "rollout/tokens_mean": (mean, sum(len(rollout.token_ids) for rollout in rollouts), len(rollouts)),
         "rollout/truncated_share": (mean, sum(rollout.truncated for rollout in rollouts), len(rollouts)),
         "rollout/empty_share": (mean, sum(is_empty_answer(rollout.text) for rollout in rollouts), len(rollouts)),
         "rollout/valid_share": (mean, sum(group.valid for group in groups), len(rollouts)),
-        "teacher/quality": (mean, sum(float(q) for q, _ in answers), len(answers)),
-        "teacher/valid_share": (mean, sum(v for _, v in answers), len(answers)),
-        "teacher/kept_share": (mean, sum(len(group.kept) for group in groups), len(answers)),
-        "teacher/empty_share": (mean, sum(not group.kept for group in groups), len(groups)),
     }
     masses = [rollout.banned_mass for rollout in rollouts]
     if None not in masses:
         lengths = [len(rollout.token_ids) for rollout in rollouts]
         total = sum(mass * length for mass, length in zip(masses, lengths, strict=True))
         record["rollout/banned_mass"] = (mean, total, sum(lengths))
-    record |= quality_record(groups)
-    if not uses_discriminator(settings):
+    pool = has_pool(settings)
+    record |= quality_record(groups, pool=pool)
+    if pool:
+        record |= _answer_record(groups)
+    if pool and not uses_discriminator(settings):
         # Without a discriminator, nothing leads to its target.
         del record["teacher/target_quality"], record["teacher/headroom"]
     # The warm-up has no advantages.
     if all(len(group.advantages) for group in groups):
-        flat = sum(float(degenerate_groups(group.advantages)) for group in groups)
-        record["advantage/zero_share"] = (mean, flat, len(groups))
+        if rewards_rollouts(settings):
+            flat = sum(float(degenerate_groups(group.advantages)) for group in groups)
+            record["advantage/zero_share"] = (mean, flat, len(groups))
         record["reward/total"] = (mean, sum(float(group.reward.sum()) for group in groups), len(rollouts))
     weights = settings.reward
     for name, component, weight in (

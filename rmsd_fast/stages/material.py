@@ -33,7 +33,7 @@ from rmsd_fast.rollout.vllm_process import check_vllm
 from rmsd_fast.runtime.engine import import_adamw_8bit
 from rmsd_fast.runtime.process_group import World, on_main
 from rmsd_fast.runtime.trackers import check_trackers
-from rmsd_fast.setting_rules import makes_rollouts, refuse_evaluation_only, uses_servers, uses_vllm
+from rmsd_fast.setting_rules import makes_rollouts, refuse_evaluation_only, uses_pool, uses_servers, uses_vllm
 from rmsd_fast.stages.inputs import Inputs, read_inputs
 from rmsd_fast.teacher.pool import load_pool
 from rmsd_kernels.implementations import resolve_impl
@@ -87,7 +87,8 @@ def prepare_material(settings: RunConfig, world: World, *, training: bool = True
     files = {role: path or made.get(role, "") for role, path in named.items()}
     model_path = settings.model.path or made.get("student", "")
     needed = {"model.path": model_path}
-    needed |= {"data.train": files["train"], "teacher.pool": files["pool"]} if training else {}
+    needed |= {"data.train": files["train"]} if training else {}
+    needed |= {"teacher.pool": files["pool"]} if training and uses_pool(settings) else {}
     needed |= {} if training else {"data.heldout": files["heldout"]}
     for key, path in needed.items():
         if not path:

@@ -34,7 +34,14 @@ from rmsd_fast.rollout.shared_cache import BLOCK, PrefixCache
 from rmsd_fast.rollout.vllm import batch_tokens
 from rmsd_fast.runtime.engine import LARGEST_BUCKET
 from rmsd_fast.runtime.engine_memory import EngineMemory, engine_memory
-from rmsd_fast.setting_rules import uses_discriminator, uses_reference, uses_servers, uses_vllm
+from rmsd_fast.setting_rules import (
+    samples_reference,
+    uses_discriminator,
+    uses_ema,
+    uses_reference,
+    uses_servers,
+    uses_vllm,
+)
 
 GIB = 2**30
 WEIGHTS, GRADIENTS, OPTIMIZER, BUCKETS, ROLLOUT, MEDIA, CONTEXT = (
@@ -47,6 +54,8 @@ CONTEXT_BYTES = GIB // 2
 # ZeRO-3 keeps up to so many gathered elements (stage3_max_live_parameters of DeepSpeed).
 _MOST_GATHERED = 1_000_000_000
 _PIXEL_BYTES = 3
+# `<|im_end|>`, a line break, and the opening of the response.
+TAIL_TOKENS = 8
 
 
 class Parameters(NamedTuple):
@@ -250,6 +259,10 @@ class _Planner:
         if uses_vllm(settings) and self.device == "cpu":
             # On a CPU, vLLM does not sleep between rollouts.
             held[ROLLOUT] = self._vllm_state()
+        average = EngineMemory()
+        if uses_ema(settings):
+            average = self._average(self._trained_by_policy())
+            held = self._add(held, {OPTIMIZER: average.optimizer})
         phases = {}
         if settings.rollout.engine != "replay":
             phases["rollout"] = self._add(held, self._rollout(), self._gathered(), gradients=lasting)
@@ -261,8 +274,12 @@ class _Planner:
             gradients += engines[1].gradients
             kind = "discriminator" if mode != "head" else ""
             phases |= self._passes("discriminator", held, engines[1], gradients, drawn + answers, kind=kind)
+        engines.append(average)
         if self.stage == "warm_up":
             return self._plan(phases, engines)
+        if settings.self_teacher.kind != "none":
+            rows = self._pass(self._hinted(), "", adapted=settings.self_teacher.kind != "frozen")
+            phases["teacher"] = self._add(held, rows, {WEIGHTS: average.step}, gradients=gradients)
         if referenced:
             rows = self._pass(drawn, "")
             phases["reference"] = self._add(held, rows, gradients=gradients)
@@ -290,6 +307,28 @@ class _Planner:
             prompts = max(1, self.questions // rollouts)
             phases["samples"] = held | self._generation(prompts, rollouts, evaluate.max_new_tokens)
         return StagePlan(phases, 0 if self._frames_on_device else self._frames(ahead=1))
+
+    def _average(self, trained: int) -> EngineMemory:
+        """Return the bytes of a moving average of so many weights; `step` are those of a pass with it."""
+        ranks = self.processes if self.settings.runtime.zero_stage else 1
+        part = -(-trained // ranks)
+        # A pass has all of the average in the dtype of the model, and this process's part before it is gathered. ZeRO-3
+        # gathers all weights, beyond those that it gathers for other passes.
+        in_pass = trained + (part if ranks > 1 else 0)
+        if self.settings.runtime.zero_stage == 3:
+            in_pass = part + max(0, self.size.total - _MOST_GATHERED)
+        on_host = self.settings.runtime.offload_optimizer and self.device == "cuda"
+        states = {"host" if on_host else "optimizer": 4 * part}
+        return EngineMemory(step=self.width * in_pass, **states)
+
+    def _hinted(self) -> list[int]:
+        """Return the tokens after each prompt in the self-teacher's passes: hints, ends of the turn, and rollouts."""
+        settings = self.settings
+        teacher, drawn = settings.self_teacher, settings.rollout.max_new_tokens + TAIL_TOKENS
+        views = len(teacher.views) if settings.kd.kind == "avsd" else 1
+        hinted = [drawn + teacher.max_hint_tokens] * (views * settings.rollout.n)
+        plain = [drawn] * settings.rollout.n if teacher.kind == "frozen" and samples_reference(settings) else []
+        return plain + hinted
 
     @property
     def _inside(self) -> bool:
@@ -379,8 +418,15 @@ class _Planner:
     def _fills_buckets(self) -> bool:
         return self._trained_by_policy() > LARGEST_BUCKET and self.settings.runtime.zero_stage >= 2
 
-    def _pass(self, responses: list[int], kind: str, *, scores: bool = True) -> dict[str, int]:
-        """Return the bytes of a pass. kind: what it trains, or "" for a pass without gradients."""
+    def _pass(self, responses: list[int], kind: str, *, scores: bool = True, adapted: bool = False) -> dict[str, int]:
+        """Return the bytes of a pass.
+
+        Args:
+            responses: tokens after each prompt, in one list for each prompt.
+            kind: what the pass trains, or "" for a pass without gradients.
+            scores: whether the tokens are scored by the language model's head.
+            adapted: whether a pass without gradients reads the policy's adapter.
+        """
         settings = self.settings
         shape = self._rows(responses)
         full_kl = (
@@ -393,7 +439,7 @@ class _Planner:
             train_vision=self.train_vision and bool(kind),
             # The reference and a scalar head alone read the backbone without trained adapters. A frozen adapter adds as
             # much to their passes, and nothing to passes that have another one.
-            adapted=bool(kind) or self.starts,
+            adapted=bool(kind) or self.starts or adapted,
             reference_heads=int(bool(full_kl)),
             scores=scores,
             masked=settings.model.attention != "flash_attention_2",

@@ -51,6 +51,7 @@ def passes(
     prompts: list[Prompt],
     responses: list[list[torch.Tensor]],
     features: MediaFeatures | None,
+    leads: list[list[torch.Tensor]] | None = None,
 ) -> Iterator[Pass]:
     """Yield the passes over the prompts with their responses, the same number on every process.
 
@@ -59,19 +60,29 @@ def passes(
         prompts: prompts of the step on this process.
         responses: token ids of each prompt's responses, int64 [R] each.
         features: vision features of the prompts; None if each model encodes its own.
+        leads: tokens before each response that are read but not scored, int64 [H] each; None = none.
     Raises:
         SettingsError: on all processes, if a prompt with one response exceeds `micro_tokens` on any process.
     """
-    batches = _plan(state, prompts, responses)
+    lengths = [[len(ids) for ids in answers] for answers in responses]
+    if leads is not None:
+        pairs = zip(lengths, leads, strict=True)
+        lengths = [[n + len(lead) for n, lead in zip(of, stems, strict=True)] for of, stems in pairs]
+    batches = _plan(state, prompts, lengths)
     for number, batch in enumerate(batches):
         read = [prompts[i] for i in batch.prompts]
-        chosen = [[responses[i][r] for r in places] for i, places in zip(batch.prompts, batch.responses, strict=True)]
-        rows = make_rows(state.settings.packing, read, chosen, pad_id=state.builder.eos_id).to(state.world.device)
+        chosen, stems = _chosen(responses, batch), None if leads is None else _chosen(leads, batch)
+        rows = make_rows(state.settings.packing, read, chosen, stems, pad_id=state.builder.eos_id)
+        rows = rows.to(state.world.device)
         selected = None if features is None else features.select(batch.prompts)
         yield Pass(read, rows, selected, batch, last=number == len(batches) - 1)
 
 
-def _plan(state: StageState, prompts: list[Prompt], responses: list[list[torch.Tensor]]) -> list[MicroBatch]:
+def _chosen(lists: list[list[torch.Tensor]], batch: MicroBatch) -> list[list[torch.Tensor]]:
+    return [[lists[i][r] for r in places] for i, places in zip(batch.prompts, batch.responses, strict=True)]
+
+
+def _plan(state: StageState, prompts: list[Prompt], lengths: list[list[int]]) -> list[MicroBatch]:
     """Return the micro-batches of this process. If planning fails, inform the other processes before raising."""
     agreed = False
 
@@ -86,7 +97,7 @@ def _plan(state: StageState, prompts: list[Prompt], responses: list[list[torch.T
     try:
         return plan_micro_batches(
             [len(prompt.input_ids) for prompt in prompts],
-            [[len(ids) for ids in answers] for answers in responses],
+            lengths,
             packing=state.settings.packing,
             micro_tokens=state.settings.micro_tokens,
             weights=balance_weights(state.student.model.config),

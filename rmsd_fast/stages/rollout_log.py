@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from rmsd_fast.config import RolloutConfig
+from rmsd_fast.data.prompts import PromptBuilder
 from rmsd_fast.runtime.json_lines import JsonLines
 from rmsd_fast.stages.groups import RolloutGroup
 
@@ -21,6 +22,7 @@ def log_rollouts(
     groups: Sequence[RolloutGroup],
     settings: RolloutConfig,
     *,
+    builder: PromptBuilder | None,
     stage: str,
     step: int,
     total: int,
@@ -33,6 +35,7 @@ def log_rollouts(
         log: file to append to.
         groups: groups of this process. Their tensors are on the CPU, so logging does not wait for the device.
         settings: rollout settings of the run.
+        builder: splits rollouts into tokens, whose advantages are then logged if they differ; None leaves them out.
         stage: name of the stage.
         step: step within the stage, counted from 1.
         total: number of steps of the stage.
@@ -40,7 +43,7 @@ def log_rollouts(
     every = settings.log_every_steps
     if not every or ((step - 1) % every and step != total):
         return []
-    records = [{"stage": stage, "step": step, **_record(group)} for group in groups[: settings.log_questions]]
+    records = [{"stage": stage, "step": step, **_record(group, builder)} for group in groups[: settings.log_questions]]
     for record in records:
         log.append(record)
     return records
@@ -65,7 +68,7 @@ def rollout_rows(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 _COLUMNS = ("text", "d_score", "reward", "advantage", "outer", "task", "content", "quality", "p")
 
 
-def _record(group: RolloutGroup) -> dict[str, Any]:
+def _record(group: RolloutGroup, builder: PromptBuilder | None) -> dict[str, Any]:
     question = group.prompt.question
     return {
         "id": question.id,
@@ -78,7 +81,7 @@ def _record(group: RolloutGroup) -> dict[str, Any]:
         "spans": question.spans,
         "duration": group.prompt.media[0].duration_s if group.prompt.media else None,
         "teacher": _teacher(group),
-        "rollouts": [_rollout(group, index) for index in range(len(group.rollouts))],
+        "rollouts": [_rollout(group, index, builder) for index in range(len(group.rollouts))],
     }
 
 
@@ -93,7 +96,7 @@ def _teacher(group: RolloutGroup) -> list[dict[str, Any]]:
     ]
 
 
-def _rollout(group: RolloutGroup, index: int) -> dict[str, Any]:
+def _rollout(group: RolloutGroup, index: int, builder: PromptBuilder | None) -> dict[str, Any]:
     rollout = group.rollouts[index]
     record = {
         "text": rollout.text,
@@ -110,7 +113,19 @@ def _rollout(group: RolloutGroup, index: int) -> dict[str, Any]:
         record["log_ratio"] = _value(group.log_ratio, index)
     if group.matches is not None:
         record["match"] = group.targets.answers[int(group.matches[index])].k
+    if builder is not None and group.token_advantages:
+        record["token_credit"] = _token_credit(group, index, builder)
     return record
+
+
+def _token_credit(group: RolloutGroup, index: int, builder: PromptBuilder) -> list[list[Any]]:
+    """Return the text of a rollout in pieces, each with the mean advantage of its tokens."""
+    advantages, credit, start = group.token_advantages[index].double(), [], 0
+    for text, tokens in builder.pieces(group.rollouts[index].token_ids):
+        value = float(advantages[start : start + tokens].mean())
+        credit += [[text, float(f"{value:.4g}")]] if text else []
+        start += tokens
+    return credit
 
 
 def _value(values: torch.Tensor, index: int) -> float | None:

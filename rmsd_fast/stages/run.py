@@ -36,6 +36,7 @@ from rmsd_fast.runtime.checkpoint import (
 from rmsd_fast.runtime.engine import Engine
 from rmsd_fast.runtime.json_lines import JsonLines
 from rmsd_fast.runtime.metrics import MetricsLog, PhaseTimer, peak_mib
+from rmsd_fast.runtime.moving_average import MovingAverage
 from rmsd_fast.runtime.process_group import World, all_gather_objects, any_rank, global_max, global_sum, on_main
 from rmsd_fast.runtime.stop_signal import StopSignal
 from rmsd_fast.setting_rules import uses_vllm
@@ -52,6 +53,8 @@ log = logging.getLogger("rmsd_fast")
 
 LOGS = ("rollouts", "bad_media", "skipped")
 # A stage's step takes the state, this process's prompts, and the step within the stage, counted from 0.
+# What a checkpoint contains of each model, by name. Only engines have a learning rate.
+Saved = Engine | MovingAverage
 Step = Callable[[StageState, list[Prompt], int], StepResult]
 PACKAGES = (
     *("rmsd-fast", "torch", "triton", "transformers", "peft", "bitsandbytes", "liger-kernel", "deepspeed"),
@@ -260,7 +263,7 @@ def first_step(run: TrainingRun, stage: str) -> int:
     return saved["step"] if unfinished else stage_steps(run.settings, stage)
 
 
-def restore(run: TrainingRun, stages: tuple[str, ...], state: StageState, engines: dict[str, Engine]) -> None:
+def restore(run: TrainingRun, stages: tuple[str, ...], state: StageState, engines: dict[str, Saved]) -> None:
     """Load the checkpoint of the run to continue if it was written in one of these stages."""
     if run.checkpoint is not None and run.checkpoint.state["stage"] in stages:
         load_checkpoint(run.checkpoint, world=run.world, engines=engines)
@@ -318,7 +321,7 @@ def run_steps(
     stage: str,
     state: StageState,
     loader: PromptLoader,
-    engines: dict[str, Engine],
+    engines: dict[str, Saved],
     step: Step,
     rates: dict[str, Callable[[int], float]],
 ) -> None:
@@ -362,6 +365,7 @@ def run_steps(
                         run.logs["rollouts"],
                         result.groups,
                         run.settings.rollout,
+                        builder=state.builder,
                         stage=stage,
                         step=number + 1,
                         total=total,
@@ -471,7 +475,7 @@ def save(
     stage: str,
     step: int,
     state: StageState,
-    engines: dict[str, Engine],
+    engines: dict[str, Saved],
     *,
     finished: bool = False,
 ) -> bool:

@@ -16,6 +16,7 @@ from rmsd_fast.models.students import MediaFeatures, Student, encode_media
 from rmsd_fast.rollout.base import RolloutEngine
 from rmsd_fast.runtime.engine import Engine, gradients_finite
 from rmsd_fast.runtime.metrics import PhaseTimer
+from rmsd_fast.runtime.moving_average import MovingAverage
 from rmsd_fast.runtime.process_group import World
 from rmsd_fast.stages.groups import RolloutGroup
 from rmsd_fast.stages.rollout_dump import RolloutDump
@@ -34,6 +35,8 @@ class StageState:
         reference: takes the arguments of `Policy.forward`: a frozen `Policy`, or with adapters the policy's engine with
             adapters off; None if nothing needs it.
         parity_checked: whether this process has compared log-probs of rollout engine and trainer.
+        hints: texts that the self-teacher is told about each training question, by id; empty without a self-teacher.
+        average: weights of the self-teacher with `self_teacher.kind=ema`.
         accuracies: pair accuracies of the latest steps of the warm-up, for `discriminator.warm_up_accuracy`.
     """
 
@@ -50,6 +53,8 @@ class StageState:
     rollouts: RolloutEngine | None = None
     dump: RolloutDump | None = None
     skipped_in_a_row: int = 0
+    hints: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    average: MovingAverage | None = None
     features: ByteLru[list[torch.Tensor]] | None = None
     accuracies: list[float] = field(default_factory=list)
     parity_checked: bool = False

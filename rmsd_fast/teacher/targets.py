@@ -72,7 +72,7 @@ def build_targets(
         imitate: `best`, `all` or `random`, see `sft.responses`.
     """
     return {
-        question.id: _targets_of(question, scores[question.id], teacher, refuse, seed, imitate)
+        question.id: _targets_of(question, scores.get(question.id, ()), teacher, refuse, seed, imitate)
         for question in questions
     }
 

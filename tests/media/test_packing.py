@@ -76,6 +76,37 @@ def test_a_lone_response_continues_its_prompt() -> None:
     assert rows.position_ids[0].tolist()[0][:8] == [0, 1, 4, 5, 0, 1, 0, 1]
 
 
+def test_leads_are_read_and_not_scored() -> None:
+    prompts = [_prompt([1, 9, 9]), _prompt([2, 3]), _prompt([4])]
+    responses = [[_ids(21, 22), _ids(23)], [_ids(31, 32)], []]
+    leads = [[_ids(51), _ids(52, 53)], [_ids(54, 55)], []]
+    rows = pack(prompts, responses, leads)
+    assert rows.input_ids.tolist() == [[1, 9, 9, 2, 3, 54, 55, 31, 32, 4, 51, 21, 22, 52, 53, 23]]
+    assert rows.plan.prefix_lengths == (3, 6, 1) and rows.plan.response_lengths == ((3, 3), (), ())
+    # Each response token is predicted by the token before it, of the lead or of the response.
+    assert rows.predicts.tolist() == [10, 11, 14, 6, 7]
+    assert rows.targets.tolist() == [21, 22, 23, 31, 32]
+    assert rows.last.tolist() == [12, 15, 8] and rows.lengths_list == [2, 1, 2] and rows.forks == []
+    assert rows.position_ids[0].tolist()[0] == [0, 1, 2, 0, 1, 2, 3, 4, 5, 0, 5, 6, 7, 5, 6, 7]
+    padded = pad(prompts, responses, leads, pad_id=7)
+    assert padded.input_ids.tolist() == [[1, 9, 9, 51, 21, 22], [1, 9, 9, 52, 53, 23], [2, 3, 54, 55, 31, 32]]
+    assert padded.predicts.tolist() == [3, 4, 10, 15, 16] and padded.last.tolist() == [5, 11, 17]
+    assert torch.equal(padded.targets, rows.targets) and padded.lengths_list == rows.lengths_list
+
+
+def test_bad_leads_are_refused() -> None:
+    prompts = [_prompt([1, 2], "a")]
+    for name in ("shared", "padded"):
+        for lead, says in (
+            (_ids(3, VIDEO_ID), "lead 1 of question 'a' contains the vision token 9"),
+            (_ids().long(), "lead 1 of question 'a' is empty"),
+        ):
+            with pytest.raises(ValueError, match=says):
+                make_rows(name, prompts, [[_ids(3), _ids(3)]], [[_ids(4), lead]], pad_id=0)
+        with pytest.raises(ValueError, match=r"leads: expected one per response, \[2\] for the prompts, got \[1\]"):
+            make_rows(name, prompts, [[_ids(3), _ids(3)]], [[_ids(4)]], pad_id=0)
+
+
 def test_a_plan_marks_the_predicting_rows() -> None:
     for seed in range(20):
         prompts, responses = _random_groups(seed)

@@ -417,3 +417,15 @@ def test_equal_to_the_processor_of_transformers(
     for prompt, (ids, types) in zip(prompts, theirs, strict=True):
         assert prompt.input_ids.tolist() == ids
         assert prompt.mm_token_type_ids.tolist() == types
+
+
+def test_pieces_of_a_response(builder) -> None:
+    text = "<think>Ein roter Würfel 漢字 🎬</think>"
+    ids = builder.encode_response(text)
+    pieces = builder.pieces(ids)
+    assert "".join(piece for piece, _ in pieces) == text
+    assert sum(tokens for _, tokens in pieces) == len(ids) and pieces[-1] == ("", 1)
+    assert all("\ufffd" not in piece for piece, _ in pieces) and len(pieces) > 10
+    # A response that was cut in a character keeps its tokens.
+    cut = builder.pieces(builder._encode("漢")[:1])
+    assert sum(tokens for _, tokens in cut) == 1

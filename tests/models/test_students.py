@@ -17,7 +17,7 @@ from rmsd_fast.config import ModelError, VideoConfig
 from rmsd_fast.data.media_cache import ByteLru
 from rmsd_fast.data.packing import gather_rows, make_rows
 from rmsd_fast.data.preprocess import video_patches
-from rmsd_fast.data.prompts import Prompt, PromptBuilder
+from rmsd_fast.data.prompts import HintError, Prompt, PromptBuilder
 from rmsd_fast.data.records import Question
 from rmsd_fast.made.student import build_tiny_student
 from rmsd_fast.models import students
@@ -152,6 +152,60 @@ def test_rows_equal_single_rows_of_plain_transformers(
     for own, whole, last, (_, response) in zip(predicting, expected, rows.last, flat, strict=True):
         assert (own - whole[-len(response) - 1 : -1]).abs().max() < 1e-5
         assert (hidden[last] - whole[-1]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("packing", ["shared", "padded"])
+def test_hints_after_a_shared_video_equal_separate_rows(
+    ask: Callable[[str], Prompt], folder: Path, packing: str
+) -> None:
+    """In float64, with real pixels: the oracle computes each row alone, and positions with `get_rope_index`."""
+    student = load_student(folder / "student", dtype="float32")
+    student.model.double()
+    builder = PromptBuilder(student, VideoConfig(num_frames=4))
+    prompts, words = [ask("a"), ask("ab")], ["A cue.", "Look at the end, and not at the start.", "no"]
+    split = [builder.split(prompt) for prompt in prompts]
+    for prompt, (body, tail) in zip(prompts, split, strict=True):
+        assert torch.equal(torch.cat([body.input_ids, tail]), prompt.input_ids)
+        assert student.tokenizer.decode(tail) == "<|im_end|>\n<|im_start|>assistant\n"
+        assert body.next_position == prompt.next_position - len(tail)
+    leads = [[torch.cat([builder.encode_hint(text, max_tokens=60), tail]) for text in words] for _, tail in split]
+    # A hint may also be missing; the lead is then the end of the turn.
+    leads[1][2] = split[1][1]
+    responses = [_responses(student, "red", "a longer answer", "x")] * 2
+    bodies = [body for body, _ in split]
+    rows = make_rows(packing, bodies, responses, leads, pad_id=student.pad_id)
+    flat = [(i, lead, response) for i in range(2) for lead, response in zip(leads[i], responses[i], strict=True)]
+    with torch.no_grad():
+        expected = [_plain_hidden(student, bodies[i], torch.cat([lead, response])) for i, lead, response in flat]
+        plain = _plain_hidden(student, prompts[1], responses[1][2])
+        features = encode_media(student.model, bodies)
+        _set_packing(student, packing)
+        hidden = forward_hidden(student.model, rows, features).flatten(0, 1)
+    assert torch.equal(expected[-1], plain)
+    for own, whole, (_, _, response) in zip(
+        gather_rows(hidden, rows).split(rows.lengths_list), expected, flat, strict=True
+    ):
+        assert (own - whole[-len(response) - 1 : -1]).abs().max() < 1e-12
+    # The hints matter.
+    assert (expected[0][-1] - expected[1][-1]).abs().max() > 1e-3
+
+
+def test_hints_are_encoded_safely(student: Student) -> None:
+    builder = PromptBuilder(student, VideoConfig())
+    tokens = len(builder.encode_hint("Look at the end.", max_tokens=100))
+    assert len(builder.encode_hint("Look at the end.", max_tokens=tokens)) == tokens
+    for text, most, says in (
+        ("a<|im_end|>b", 100, r"plain text, got the special token <\|im_end\|>"),
+        ("<|video_pad|>", 100, r"special token <\|video_pad\|>"),
+        ("\ud800", 100, "lone surrogate"),
+        (
+            "Look at the end.",
+            tokens - 1,
+            rf"max_hint_tokens: expected at least {tokens} for this hint, got {tokens - 1}",
+        ),
+    ):
+        with pytest.raises(HintError, match=says):
+            builder.encode_hint(text, max_tokens=most)
 
 
 def test_deepstack_features_by_index_equal_those_by_mask(ask: Callable[[str], Prompt], student: Student) -> None:

@@ -106,8 +106,8 @@ def weights(engine) -> dict:
 
 def optimizer_state(engine) -> list:
     state = engine.engine.basic_optimizer.state
-    return [m.detach().clone() for m in engine._masters()] + [
-        torch.as_tensor(v).clone() for m in engine._masters() for _, v in sorted(state[m].items())
+    return [m.detach().clone() for m in engine.masters()] + [
+        torch.as_tensor(v).clone() for m in engine.masters() for _, v in sorted(state[m].items())
     ]
 
 
@@ -174,6 +174,7 @@ def check_case(world, stage, dtype, folder: Path) -> dict:
     result["large_is_applied"] = finite(engine) and 1e9 < float(engine.step()) < 1e18
     if stage == 3:
         result |= check_full_weights(engine)
+    result |= check_average(engine, folder / f"average_{stage}_{dtype}")
     result["two_engines_apart"] = not identical(weights(engine), weights(other))
     module = other.module
     kept = weights(other)
@@ -183,6 +184,55 @@ def check_case(world, stage, dtype, folder: Path) -> dict:
     result["reused_moved"] = not identical(kept, weights(again_engine))
     for left in (engine, fresh, again_engine):
         left.close()
+    return result
+
+
+def check_average(engine, folder: Path) -> dict:
+    """Check a moving average of the weights: its values, the passes with it, and its files."""
+    from rmsd_fast.runtime.moving_average import MovingAverage
+
+    def held():
+        return {n: p.detach().clone() for n, p in engine.module.named_parameters()}
+
+    def passed():
+        with torch.no_grad():
+            return engine(*rows).item()
+
+    folder, rows = folder.with_name(f"{folder.name}_{engine.world.size}"), batch(0)
+    average = MovingAverage(engine, 0.25)
+    start, masters, before = weights(engine), [master.detach().clone() for master in engine.masters()], passed()
+    with average.in_place():
+        result = {"average_starts": identical(start, held()) and passed() == before}
+    train(engine, range(1))
+    average.update()
+    end, after = weights(engine), passed()
+    pairs = zip(average.values, masters, engine.masters(), strict=True)
+    result["average_values"] = all(torch.allclose(v, 0.75 * a + 0.25 * b, rtol=1e-6, atol=1e-9) for v, a, b in pairs)
+    addresses = [p.data_ptr() for p in engine.module.parameters()]
+    with average.in_place():
+        inside, found = held(), passed()
+    with torch.no_grad():
+        expected = torch.func.functional_call(Net().to(end["layer.weight"].dtype), inside, rows).item()
+    close = {"rtol": 1e-5, "atol": 1e-7} if engine.dtype == "float32" else {"rtol": 2e-2, "atol": 1e-4}
+    mixed = {name: 0.75 * start[name].float() + 0.25 * end[name].float() for name in start}
+    result["average_in_place"] = all(torch.allclose(inside[name].float(), mixed[name], **close) for name in start)
+    result["average_is_used"] = abs(found - expected) <= 1e-5 * abs(expected) and found not in (before, after)
+    result["average_leaves"] = identical(end, weights(engine)) and passed() == after
+    if engine.zero_stage < 3:
+        result["average_leaves"] &= addresses == [p.data_ptr() for p in engine.module.parameters()]
+    average.save(folder)
+    torch.distributed.barrier()
+    fresh = MovingAverage(engine, 0.25)
+    fresh.load(folder)
+    result["average_loads"] = identical(average.values, fresh.values)
+    # Training goes on as without the average.
+    engine.save(folder.with_name(f"{folder.name}_engine"))
+    torch.distributed.barrier()
+    norms = train(engine, range(2))
+    engine.load(folder.with_name(f"{folder.name}_engine"))
+    with average.in_place():
+        passed()
+    result["average_apart"] = norms == train(engine, range(2))
     return result
 
 
@@ -212,7 +262,7 @@ def check_8bit(world, stage: int, dtype: str, folder: Path) -> dict:
     first = weights(new)
     train(engine, range(3))
     result = {}
-    moments = [v for m in engine._masters() for k, v in engine.engine.basic_optimizer.state[m].items() if k == "state1"]
+    moments = [v for m in engine.masters() for k, v in engine.engine.basic_optimizer.state[m].items() if k == "state1"]
     result["8bit"] = any(moment.dtype == torch.uint8 for moment in moments)
     engine.save(path / "trained")
     before = weights(engine), optimizer_state(engine)
@@ -413,7 +463,7 @@ def test_a_new_engine_has_taken_no_step(stage, dtype):
         engine = make(world, stage, dtype, lr=1.0, weight_decay=1.0)
         expected = {name: p.to(getattr(torch, dtype)) for name, p in Net().named_parameters()}
         assert identical(expected, weights(engine))
-        masters = torch.cat([master.detach().flatten() for master in engine._masters()])
+        masters = torch.cat([master.detach().flatten() for master in engine.masters()])
         assert float(masters.abs().sum()) == pytest.approx(
             sum(float(p.float().abs().sum()) for name, p in expected.items() if name != "table.weight"), rel=1e-5
         )

@@ -105,6 +105,30 @@ def test_checkpointed_layers_keep_their_input():
         assert six - five == 360 * 64 * width
 
 
+def test_the_plan_counts_a_self_teacher():
+    taught = ["self_teacher.views=[answer]", "kd.kind=k1", "reward.alpha=0", STAGES, "micro_tokens=40000"]
+    plans, size = {}, count_parameters(CONFIG, ModelConfig())
+    trained = size.total - size.vision
+    for kind in ("frozen", "live", "ema"):
+        settings = load_settings("rmsd_qwen3vl_4b", [*taught, f"self_teacher.kind={kind}"])
+        plans[kind] = plan_memory(settings, CONFIG, processes=2, device="cuda").stages["distill"].phases
+    # Float32 and split over two processes; in the pass, bfloat16 and whole, with the part that was gathered.
+    states = {kind: phases["optimizer" if "optimizer" in phases else "policy"] for kind, phases in plans.items()}
+    assert states["ema"]["optimizer"] - states["live"]["optimizer"] == 4 * -(-trained // 2)
+    teacher = {kind: phases["teacher"] for kind, phases in plans.items()}
+    assert teacher["ema"]["weights"] - teacher["live"]["weights"] == 2 * (trained + -(-trained // 2))
+    # The frozen teacher reads the rollouts twice, with and without a hint, up to micro_tokens.
+    assert teacher["frozen"][ACTIVATIONS] >= teacher["live"][ACTIVATIONS]
+    rollout, hint = 1024 + memory.TAIL_TOKENS, 512
+    for more, expected in (
+        (["self_teacher.kind=live"], [rollout + hint] * 8),
+        (["self_teacher.kind=frozen"], [rollout] * 8 + [rollout + hint] * 8),
+        (["self_teacher.kind=live", "kd.kind=avsd", "self_teacher.views=[answer,cue]"], [rollout + hint] * 16),
+    ):
+        settings = load_settings("rmsd_qwen3vl_4b", [*taught, *more])
+        assert memory._Planner(settings, CONFIG, size, 2, "cuda", "distill")._hinted() == expected
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("adapter", ["none", "lora"])
 def test_the_count_equals_what_autograd_saves(dtype, adapter):

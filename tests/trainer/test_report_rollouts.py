@@ -14,6 +14,7 @@ from rmsd_fast.made.clips import make_clips
 from rmsd_fast.report import ReportError, write_report
 from rmsd_fast.report_page.films import MOST_LOST, Films
 from rmsd_fast.report_page.marks import box_overlay, response_mark, time_line, truth_mark
+from rmsd_fast.report_page.rollouts import token_credit_html
 from rmsd_fast.report_page.samples import film_strip, question_html
 
 
@@ -399,3 +400,18 @@ def test_a_run_without_alarms_has_no_alarm_box(run) -> None:
     text, _ = read(write_report(run))
     assert "note alarms" not in text and "<h2>Alarms" not in text
     assert Page(text).count("section") == 0
+
+
+def test_token_credit_colors_the_text(run, clip) -> None:
+    credit = [["<think>", 0.04], ["é<b>", 1.0], [" no", -0.5], [" so", 0.26]]
+    write_lines(run, line(clip, "open", "it", ["a"], [rollout("a", 1.0, token_credit=credit), rollout("b", 0.0)]))
+    write_report(run)
+    text = section((run / "report.html").read_text())
+    assert (
+        '<pre class="text">&lt;think&gt;<span class="up4" title="1">é&lt;b&gt;</span>'
+        '<span class="down2" title="−0.5"> no</span><span class="up1" title="0.26"> so</span></pre>' in text
+    )
+    # Without credit, and with a damaged one, the text is shown as always.
+    for damaged in (None, [], {"a": 1}, [["a"]], [["a", "b"]], [["a", None]], [["a", 0.0]]):
+        shown = token_credit_html(damaged)
+        assert shown == ("a" if damaged == [["a", 0.0]] else "")

@@ -33,6 +33,7 @@ def program(folder: Path, link: int) -> None:
     torch.set_num_threads(1)
     from test_engine import make, train, weights
 
+    from rmsd_fast.runtime.moving_average import MovingAverage
     from rmsd_fast.runtime.process_group import barrier, start, stop
 
     world = start(timeout_s=60)
@@ -55,6 +56,22 @@ def program(folder: Path, link: int) -> None:
                 torch.save({"before": before, "after": after}, folder / f"{link}_{name}.pt")
             results[name] = norms
             engine.close()
+    for dtype in DTYPES:
+        engine = make(world, (link + 1) % 4, dtype, seed=link)
+        average = MovingAverage(engine, 0.5)
+        if link:
+            average.load(folder / f"{link - 1}_average_{dtype}")
+        else:
+            train(engine, range(2))
+            average.update()
+        average.save(folder / f"{link}_average_{dtype}")
+        with average.in_place():
+            if world.is_main:
+                torch.save(
+                    {name: p.detach().clone() for name, p in engine.module.named_parameters()},
+                    folder / f"{link}_average_{dtype}.pt",
+                )
+        engine.close()
     if world.is_main:
         (folder / f"norms_{link}.json").write_text(json.dumps(results))
     barrier(world)
@@ -89,6 +106,15 @@ def chain(tmp_path_factory):
         )
         assert run.returncode == 0, run.stdout[-6000:]
     return folder
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_moving_average_continues_with_other_numbers_of_ranks(chain, dtype):
+    first, *later = (torch.load(chain / f"{link}_average_{dtype}.pt") for link in range(len(RANKS)))
+    # The frozen table is not part of an average, and differs by the seed.
+    trained = [name for name in first if name != "table.weight"]
+    assert all(torch.equal(first[name], weights[name]) for weights in later for name in trained)
+    assert len(trained) == len(NUMELS)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -50,7 +50,7 @@ def take_step(folder, material, world, tmp_path):
         step = distill.warm_up_step if warm_up else distill.step
         groups = step(state, prompts, 0).groups
         file = JsonLines(tmp_path / "rollouts.jsonl")
-        log_rollouts(file, groups, settings.rollout, stage="distill", step=1, total=9)
+        log_rollouts(file, groups, settings.rollout, builder=None, stage="distill", step=1, total=9)
         return groups, file.records()
 
     return run
@@ -146,7 +146,7 @@ def test_selection_of_the_logged_steps(tmp_path, take_step, material, every, tot
     file = JsonLines(tmp_path / "some.jsonl")
     settings = RolloutConfig(log_every_steps=every, log_questions=1)
     for step in range(1, total + 1):
-        log_rollouts(file, groups, settings, stage="distill", step=step, total=total)
+        log_rollouts(file, groups, settings, builder=None, stage="distill", step=step, total=total)
     assert [record["step"] for record in file.records()] == written
     assert (tmp_path / "some.jsonl").exists() == bool(written)
 

@@ -40,11 +40,18 @@ def made(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("made")
 
 
+# A self-teacher with weights of its own, which checkpoints must contain and processes share.
+TAUGHT = (
+    *("self_teacher.kind=ema", "self_teacher.ema_rate=0.3", "self_teacher.views=[answer]"),
+    *("self_teacher.max_hint_tokens=80", "kd.kind=k1", "credit.magnitude=teacher"),
+)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, made) -> Path:
     """Return a run of one process without interruption."""
     folder = tmp_path_factory.mktemp("whole")
-    done = run_train(mini_arguments(folder, made))
+    done = run_train(mini_arguments(folder, made, *TAUGHT))
     assert done.returncode == 0, done.stderr[-3000:]
     return only_run(folder)
 
@@ -154,7 +161,7 @@ def unsplit(tmp_path_factory, made) -> Path:
 
 @pytest.mark.parametrize("zero_stage", [2, 3])
 def test_two_processes_give_the_metrics_of_one(whole, made, tmp_path, zero_stage):
-    done = run_train(mini_arguments(tmp_path, made, f"runtime.zero_stage={zero_stage}"), processes=2)
+    done = run_train(mini_arguments(tmp_path, made, *TAUGHT, f"runtime.zero_stage={zero_stage}"), processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     run = only_run(tmp_path)
     compare_metrics(whole, run)
@@ -191,7 +198,7 @@ def compare_metrics(first: Path, second: Path) -> None:
 
 @pytest.mark.parametrize("line", [2, 6], ids=["in stage 1", "in stage 2"])
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_run(whole, made, tmp_path, line):
-    arguments = mini_arguments(tmp_path, made, "checkpoint.every_steps=1")
+    arguments = mini_arguments(tmp_path, made, *TAUGHT, "checkpoint.every_steps=1")
     process = subprocess.Popen(
         command(arguments), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -207,6 +214,8 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_run(whole, made, tmp_p
     assert done.returncode == 0, done.stderr[-3000:]
     assert metrics(killed) == metrics(whole)
     assert (killed / "rollouts.jsonl").read_bytes() == (whole / "rollouts.jsonl").read_bytes()
+    gaps = [line["self_teacher/gap"] for line in metrics(whole) if line["stage"] == "distill"]
+    assert len(set(gaps)) == 5
     expected, got = weights(whole), weights(killed)
     assert all(torch.equal(expected[name], got[name]) for name in expected)
 
@@ -217,7 +226,7 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_run(whole, made, tmp_p
 def test_a_run_continues_with_another_number_of_processes(whole, made, tmp_path, stage, before, after, zero_stage):
     """Only the steps after the checkpoint run again, and their metrics are those of an uninterrupted run."""
     overrides = ["checkpoint.every_steps=1", "checkpoint.keep=9", f"runtime.zero_stage={zero_stage}"]
-    done = run_train(mini_arguments(tmp_path, made, *overrides), processes=before)
+    done = run_train(mini_arguments(tmp_path, made, *TAUGHT, *overrides), processes=before)
     assert done.returncode == 0, done.stderr[-3000:]
     run = only_run(tmp_path)
     forget_steps(run, after={"sft": 2, "distill": 6}[stage])

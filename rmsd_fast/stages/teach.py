@@ -1,0 +1,76 @@
+"""Score the rollouts of stage 2 with the self-teacher: log-probs of their tokens under the student's model with hints.
+
+Hints follow the user's text, and therefore the video, so all rollouts with all their hints share one prompt:
+`[body | hint_1 tail R_1 | hint_1 tail R_2 | …]`, where the tail ends the user's turn and opens the response. If the
+self-teacher is the reference, its log-probs without a hint come from the same passes, with the tail alone as the lead.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from functools import partial
+
+import torch
+
+from rmsd_fast.losses import linear_logprob
+from rmsd_fast.models.students import MediaFeatures
+from rmsd_fast.setting_rules import samples_reference
+from rmsd_fast.stages.groups import RolloutGroup
+from rmsd_fast.stages.passes import passes
+from rmsd_fast.stages.state import StageState
+
+
+@torch.no_grad()
+def teach(state: StageState, groups: list[RolloutGroup], features: MediaFeatures | None) -> None:
+    """Store the self-teacher's log-probs of each rollout in `teacher_logp` of the groups.
+
+    If the self-teacher is the reference, also store its log-probs without hints in `ref_logp`, if stage 2 needs them.
+
+    Args:
+        state: state of the stage.
+        groups: groups of this process.
+        features: vision features of the groups' prompts; None if each model encodes its own.
+    """
+    frozen = state.settings.self_teacher.kind == "frozen"
+    with_reference = frozen and samples_reference(state.settings)
+    most = state.settings.self_teacher.max_hint_tokens
+    bodies, stems = [], []
+    for group in groups:
+        body, tail = state.builder.split(group.prompt)
+        hints = [state.builder.encode_hint(text, max_tokens=most) for text in state.hints[body.question.id]]
+        bodies.append(body)
+        stems.append([tail] * with_reference + [torch.cat([hint, tail]) for hint in hints])
+    if not any(stems):
+        # All processes run the same passes, and this one has no hints. The result is not used.
+        stems[0] = [state.builder.split(groups[0].prompt)[1]]
+    drawn = [[rollout.token_ids for rollout in group.rollouts] for group in groups]
+    scores = _score(state, bodies, features, stems, drawn)
+    for group, of_group in zip(groups, scores, strict=True):
+        # Views come first, then rollouts.
+        count = len(group.rollouts)
+        views = [of_group[start : start + count] for start in range(0, len(of_group), count)]
+        group.ref_logp = views.pop(0) if with_reference else []
+        views = views[: len(state.hints[group.prompt.question.id])]
+        group.teacher_logp = [torch.stack(of_rollout) for of_rollout in zip(*views, strict=True)]
+
+
+def _score(state, bodies, features, stems, drawn) -> list[list[torch.Tensor]]:
+    """Return the log-probs of each prompt's rollouts after each of its leads, float32 [R] on the CPU, lead by lead."""
+    leads = [[lead for lead in of_prompt for _ in ids] for of_prompt, ids in zip(stems, drawn, strict=True)]
+    responses = [ids * len(of_prompt) for of_prompt, ids in zip(stems, drawn, strict=True)]
+    score = partial(linear_logprob, temperature=state.settings.rollout.temperature, ignore_index=None)
+    kind = state.settings.self_teacher.kind
+    model = state.reference if kind == "frozen" else state.policy
+    places, logp, lengths = [], [], []
+    with state.average.in_place() if kind == "ema" else nullcontext():
+        for read in passes(state, bodies, responses, features, leads):
+            of_pass = model(read.prompts, read.rows, read.features, score)
+            if not read.filler:
+                pairs = zip(read.batch.prompts, read.batch.responses, strict=True)
+                places += [(i, r) for i, chosen in pairs for r in chosen]
+                logp.append(of_pass)
+                lengths += read.rows.lengths_list
+    scores: list[list[torch.Tensor]] = [[torch.empty(0)] * len(ids) for ids in responses]
+    for (i, r), values in zip(places, torch.cat(logp).cpu().split(lengths), strict=True):
+        scores[i][r] = values
+    return scores

@@ -1,0 +1,112 @@
+"""Test the texts of hints, their field in question files, and which hints a question gets."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from rmsd_fast.data.errors import DataError
+from rmsd_fast.data.records import Question, load_questions, write_questions
+from rmsd_fast.method.hints import hint_texts, view_text
+from rmsd_fast.teacher.hints import build_hints
+from rmsd_fast.teacher.scores import ScoredResponse
+from rmsd_fast.teacher.targets import Targets
+
+HINTS = {
+    "answer": "a red cube",
+    "reasoning": "It moves  left and stops there.",
+    "window": [1.5, 4],
+    "keyframes": [2, 3.25],
+    "cue": "The cube at the left edge.",
+    "feedback": "Count again.",
+}
+
+
+def _question(**changes) -> dict:
+    return {"id": "q", "videos": ["a.mp4"], "question": "What moves?", "task_type": "open", **changes}
+
+
+def test_texts_of_views() -> None:
+    facts = {**HINTS, "best_answer": "<think>a</think><answer>b</answer>"}
+    expected = {
+        "answer": "The correct answer: a red cube",
+        "reasoning": "A correct solution: It moves  left and stops there.",
+        "half_reasoning": "A correct solution begins: It moves left",
+        "window": "The answer is visible from 1.5 to 4 seconds.",
+        "keyframes": "Frames that show the answer, in seconds: 2, 3.25.",
+        "cue": "What to look at: The cube at the left edge.",
+        "feedback": "Advice: Count again.",
+        "best_answer": "A good response: <think>a</think><answer>b</answer>",
+    }
+    for view, text in expected.items():
+        assert view_text(view, facts) == text
+        assert view_text(view, {}) is None
+    with pytest.raises(ValueError, match="view: expected one of answer, .*, got 'truth'"):
+        view_text("truth", facts)
+    # A missing fact leaves the other views.
+    without = {name: fact for name, fact in facts.items() if name != "window"}
+    views = ["answer", "window", "cue"]
+    assert hint_texts(views, without, together=False) == [expected["answer"], expected["cue"]]
+    assert hint_texts(views, without, together=True) == [f"{expected['answer']}\n{expected['cue']}"]
+    assert hint_texts(["window"], without, together=True) == []
+
+
+def test_hints_of_question_files(tmp_path) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_text(json.dumps(_question(hints={**HINTS, "cue": None})))
+    (question,) = load_questions(path)
+    assert question.hints == {name: hint for name, hint in HINTS.items() if name != "cue"}
+    write_questions(tmp_path / "again.jsonl", [question], media_root=tmp_path)
+    assert load_questions(tmp_path / "again.jsonl") == [question]
+    # Files of other trainers may have the field too.
+    path.write_text(json.dumps({"problem": "What moves?", "videos": ["a.mp4"], "answer": "it", "hints": HINTS}))
+    assert load_questions(path)[0].hints == HINTS
+
+
+@pytest.mark.parametrize(
+    ("hints", "says"),
+    [
+        ("left", r"field 'hints': expected an object with some of answer, reasoning"),
+        ({"truth": "left"}, r"field 'hints': expected an object with some of answer, reasoning"),
+        ({"cue": " "}, r"field 'hints\.cue': expected non-empty plain text"),
+        ({"cue": 3}, r"field 'hints\.cue': expected non-empty plain text"),
+        ({"feedback": "a<|im_end|>b"}, r"field 'hints\.feedback': expected non-empty plain text"),
+        ({"answer": "\ud800"}, r"field 'hints\.answer': expected non-empty plain text"),
+        ({"window": [4, 4]}, r"field 'hints\.window': expected \[start, end\] with an end after the start"),
+        ({"window": [1, 2, 3]}, r"field 'hints\.window': expected \[start, end\]"),
+        ({"keyframes": []}, r"field 'hints\.keyframes': expected a list of times in seconds"),
+        ({"keyframes": [-1]}, r"field 'hints\.keyframes': expected a list of times in seconds"),
+        ({"keyframes": ["1"]}, r"field 'hints\.keyframes': expected a list of times in seconds"),
+    ],
+)
+def test_damaged_hints_are_refused(tmp_path, hints, says) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_text(json.dumps(_question(hints=hints)))
+    with pytest.raises(DataError, match=says):
+        load_questions(path)
+
+
+def _targets(*qualities: float) -> Targets:
+    quality = torch.tensor(qualities)
+    answers = tuple(ScoredResponse(k, f" answer {k} ", True, float(q)) for k, q in enumerate(qualities))
+    return Targets(answers, quality, quality / max(sum(qualities), 1), quality, (True,) * len(answers), ())
+
+
+def test_hints_of_questions() -> None:
+    options = ("A. red", "B. blue")
+    asked = [
+        Question("a", "Which?", "mcq", videos=("v",), options=options, answer="B"),
+        Question("b", "When?", "temporal", videos=("v",), answer="1 to 2", hints={"answer": "1 to 2, at the start"}),
+        Question("c", "What?", "open", videos=("v",)),
+    ]
+    targets = {"a": _targets(0.0, 0.5, 1.0), "b": _targets(0.0), "c": _targets()}
+    hints = build_hints(asked, targets, ["answer", "best_answer"], lambda text: False, together=False, seed=0)
+    assert hints == {
+        "a": ("The correct answer: B. blue", "A good response: answer 2"),
+        "b": ("The correct answer: 1 to 2, at the start",),
+        "c": (),
+    }
+    refused = build_hints(asked, targets, ["answer", "best_answer"], lambda text: "B" in text, together=False, seed=0)
+    assert refused["a"] == ("A good response: answer 2",) and refused["b"] == hints["b"]

@@ -1,0 +1,443 @@
+"""Test the self-teacher in stage 2: its log-probs, losses and gradients against separate rows, and its settings."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from material import tiny_material, tiny_settings
+
+from rmsd_fast.config import SettingsError
+from rmsd_fast.data.errors import DataError
+from rmsd_fast.data.preprocess import video_patches
+from rmsd_fast.data.records import write_questions
+from rmsd_fast.models.shared_prefix import disable_shared_prefix
+from rmsd_fast.runtime.engine import Engine
+from rmsd_fast.runtime.json_lines import JsonLines
+from rmsd_fast.runtime.moving_average import MovingAverage
+from rmsd_fast.runtime.process_group import start, stop
+from rmsd_fast.settings import load_settings
+from rmsd_fast.stages import distill
+from rmsd_fast.stages.build import build_distillation, read_hints
+from rmsd_fast.stages.material import prepare_material
+from rmsd_fast.stages.rollout_log import log_rollouts
+
+SMALL = (
+    *("rollout.n=3", "rollout.max_new_tokens=8", "rollout.parity_every=0", "data.max_prompt_tokens=500"),
+    *(
+        "micro_tokens=1500",
+        "runtime.zero_stage=0",
+        "discriminator.head=random",
+        "distill.lr=1e-2",
+        "reward.score_sd_offset=0",
+    ),
+    *("self_teacher.max_hint_tokens=200", "self_teacher.views=[answer]", "kd.kind=k1"),
+)
+HINTS = {"reasoning": "It moves to the right and stops at the edge.", "cue": "The edge on the right.", "window": [1, 2]}
+RATE = 0.3
+
+
+@pytest.fixture(scope="module")
+def world():
+    yield start()
+    stop()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("self_teacher")
+
+
+@pytest.fixture(scope="module")
+def material(folder):
+    material = tiny_material(folder)
+    # One question has no hints of the file.
+    hinted = [replace(q, hints=HINTS) if number % 4 else q for number, q in enumerate(material.train)]
+    return replace(material, train=hinted)
+
+
+def build(folder, material, world, *overrides):
+    settings = tiny_settings(folder, *SMALL, *overrides)
+    state = build_distillation(material.model_path, settings, world, material)
+    return state, [state.builder.build(q) for q in material.train[:3]]
+
+
+@pytest.fixture(scope="module")
+def trained(folder, material, world):
+    """Return a state after one step, its prompts, and copies of the weights before and after the step."""
+    state, prompts = build(
+        *(folder, material, world, "self_teacher.kind=ema", f"self_teacher.ema_rate={RATE}", "distill.kl=k3")
+    )
+    before = copy.deepcopy(state.student.model)
+    # Unlike in a run, the policy is then far from the stage-1 student, so that all kinds of teachers differ.
+    state.policy.set_lr(1e-2)
+    assert not distill.step(state, prompts, 0).skipped
+    return state, prompts, before, copy.deepcopy(state.student.model)
+
+
+def step_gradients(state, prompts, monkeypatch, number=1):
+    """Return groups, metrics and policy gradients of a step, which is not applied."""
+    found = {}
+
+    def keep(engines):
+        named = state.policy.module.model.named_parameters()
+        found.update({name: p.grad.clone() for name, p in named if p.grad is not None})
+        for engine in engines:
+            engine.discard()
+        return [0.0] * len(engines), True
+
+    monkeypatch.setattr(distill, "apply_or_discard", keep)
+    result = distill.step(state, prompts, number)
+    return result.groups, result.metrics, found
+
+
+def plain_logp(model, prompt, ids, response, temperature):
+    """Return log-probs of a response after `ids`, float64 [R], by transformers on one row with its own pixels."""
+    pixels = torch.cat([video_patches(frames.pixels, frames.preprocessor) for frames in prompt.media])
+    row = torch.cat([ids, response])
+    types = torch.zeros_like(row)
+    types[: len(prompt.mm_token_type_ids)] = prompt.mm_token_type_ids
+    types = types[: len(row)]
+    logits = model(
+        input_ids=row[None],
+        mm_token_type_ids=types[None],
+        pixel_values_videos=pixels.double(),
+        video_grid_thw=torch.tensor([frames.grid_thw for frames in prompt.media]),
+    ).logits[0, len(ids) - 1 : -1]
+    return torch.log_softmax(logits / temperature, -1).gather(1, response[:, None])[:, 0]
+
+
+def hint_of(question, views):
+    """Return the texts of the views that a question has, written out again."""
+    facts = {
+        "answer": f"The correct answer: {question.answer}",
+        "reasoning": f"A correct solution: {HINTS['reasoning']}",
+        "half_reasoning": "A correct solution begins: It moves to the right",
+        "cue": f"What to look at: {HINTS['cue']}",
+        "window": "The answer is visible from 1 to 2 seconds.",
+    }
+    if question.task_type == "mcq":
+        number = ord(question.answer) - ord("A")
+        facts["answer"] = f"The correct answer: {question.answer}. {question.options[number].removeprefix('A. ')}"
+    return [facts[view] for view in views if view == "answer" or question.hints]
+
+
+METHODS = {
+    "visd": ("ema", ["answer", "window"], {"credit.magnitude": "teacher", "kd.kind": "none"}),
+    "k1": ("frozen", ["cue"], {"kd.kind": "k1", "kd.coef": 0.7}),
+    "avsd": ("frozen", ["reasoning", "half_reasoning", "answer"], {"kd.kind": "avsd", "kd.gap_clip": 2.0}),
+    "position": ("live", ["answer"], {"kd.kind": "k1", "credit.position": "sigmoid"}),
+}
+
+
+def with_settings(state, kind, views, changes, *others):
+    overrides = [f"{name}={value}" for name, value in changes.items()]
+    overrides += [f"self_teacher.kind={kind}", f"self_teacher.views=[{','.join(views)}]", *others]
+    state.settings = tiny_settings(state.settings.made.folder, *SMALL, *overrides)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_equal_separate_rows_in_float64(trained, material, world, monkeypatch, method):
+    state, prompts, before, after = trained
+    kind, views, changes = METHODS[method]
+    with_settings(state, kind, views, changes)
+    state.hints = read_hints(material, state.builder, state.targets, state.settings, world)
+    groups, metrics, gradients = step_gradients(state, prompts, monkeypatch)
+    assert any(float(group.advantages.abs().max()) > 0.1 for group in groups)
+    models = {name: copy.deepcopy(model).double() for name, model in (("live", after), ("frozen", before))}
+    models["ema"] = copy.deepcopy(models["frozen"])
+    with torch.no_grad():
+        for average, new in zip(models["ema"].parameters(), models["live"].parameters(), strict=True):
+            average.lerp_(new, RATE)
+    for model in models.values():
+        disable_shared_prefix(model)
+    policy, temperature = models["live"], state.settings.rollout.temperature
+    credit, kd = state.settings.credit, state.settings.kd
+    total, tokens, gaps = 0.0, sum(len(r.token_ids) for group in groups for r in group.rollouts), []
+    for group in groups:
+        ids = group.prompt.input_ids
+        end = int((ids == state.builder.eos_id).nonzero()[-1])
+        texts = hint_of(group.prompt.question, views)
+        if method != "avsd" and texts:
+            texts = ["\n".join(texts)]
+        for rollout, advantage in zip(group.rollouts, group.advantages.tolist(), strict=True):
+            own = plain_logp(policy, group.prompt, ids, rollout.token_ids, temperature)
+            with torch.no_grad():
+                reference = plain_logp(models["frozen"], group.prompt, ids, rollout.token_ids, temperature)
+                hints = [torch.tensor(state.student.tokenizer("\n" + text)["input_ids"]) for text in texts]
+                led = [torch.cat([ids[:end], hint, ids[end:]]) for hint in hints]
+                views_logp = [plain_logp(models[kind], group.prompt, i, rollout.token_ids, temperature) for i in led]
+            weights = []
+            for t, p in enumerate(own.tolist()):
+                u, g, w = 1.0, 0.0, 1.0
+                if views_logp:
+                    q = [float(view[t]) for view in views_logp]
+                    gap = sum(q) / len(q) - p
+                    gaps.append(gap)
+                    if kd.kind == "k1":
+                        g = min(max(gap, -10), 10)
+                    if kd.kind == "avsd":
+                        j = math.log(sum(map(math.exp, q)) / len(q)) - sum(q) / len(q)
+                        c = abs(gap) / (sum(abs(x - p) for x in q) / len(q) + 1e-8)
+                        g = gap + c * abs(gap) / (abs(gap) + max(j, 0) + 1e-8) * max(j, 0)
+                        g = min(max(g, -2), 2)
+                    if credit.magnitude == "teacher":
+                        share = 0.5 * (1 - 1 / 600)
+                        sign = math.copysign(1, advantage) if advantage else 0
+                        u = 1 - share + share * min(max(math.exp(sign * gap), 0.8), 1.2)
+                if credit.position == "sigmoid":
+                    place = (t + 0.5) / len(own)
+                    w = 0.25 + 0.75 / (1 + math.exp(-(place - 0.3) / 0.1))
+                weights.append(w * (advantage * u + kd.coef * g))
+            d = reference - own
+            kl = torch.exp(d) - d - 1
+            total = total + (-(torch.tensor(weights, dtype=torch.float64) * own) + 1e-3 * kl).sum()
+    loss = total / tokens
+    names, params = zip(*((n, p) for n, p in policy.named_parameters() if n in gradients), strict=True)
+    expected = dict(zip(names, torch.autograd.grad(loss, params), strict=True))
+    assert metrics["self_teacher/gap"] == pytest.approx(sum(gaps) / len(gaps), rel=1e-3, abs=1e-5)
+    assert metrics["self_teacher/gap_size"] > 1e-3
+    hinted = 1.0 if method in ("visd", "avsd", "position") else 2 / 3
+    assert metrics["self_teacher/hinted_share"] == pytest.approx(hinted)
+    # The value of an on-policy loss is that of its ratios, which are 1.
+    scale = math.sqrt(sum(float(gradient.norm()) ** 2 for gradient in expected.values()))
+    assert scale > 1e-3
+    for name, gradient in gradients.items():
+        assert float((gradient.double() - expected[name]).norm()) <= 2e-4 * scale, name
+
+
+def test_the_teacher_pass_does_not_depend_on_micro_batches(trained, material, world, monkeypatch):
+    state, prompts, _, _ = trained
+    found = []
+    reference, calls = state.reference, []
+    monkeypatch.setattr(state, "reference", lambda *arguments: calls.append(1) or reference(*arguments))
+    # All groups with their views in one pass, and a rollout after each of the views in several passes.
+    for tokens in (4000, max(len(prompt.input_ids) for prompt in prompts) + 80):
+        with_settings(state, "frozen", ["reasoning", "answer"], {"kd.kind": "avsd"}, "credit.magnitude=teacher")
+        state.settings.micro_tokens = tokens
+        state.hints = read_hints(material, state.builder, state.targets, state.settings, world)
+        found.append(step_gradients(state, prompts, monkeypatch)[1:])
+        found[-1][0]["passes"] = len(calls)
+    (expected, gradients), (metrics, others) = found
+    # The reference's own log-probs come from the same passes.
+    assert expected["passes"] == 1 and metrics["passes"] > 4
+    for name in ("policy/kl", "self_teacher/gap", "self_teacher/gap_size", "credit/clipped_share"):
+        assert metrics[name] == pytest.approx(expected[name], rel=2e-4, abs=2e-5)
+    for name, gradient in gradients.items():
+        assert float((others[name] - gradient).norm()) <= 1e-4 * float(gradient.norm()) + 1e-7, name
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("packing=padded",),
+        ("distill.train_vision=true",),
+        ("model.adapter=lora", "sft.train_vision=false", "discriminator.mode=shared", "runtime.zero_stage=2"),
+    ],
+    ids=" ".join,
+)
+def test_all_kinds_agree_before_the_first_update(folder, material, world, monkeypatch, overrides):
+    """They have the same weights then. An average of rate 1 has the policy's weights afterwards, too."""
+    ema = ("self_teacher.kind=ema", "self_teacher.ema_rate=1", *overrides)
+    state, prompts = build(folder, material, world, *ema)
+    seen = []
+
+    def discarded(engines):
+        for engine in engines:
+            engine.discard()
+        return [0.0] * len(engines), True
+
+    for number in range(2):
+        for kind in ("frozen", "live", "ema"):
+            state.settings = tiny_settings(folder, *SMALL, *overrides, f"self_teacher.kind={kind}")
+            with monkeypatch.context() as patched:
+                patched.setattr(distill, "apply_or_discard", discarded)
+                seen.append(distill.step(state, prompts, number).metrics["self_teacher/gap_size"])
+        if number == 0:
+            assert seen[1:] == pytest.approx(seen[:1] * 2, rel=1e-4) and seen[0] > 1e-3
+            state.settings = tiny_settings(folder, *SMALL, *ema)
+            state.policy.set_lr(1e-2)
+            assert not distill.step(state, prompts, 0).skipped
+    frozen, live, average = seen[3:]
+    assert average == pytest.approx(live, rel=1e-5) and abs(frozen - live) > 1e-3 * live
+
+
+def test_steps_without_the_teacher_equal_plain_steps_bit_for_bit(trained, material, world, monkeypatch):
+    state, prompts, _, _ = trained
+    state.settings = tiny_settings(state.settings.made.folder, *SMALL[:-3])
+    assert state.settings.self_teacher.kind == "none"
+    _, metrics, expected = step_gradients(state, prompts, monkeypatch)
+    assert not any(name.startswith(("self_teacher/", "credit/", "kd/")) for name in metrics)
+    for others in (["self_teacher.until_step=1"], ["credit.magnitude_steps=1"]):
+        with_settings(state, "ema", ["answer"], {"credit.magnitude": "teacher", "kd.kind": "none"}, *others)
+        state.timer.take()
+        _, metrics, gradients = step_gradients(state, prompts, monkeypatch)
+        assert metrics["self_teacher/gap"] is None and metrics["self_teacher/hinted_share"] == 0
+        assert "seconds/teacher" not in state.timer.take()
+        assert all(torch.equal(gradients[name], gradient) for name, gradient in expected.items())
+    # Without any hint, the passes of the teacher run for the other processes, and change nothing.
+    for kind in ("live", "ema"):
+        with_settings(state, kind, ["answer"], {"kd.kind": "k1"})
+        state.hints = {name: () for name in state.hints}
+        _, metrics, gradients = step_gradients(state, prompts, monkeypatch)
+        assert metrics["self_teacher/hinted_share"] == 0 and "seconds/teacher" in state.timer.take()
+        assert all(torch.equal(gradients[name], gradient) for name, gradient in expected.items())
+
+
+def test_unusable_hints_are_counted_or_refused(trained, material, world, caplog):
+    state = trained[0]
+
+    def read(*overrides):
+        settings = tiny_settings(state.settings.made.folder, *SMALL, "self_teacher.kind=live", *overrides)
+        return read_hints(material, state.builder, state.targets, settings, world)
+
+    with pytest.raises(
+        SettingsError, match=r"self_teacher.views: expected hints that the training questions have, got"
+    ):
+        read("self_teacher.views=[feedback]")
+    with pytest.raises(DataError, match=r"hints: .* cannot be used: too_long .*max_hint_tokens: expected at least"):
+        read("self_teacher.views=[reasoning]", "self_teacher.max_hint_tokens=9")
+    # The reasoning is longer than the answers.
+    answers = read("self_teacher.views=[answer]")
+    most = max(len(state.builder.encode_hint(text, max_tokens=99)) for (text,) in answers.values())
+    views = ["self_teacher.views=[reasoning,answer]", "kd.kind=avsd", f"self_teacher.max_hint_tokens={most}"]
+    assert read(*views, "data.max_bad_share=1") == answers
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (
+            ["kd.kind=k1"],
+            r"self_teacher.kind: expected frozen, live or ema, whose log-probs kd.kind=k1 needs, got none",
+        ),
+        (["credit.magnitude=teacher"], r"self_teacher.kind: expected frozen, .* credit.magnitude=teacher needs"),
+        (["self_teacher.kind=live", "self_teacher.views=[answer]"], "self_teacher.kind: expected none, since neither"),
+        (["self_teacher.kind=live", "kd.kind=k1"], "self_teacher.views: expected one or more hints"),
+        (
+            ["self_teacher.kind=live", "kd.kind=k1", "self_teacher.views=[truth]"],
+            "self_teacher.views: expected some of",
+        ),
+        (
+            ["self_teacher.kind=live", "kd.kind=avsd", "self_teacher.views=[cue]"],
+            "expected two or more with kd.kind=avsd",
+        ),
+        (
+            ["self_teacher.kind=live", "kd.kind=k1", "self_teacher.views=[cue]", "self_teacher.max_hint_tokens=9000"],
+            "micro_tokens: expected room for data.max_prompt_tokens=1024 and a hint of self_teacher.max_hint_tokens",
+        ),
+        (
+            [
+                "self_teacher.kind=live",
+                "credit.magnitude=teacher",
+                "self_teacher.views=[cue]",
+                "stages=[distill]",
+                "reward.alpha=0",
+                "reward.beta=0",
+                "reward.eta=0",
+                "reward.delta=0",
+            ],
+            "credit.magnitude: expected none if no reward has a weight",
+        ),
+        (["credit.position_least=0.1"], "credit.position_least has no effect: credit.position is none"),
+        (["credit.magnitude_clip=0.1"], "credit.magnitude_clip has no effect: credit.magnitude is none"),
+        (["kd.coef=2"], "kd.coef has no effect: kd.kind is none"),
+        (["self_teacher.until_step=2"], "self_teacher.until_step has no effect: self_teacher.kind is none"),
+        (
+            ["self_teacher.kind=live", "kd.kind=k1", "self_teacher.views=[cue]", "self_teacher.ema_rate=0.1"],
+            "self_teacher.ema_rate has no effect: self_teacher.kind=live has no average",
+        ),
+        (["stages=[sft]", "credit.position=sigmoid"], "credit.position has no effect: stage distill is not in stages"),
+    ],
+)
+def test_conflicting_settings_are_refused(overrides, says):
+    with pytest.raises(SettingsError, match=says):
+        load_settings("quickstart", overrides)
+
+
+TINY = (
+    *("data.heldout=", "data.max_prompt_tokens=500", "data.cache_mib=16", "micro_tokens=2000", "video.num_frames=8"),
+    *("rollout.max_new_tokens=8", "distill.batch_size=4", "self_teacher.max_hint_tokens=300", "runtime.trackers=[]"),
+)
+SHOWN = {
+    "opsd": {"kd/clipped_share"},
+    "vicur": {"kd/clipped_share"},
+    "avsd": {"kd/clipped_share"},
+    "visd": {"credit/clipped_share", "advantage/zero_share"},
+    "rmsd_visd": {"credit/clipped_share", "advantage/zero_share", "teacher/quality", "discriminator/loss"},
+}
+
+
+@pytest.mark.parametrize("recipe", SHOWN)
+def test_recipes_train_a_tiny_student(folder, material, world, monkeypatch, recipe):
+    hints = HINTS | {"feedback": "Look at the end.", "keyframes": [1, 1.5]}
+    train = folder / "hinted.jsonl"
+    write_questions(train, [replace(q, hints=hints) for q in material.train], media_root=folder)
+    pool = [f"teacher.pool={material.files['pool']}", "discriminator.head=random"] if recipe == "rmsd_visd" else []
+    paths = [f"data.train={train}", f"data.media_root={folder}", f"model.path={material.model_path}", *pool]
+    settings = load_settings(recipe, [*paths, *TINY])
+    inputs = prepare_material(settings, world)
+    state = build_distillation(material.model_path, settings, world, inputs)
+    prompts = [state.builder.build(question) for question in inputs.train[:3]]
+    make = distill.make_group
+
+    def rewarded(*arguments, **options):
+        # The answers of the tiny student to closed questions are never right.
+        group = make(*arguments, **options)
+        return replace(group, content=torch.arange(len(group.rollouts)) / len(group.rollouts))
+
+    monkeypatch.setattr(distill, "make_group", rewarded)
+    before = {name: p.detach().clone() for name, p in state.policy.module.named_parameters()}
+    for number in range(2):
+        state.policy.set_lr(1e-3)
+        result = distill.step(state, prompts, number)
+        assert not result.skipped and result.metrics["policy/grad_norm"] > 0
+    assert any(not torch.equal(p, before[name]) for name, p in state.policy.module.named_parameters())
+    metrics = result.metrics
+    assert metrics["self_teacher/hinted_share"] == 1 and metrics["self_teacher/gap_size"] > 0
+    every = {
+        "kd/clipped_share",
+        "credit/clipped_share",
+        "advantage/zero_share",
+        "teacher/quality",
+        "discriminator/loss",
+    }
+    assert every & metrics.keys() == SHOWN[recipe]
+    assert len(result.groups[0].teacher_logp[0]) == (3 if recipe == "avsd" else 1)
+    log = JsonLines(folder / f"{recipe}.jsonl")
+    (record, *_) = log_rollouts(
+        log, result.groups, settings.rollout, builder=state.builder, stage="distill", step=1, total=2
+    )
+    log.close()
+    for rollout in record["rollouts"]:
+        assert "".join(text for text, _ in rollout["token_credit"]) == rollout["text"]
+    assert any(value for rollout in record["rollouts"] for _, value in rollout["token_credit"])
+    if state.average is not None:
+        masters = zip(state.average.values, state.policy.masters(), strict=True)
+        assert any(not torch.equal(average, master) for average, master in masters)
+
+
+def test_a_bfloat16_average_would_hardly_move(world):
+    """At a learning rate of 1e-6, over 600 steps, and with weights of the size of a language model's."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(256, 256, bias=False)
+    torch.nn.init.normal_(layer.weight, std=0.02)
+    engine = Engine(layer, lr=0.0, zero_stage=2, dtype="bfloat16", world=world)
+    average = MovingAverage(engine, 0.01)
+    (master,) = engine.masters()
+    start, direction = master.detach().clone(), torch.sign(torch.randn(master.shape))
+    rounded = start.bfloat16()
+    with torch.no_grad():
+        for _ in range(600):
+            master.add_(1e-6 * direction)
+            average.update()
+            rounded.lerp_(master.bfloat16(), 0.01)
+    # The average of a steady motion lags by (1 - rate) / rate steps, apart from its start.
+    exact = sum(1 - 0.99**step for step in range(1, 601)) * 1e-6
+    moved = ((average.values[0] - start) * direction).mean()
+    assert float(moved) == pytest.approx(exact, rel=1e-3)
+    assert float(((rounded.float() - start) * direction).mean()) < 0.2 * exact
+    engine.close()
