@@ -68,9 +68,24 @@ def mini_arguments(folder: Path, made: Path, *overrides: str) -> list[str]:
 
 
 def run_train(
-    arguments: list[str], *, processes: int = 1, timeout_s: float = 400, device: str = "cpu"
+    arguments: list[str],
+    *,
+    processes: int = 1,
+    timeout_s: float = 400,
+    device: str = "cpu",
+    warm: bool = True,
 ) -> subprocess.CompletedProcess:
-    if device == "cpu":
+    """Train to the end.
+
+    Args:
+        arguments: arguments of the program.
+        processes: number of processes.
+        timeout_s: time that the run has.
+        device: "cpu" or "cuda".
+        warm: fork processes that have the imports done, except on CUDA. Otherwise start interpreters, with torchrun if
+            there are several processes.
+    """
+    if warm and device == "cpu":
         return run_program("rmsd_fast.train", arguments, environment(), processes=processes, timeout_s=timeout_s)
     return subprocess.run(
         command(arguments, processes=processes),

@@ -161,7 +161,9 @@ def unsplit(tmp_path_factory, made) -> Path:
 
 @pytest.mark.parametrize("zero_stage", [2, 3])
 def test_two_processes_give_the_metrics_of_one(whole, made, tmp_path, zero_stage):
-    done = run_train(mini_arguments(tmp_path, made, *TAUGHT, f"runtime.zero_stage={zero_stage}"), processes=2)
+    arguments = mini_arguments(tmp_path, made, *TAUGHT, f"runtime.zero_stage={zero_stage}")
+    # Interpreters of their own have different hash seeds, as those of users.
+    done = run_train(arguments, processes=2, warm=zero_stage == 3)
     assert done.returncode == 0, done.stderr[-3000:]
     run = only_run(tmp_path)
     compare_metrics(whole, run)
