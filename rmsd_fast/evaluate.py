@@ -72,16 +72,17 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     from rmsd_fast.program import run_program
 
-    ready: list[bool] = []
+    ready = True
 
     def work(world: World, stop: StopSignal) -> None:
+        nonlocal ready
         if arguments.dry_run:
-            ready.append(rehearse(settings, world))
+            ready = rehearse(settings, world)
         else:
             evaluate(settings, world, stop, arguments.output)
 
     code = run_program("rmsd_fast.evaluate", settings, work, trains=False)
-    return code or (0 if all(ready) else 2)
+    return code or (0 if ready else 2)
 
 
 def rehearse(settings: RunConfig, world: World) -> bool:
@@ -93,20 +94,18 @@ def rehearse(settings: RunConfig, world: World) -> bool:
         Whether the evaluation is ready to start: at most `data.max_bad_share` of the questions cannot be used.
     """
     from rmsd_fast.data.media import MediaReader
-    from rmsd_fast.runtime.process_group import on_main
     from rmsd_fast.stages.build import load
     from rmsd_fast.stages.evaluation import time_questions
     from rmsd_fast.stages.evaluation_forecast import describe_evaluation
     from rmsd_fast.stages.material import prepare_material
     from rmsd_fast.stages.reranker import load_reranker
 
+    if settings.evaluate.judge.endpoint:
+        _check_judge(settings, world)
     material = prepare_material(settings, world, training=False)
     questions = material.heldout
     with MediaReader(settings.data, world.device) as media:
-        # All processes need to know which questions can be used.
-        lines, lengths = on_main(
-            world, lambda: describe_evaluation(material.model_path, questions, settings, world, media)
-        )
+        lines, lengths = describe_evaluation(material.model_path, questions, settings, world, media)
         if world.is_main:
             print("\n".join(lines), flush=True)
         usable = [question for question in questions if question.id not in lengths.faults]
@@ -159,10 +158,7 @@ def evaluate(settings: RunConfig, world: World, stop: StopSignal, output: Path) 
     path, replies = output.with_suffix(".predictions.jsonl"), output.with_suffix(".judge.jsonl")
     with AnswerStore(path, identity, world) as store, MediaReader(settings.data, world.device) as media:
         stop.output = path
-        lines, _ = on_main(
-            world,
-            lambda: describe_evaluation(material.model_path, questions, settings, world, media, most=READ_FIRST),
-        )
+        lines, _ = describe_evaluation(material.model_path, questions, settings, world, media, most=READ_FIRST)
         if world.is_main:
             tell("\n".join(lines))
         student = load(material.model_path, settings, world)

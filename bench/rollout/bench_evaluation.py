@@ -37,7 +37,8 @@ from rmsd_fast.rollout.base import Sampling
 from rmsd_fast.rollout.hf import HfRollout
 from rmsd_fast.runtime.process_group import World
 from rmsd_fast.stages import evaluation
-from rmsd_fast.stages.evaluation import answer_questions, plan_batches
+from rmsd_fast.stages.evaluation import answer_questions
+from rmsd_fast.stages.evaluation_batches import plan_batches
 
 NAME = "evaluation"
 GENERATE = "generate"

@@ -232,17 +232,38 @@ def encode_in_pass(model: PreTrainedModel, prompts: list[Prompt]) -> MediaFeatur
 
 
 def _encode(model: PreTrainedModel, media: list[Frames], tokens_per_call: int | None) -> list[list[torch.Tensor]]:
-    """Return the pooled features of each medium, followed by the features of each deepstack layer."""
-    family = family_of(model.config)
-    layers: list[list[list[torch.Tensor]]] = [
-        [[] for _ in media] for _ in range(1 + family.deepstack_layers(model.config))
-    ]
-    for call in _calls_of(media, tokens_per_call):
-        encoded = family.vision_layers(_run_tower(model, [frames for _, frames in call]))
-        for layer, of_call in zip(layers, encoded, strict=True):
-            for (medium, _), features in zip(call, of_call, strict=True):
-                layer[medium].append(features)
-    return [[parts[0] if len(parts) == 1 else torch.cat(parts) for parts in layer] for layer in layers]
+    """Return the pooled features of each medium, followed by the features of each deepstack layer.
+
+    The features of several calls are copied into one tensor per layer, call by call, so that no more than one call's
+    features exist twice.
+    """
+    calls = _calls_of(media, tokens_per_call)
+    if len(calls) == 1:
+        return family_of(model.config).vision_layers(_run_tower(model, calls[0]))
+    sizes = list(map(_tokens_of, media))
+    joined: list[torch.Tensor] = []
+    begin = 0
+    for call in calls:
+        joined = _encode_into(joined, model, call, begin, sum(sizes))
+        begin += sum(map(_tokens_of, call))
+    return [list(layer.split(sizes)) for layer in joined]
+
+
+def _encode_into(
+    joined: list[torch.Tensor], model: PreTrainedModel, call: list[Frames], begin: int, total: int
+) -> list[torch.Tensor]:
+    """Write the features of a call to `joined`, [total, D] per layer, from row `begin`, and return `joined`.
+
+    The first call finds an empty list, and allocates the tensors.
+    """
+    layers = family_of(model.config).vision_layers(_run_tower(model, call))
+    joined = joined or [features.new_empty(total, features.shape[1]) for features, *_ in layers]
+    for layer, of_call in zip(joined, layers, strict=True):
+        start = begin
+        for features in of_call:
+            layer[start : start + len(features)] = features
+            start += len(features)
+    return joined
 
 
 def _encode_cached(
@@ -277,23 +298,26 @@ def _run_tower(model: PreTrainedModel, media: list[Frames]):
     return model.model.get_image_features(torch.cat(patches), grid_thw, return_dict=True)
 
 
-def _calls_of(media: list[Frames], most_tokens: int | None) -> list[list[tuple[int, Frames]]]:
-    """Return what each call of the tower encodes, in order: media or parts of videos, with the index of the medium."""
-    calls: list[list[tuple[int, Frames]]] = []
+def _tokens_of(frames: Frames) -> int:
+    return math.prod(frames.grid_thw) // frames.preprocessor.merge_size**2
+
+
+def _calls_of(media: list[Frames], most_tokens: int | None) -> list[list[Frames]]:
+    """Return what each call of the tower encodes, in order: media, or parts of videos."""
+    calls: list[list[Frames]] = []
     tokens = 0
-    for index, frames in enumerate(media):
-        for part in _parts_of(frames, most_tokens):
-            size = math.prod(part.grid_thw) // part.preprocessor.merge_size**2
-            if not calls or (most_tokens is not None and tokens + size > most_tokens):
-                calls.append([])
-                tokens = 0
-            calls[-1].append((index, part))
-            tokens += size
+    for piece in (piece for frames in media for piece in _split(frames, most_tokens)):
+        size = _tokens_of(piece)
+        if not calls or (most_tokens is not None and tokens + size > most_tokens):
+            calls.append([])
+            tokens = 0
+        calls[-1].append(piece)
+        tokens += size
     return calls
 
 
-def _parts_of(frames: Frames, most_tokens: int | None) -> list[Frames]:
-    """Split a medium between temporal patches, into parts of at most `most_tokens` vision tokens or one such patch."""
+def _split(frames: Frames, most_tokens: int | None) -> list[Frames]:
+    """Split a medium between temporal patches, into pieces of at most `most_tokens` vision tokens or one such patch."""
     steps, height, width = frames.grid_thw
     of_step = height * width // frames.preprocessor.merge_size**2
     if most_tokens is None or steps * of_step <= most_tokens:
@@ -302,7 +326,10 @@ def _parts_of(frames: Frames, most_tokens: int | None) -> list[Frames]:
     return [
         replace(
             frames,
+            # The key is that of the whole video.
+            key="",
             pixels=frames.pixels[start * span : (start + count) * span],
+            timestamps_s=frames.timestamps_s[start * span : (start + count) * span],
             grid_thw=(min(count, steps - start), height, width),
         )
         for start in range(0, steps, count)

@@ -31,7 +31,8 @@ from rmsd_fast.stages.answer_records import (
     without_samples,
 )
 from rmsd_fast.stages.answer_store import AnswerStore
-from rmsd_fast.stages.evaluation_forecast import BatchTime, forecast_line, spread, time_batch
+from rmsd_fast.stages.evaluation_batches import plan_batches, spread
+from rmsd_fast.stages.evaluation_forecast import forecast_line, time_batch
 from rmsd_fast.stages.protocol import video_of
 from rmsd_fast.stages.reranker import Reranker
 from rmsd_fast.stages.summaries import count_unusable
@@ -74,7 +75,7 @@ def answer_questions(
         stop: stop signal, checked between batches.
         store: keeps the answers of each batch, and has those of an interrupted evaluation.
         reranker: scores the sampled responses to closed questions, if given.
-        forecast: whether to print how long the rest will take, after the first batch and again after three more. These
+        forecast: whether to print how long the rest will take, after the second batch and again after the fourth. These
             batches are then spread over the questions, because long videos may be together in a file.
     Raises:
         Stopped: the program was asked to end.
@@ -103,8 +104,6 @@ def answer_questions(
         for batch in answering.prompts_ahead(share):
             if stop is not None:
                 stop.check()
-            if clock is not None:
-                clock.read()
             answered = answering.answer(batch)
             if store is not None:
                 store.append(answered)
@@ -129,16 +128,23 @@ def time_questions(
 ) -> str:
     """Answer a batch per process, drop the answers, and return a line about the time of all questions.
 
-    The batch has questions from the whole list. One question per process is answered before, so that kernels are
-    compiled. The arguments are those of `answer_questions`.
+    The batches are those of the evaluation, spread over the questions. A question about other media, if there is one,
+    is answered before, so that kernels are compiled and no frame of the batch is cached. The arguments are those of
+    `answer_questions`.
     """
-    size = min(settings.evaluate.prompts_per_batch, len(questions) // world.size)
-    if not size:
-        return f"time: not measured, since there are fewer questions than processes ({world.size})"
     answering = Answering(student, settings, world, media, clusters_of(questions), reranker)
-    batch = spread(questions, size * world.size)[world.rank :: world.size]
-    time_batch(answering, batch[:1], world)
-    measured = time_batch(answering, batch, world)
+    batches = plan_batches(questions, settings.evaluate.prompts_per_batch, world.size)
+    timed = spread(batches, world.size)
+    # There may be fewer batches than processes, all of which take part.
+    batch = timed[world.rank % len(timed)]
+    shown = {medium for question in batch for medium in question.media}
+    ids = {question.id for question in batch}
+    for question in questions:
+        if question.id not in ids and shown.isdisjoint(question.media):
+            (prompts,) = answering.prompts_ahead([[question]])
+            answering.answer(prompts)
+            break
+    measured = time_batch(answering, batch, world, questions=sum(map(len, timed)))
     return forecast_line(measured.seconds_per_question(world.device), len(questions), measured.questions)
 
 
@@ -152,55 +158,23 @@ class _Clock:
 
     def __init__(self, batches: list[list[Question]], world: World) -> None:
         self._sizes, self._world = [len(batch) for batch in batches], world
-        self._done, self._began = 0, time.perf_counter()
-        self._ready = self._first_end = self._began
-
-    def read(self) -> None:
-        """Note that the prompts of the next batch are there."""
-        self._ready = time.perf_counter()
+        self._done, self._first_end = 0, 0.0
 
     def answered(self) -> str:
         """Note that a batch is answered, and return a line about the time of the rest, or ""."""
         now = time.perf_counter()
         self._done += 1
         if self._done == 1:
+            # The first batch includes the compilation of kernels.
             self._first_end = now
-            measured = self._sizes[0]
-            first = BatchTime(measured, self._ready - self._began, now - self._ready)
-            each = first.seconds_per_question(self._world.device)
-        elif self._done == _TIMED_BATCHES:
-            measured = sum(self._sizes[1 : self._done])
-            each = (now - self._first_end) / measured
-        else:
+        if self._done not in (2, _TIMED_BATCHES):
             return ""
+        measured = sum(self._sizes[1 : self._done])
+        each = (now - self._first_end) / measured
         left = sum(self._sizes[self._done :])
         # All processes answer as many questions in this time.
         size = self._world.size
         return forecast_line(each / size, left * size, measured * size) if left else ""
-
-
-def plan_batches(questions: Sequence[Question], batch_size: int, processes: int) -> list[list[Question]]:
-    """Return batches in which questions about the same media are adjacent, and in one batch where they fit.
-
-    Args:
-        questions: the questions.
-        batch_size: maximum number of questions per batch.
-        processes: number of processes. If there are not enough questions, batches are smaller so that all have one.
-    """
-    size = max(1, min(batch_size, -(-len(questions) // processes)))
-    groups: dict[object, list[Question]] = {}
-    for question in questions:
-        # Questions about text alone share nothing.
-        groups.setdefault(tuple(question.media) or question.id, []).append(question)
-    batches: list[list[Question]] = []
-    for group in groups.values():
-        if not batches or len(batches[-1]) + min(len(group), size) > size:
-            batches.append([])
-        for question in group:
-            if len(batches[-1]) == size:
-                batches.append([])
-            batches[-1].append(question)
-    return batches
 
 
 class Answering:

@@ -6,14 +6,16 @@ import copy
 import json
 import logging
 import os
+import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
+from tqdm import tqdm
 
 from rmsd_fast.config import RunConfig, SettingsError, UserError, first_line
 from rmsd_fast.data.errors import counted
@@ -23,8 +25,9 @@ from rmsd_fast.data.prompts import PromptBuilder, PromptError
 from rmsd_fast.data.records import Question
 from rmsd_fast.models.families import family_of
 from rmsd_fast.models.folders import open_folder, resolve_folder
-from rmsd_fast.runtime.process_group import World, global_max
+from rmsd_fast.runtime.process_group import World, all_gather_objects, global_max, on_main, raise_together
 from rmsd_fast.stages.answer_records import reason_of
+from rmsd_fast.stages.evaluation_batches import largest_batches, plan_batches, spread
 from rmsd_fast.stages.memory import GIB, StagePlan, plan_evaluation
 from rmsd_fast.stages.memory_advice import device_room
 from rmsd_fast.stages.protocol import video_of
@@ -50,40 +53,71 @@ class PromptLengths:
 
 
 def read_lengths(
-    path: str, questions: Sequence[Question], settings: RunConfig, media: MediaReader, *, most: int | None = None
+    path: str,
+    questions: Sequence[Question],
+    settings: RunConfig,
+    media: MediaReader,
+    world: World,
+    *,
+    most: int | None = None,
 ) -> PromptLengths:
     """Return the lengths of the prompts of an evaluation. Nothing is decoded, and no weights are loaded.
+
+    Every process reads its share of the headers and returns all lengths. All processes call it together.
 
     Args:
         path: folder or Hub name of the student.
         questions: the questions.
         settings: settings of the evaluation.
         media: reader of the videos and images.
+        world: this process in the run.
         most: read only this many questions, spread over the list; None = all.
     """
-    builder = _builder(path, settings, media)
     chosen = spread(questions, most or len(questions))
-    limit = settings.data.max_prompt_tokens
-
-    def measure(question: Question) -> int | tuple[str, str]:
-        try:
-            return builder.length(question, max_tokens=limit)
-        except (MediaError, PromptError) as error:
-            return reason_of(str(error), of_prompt=isinstance(error, PromptError)), str(error)
-
-    with ThreadPoolExecutor(settings.data.decode_threads) as pool:
-        found = list(pool.map(measure, chosen))
-    tokens = sorted(size for size in found if isinstance(size, int))
-    pairs = zip(chosen, found, strict=True)
-    faults = {question.id: fault for question, fault in pairs if not isinstance(fault, int)}
+    measured: list[tuple[str, int | tuple[str, str]]] = []
+    error: Exception | None = None
+    try:
+        measured = _measure(path, chosen[world.rank :: world.size], settings, media, shown=world.is_main)
+    except Exception as caught:
+        error = caught
+    raise_together(error, world)
+    # In the order of the questions, so that the first fault is the same with any number of processes.
+    by_id = dict(pair for share in all_gather_objects(measured, world) for pair in share)
+    results = {question.id: by_id[question.id] for question in chosen}
+    tokens = sorted(result for result in results.values() if isinstance(result, int))
+    faults = {name: result for name, result in results.items() if not isinstance(result, int)}
     return PromptLengths(len(chosen), tokens, faults)
 
 
-def spread(items: Sequence, count: int) -> list:
-    """Return `count` items that are evenly spaced, or all if there are fewer."""
-    if count >= len(items):
-        return list(items)
-    return [items[(2 * number + 1) * len(items) // (2 * count)] for number in range(count)]
+def _measure(
+    path: str, questions: Sequence[Question], settings: RunConfig, media: MediaReader, *, shown: bool
+) -> list[tuple[str, int | tuple[str, str]]]:
+    """Return the length of each prompt, or the reason and the message of its fault, with the question's id."""
+    builder = _builder(path, settings, media)
+    limit = settings.data.max_prompt_tokens
+
+    def measure(question: Question) -> tuple[str, int | tuple[str, str]]:
+        try:
+            return question.id, builder.length(question, max_tokens=limit)
+        except (MediaError, PromptError) as error:
+            return question.id, (reason_of(str(error), of_prompt=isinstance(error, PromptError)), str(error))
+
+    live = sys.stderr.isatty()
+    with ThreadPoolExecutor(settings.data.decode_threads) as pool:
+        lengths = pool.map(measure, questions)
+        # Without a terminal, print one line every ten seconds.
+        return list(
+            tqdm(
+                lengths,
+                desc="headers",
+                unit="question",
+                total=len(questions),
+                disable=not shown,
+                leave=False,
+                mininterval=0.1 if live else 10,
+                delay=2 if live else 10,
+            )
+        )
 
 
 def _builder(path: str, settings: RunConfig, media: MediaReader) -> PromptBuilder:
@@ -136,6 +170,8 @@ def describe_evaluation(
 ) -> tuple[list[str], PromptLengths]:
     """Return lines about an evaluation before it starts, and the lengths of its prompts.
 
+    All processes call it together. The lines are those of the main process, and empty on the others.
+
     Args:
         path: folder or Hub name of the student.
         questions: the questions.
@@ -146,59 +182,118 @@ def describe_evaluation(
     Raises:
         SettingsError: the memory plan exceeds the memory of the GPU.
     """
-    lengths = read_lengths(path, questions, settings, media, most=most)
-    lines = describe_questions(questions, lengths, settings)
-    if lengths.tokens:
-        lines += check_evaluation_memory(path, lengths.tokens[-1], settings, world)
-    return lines, lengths
+    lengths = read_lengths(path, questions, settings, media, world, most=most)
+
+    def describe() -> list[str]:
+        lines = describe_questions(questions, lengths, settings)
+        if not lengths.tokens:
+            return [*lines, "memory: not planned, since no prompt could be read"]
+        return lines + check_evaluation_memory(path, questions, lengths.tokens[-1], settings, world)
+
+    lines = on_main(world, describe)
+    return lines if world.is_main else [], lengths
 
 
-def check_evaluation_memory(path: str, longest: int, settings: RunConfig, world: World) -> list[str]:
+def check_evaluation_memory(
+    path: str, questions: Sequence[Question], longest: int, settings: RunConfig, world: World
+) -> list[str]:
     """Return lines about the memory of an evaluation on each process.
 
     Args:
         path: folder or Hub name of the student.
+        questions: the questions, whose batches are planned.
         longest: tokens of the longest prompt.
         settings: settings of the evaluation.
         world: this process in the run.
     Raises:
         SettingsError: the plan exceeds the memory of the GPU, and `runtime.check_memory` is set.
     """
-    config = json.loads((resolve_folder(path) / "config.json").read_text())
     device = world.device
     try:
-        plan = _plan(settings, config, longest, device)
+        config = json.loads((resolve_folder(path) / "config.json").read_text())
+
+        def planned(changed: RunConfig) -> StagePlan:
+            return _plan(changed, config, questions, longest, world)
+
+        plan = planned(settings)
         lines = [f"memory: {_size(plan.total)} planned per process, at most in {plan.peak}: {_parts(plan)}"]
         if device.type != "cuda":
             return lines
         room, free = device_room(device)
         if plan.total <= room:
             return [*lines, f"{free}"]
-        batch, smaller = settings.evaluate.prompts_per_batch, ""
-        while batch > 1 and not smaller:
-            batch //= 2
-            changed = copy.deepcopy(settings)
-            changed.evaluate.prompts_per_batch = batch
-            if (total := _plan(changed, config, longest, device).total) <= room:
-                smaller = f"set evaluate.prompts_per_batch={batch}, planned {_size(total)}; "
+        advice = _advice(settings, questions, planned, room)
     except UserError:
         raise
     except Exception as error:
         return [f"memory: could not be planned ({type(error).__name__}: {first_line(error)})"]
     exceeds = (
         f"memory: expected at most {_size(room)} per process ({free}), got a plan of {_size(plan.total)} with prompts "
-        f"of {longest:,} tokens; {smaller}lower evaluate.num_frames, video.max_video_pixels or micro_tokens"
+        f"of {longest:,} tokens, at most in {plan.peak}; {advice}"
     )
     if settings.runtime.check_memory:
         raise SettingsError(f"{exceeds}, or set runtime.check_memory=false to start anyway")
     return [*lines, exceeds]
 
 
-def _plan(settings: RunConfig, config: dict, longest: int, device: torch.device) -> StagePlan:
+def _advice(
+    settings: RunConfig, questions: Sequence[Question], planned: Callable[[RunConfig], StagePlan], room: int
+) -> str:
+    """Return what to change so that an evaluation fits into `room` bytes. It names only settings that lower the plan.
+
+    Args:
+        settings: settings of the evaluation.
+        questions: the questions.
+        planned: returns the plan of changed settings.
+        room: bytes of the device.
+    """
+    best, lower = planned(settings).total, []
+    changes: list[tuple[str, list]] = [
+        ("evaluate.prompts_per_batch", _halves(settings.evaluate.prompts_per_batch, 1)),
+        ("micro_tokens", _halves(settings.micro_tokens, 1024)),
+        ("data.decoder", ["cpu"] if settings.data.decoder != "cpu" else []),
+    ]
+    for key, values in changes:
+        helps = False
+        for value in values:
+            changed = copy.deepcopy(settings)
+            section, _, name = key.rpartition(".")
+            setattr(getattr(changed, section) if section else changed, name, value)
+            total = planned(changed).total
+            if total <= room:
+                return f"set {key}={value}, planned {_size(total)}"
+            helps = helps or total < best
+        if helps:
+            lower.append(f"{key}={values[-1]}" if key == "data.decoder" else key)
+    videos, images = any(q.videos for q in questions), any(q.images for q in questions)
+    video, evaluate = settings.video, settings.evaluate
+    if videos:
+        frames = (
+            "evaluate.num_frames" if evaluate.num_frames else "video.num_frames" if video.num_frames else "video.fps"
+        )
+        lower += [frames, "video.max_video_pixels"]
+    if images:
+        lower.append("video.max_image_pixels")
+    if not lower:
+        return "use a smaller model or a larger GPU"
+    return f"lower {', '.join(lower[:-1])}{' or ' if lower[1:] else ''}{lower[-1]}, or use a larger GPU"
+
+
+def _halves(value: int, least: int) -> list[int]:
+    """Return half the value, a quarter and so on, down to `least`."""
+    values = []
+    while value // 2 >= least:
+        value //= 2
+        values.append(value)
+    return values
+
+
+def _plan(settings: RunConfig, config: dict, questions: Sequence[Question], longest: int, world: World) -> StagePlan:
     shorter = copy.deepcopy(settings)
     shorter.data.max_prompt_tokens = longest
     shorter.video = video_of(settings)
-    return plan_evaluation(shorter, config, device=device.type)
+    batches = plan_batches(questions, settings.evaluate.prompts_per_batch, world.size)
+    return plan_evaluation(shorter, config, device=world.device.type, batches=largest_batches(batches))
 
 
 def _size(size: int) -> str:
@@ -230,20 +325,21 @@ class BatchTime:
         return both / self.questions
 
 
-def time_batch(answering, batch: list[Question], world: World) -> BatchTime:
+def time_batch(answering, batch: list[Question], world: World, *, questions: int | None = None) -> BatchTime:
     """Answer a batch of this process, and return the seconds. The answers are dropped. All processes call it together.
 
     Args:
         answering: a `stages.evaluation.Answering`.
         batch: questions of this process, at least one.
         world: this process in the run.
+        questions: number of questions of all processes; None = each has as many.
     """
     began = time.perf_counter()
     (prompts,) = answering.prompts_ahead([batch])
     read = time.perf_counter() - began
     answering.answer(prompts)
     seconds = global_max({"read": read, "answer": time.perf_counter() - began - read}, world)
-    return BatchTime(len(batch) * world.size, seconds["read"], seconds["answer"])
+    return BatchTime(questions or len(batch) * world.size, seconds["read"], seconds["answer"])
 
 
 def forecast_line(seconds_per_question: float, left: int, measured: int) -> str:

@@ -128,6 +128,21 @@ class MemoryPlan:
         return [f"{part:<14}" + "".join(cell.rjust(width) for cell in cells) for part, cells in rows]
 
 
+@dataclass(frozen=True)
+class EvaluatedBatches:
+    """The largest batches of an evaluation.
+
+    Attributes:
+        questions: most questions of a batch.
+        media: most questions of a batch that are about different media; 0 = all are about text.
+        images: whether any question has images.
+    """
+
+    questions: int
+    media: int
+    images: bool = False
+
+
 def plan_memory(settings: RunConfig, config: dict[str, Any], *, processes: int, device: str) -> MemoryPlan:
     """Return the plan of a run.
 
@@ -149,18 +164,24 @@ def plan_memory(settings: RunConfig, config: dict[str, Any], *, processes: int, 
     return MemoryPlan(device, stages)
 
 
-def plan_evaluation(settings: RunConfig, config: dict[str, Any], *, device: str) -> StagePlan:
+def plan_evaluation(
+    settings: RunConfig, config: dict[str, Any], *, device: str, batches: EvaluatedBatches | None = None
+) -> StagePlan:
     """Return the plan of `rmsd_fast.evaluate` on one process, which holds one model and answers batches.
 
     Args:
         settings: settings of the evaluation, with `video` as in evaluations.
         config: contents of the student's config.json.
         device: "cuda" or "cpu", where the evaluation will be.
+        batches: the batches; None = full batches of questions about different videos.
     Raises:
         ModelError: the family is not supported.
     """
     config = complete_config(config)
-    return _Planner(settings, config, count_parameters(config, settings.model), 1, device, "evaluate").evaluation()
+    planner = _Planner(settings, config, count_parameters(config, settings.model), 1, device, "evaluate")
+    if batches is not None:
+        planner.questions, planner.media, planner.images = batches.questions, batches.media, batches.images
+    return planner.evaluation()
 
 
 def count_parameters(config: dict[str, Any], model_config: ModelConfig) -> Parameters:
@@ -211,6 +232,8 @@ class _Planner:
         self.train_vision = training.train_vision and stage != "evaluate"
         batch = settings.evaluate.prompts_per_batch if stage == "evaluate" else training.batch_size
         self.questions = max(1, batch // processes)
+        # Questions of an evaluation may be about the same media, which are then encoded and prefilled once.
+        self.media, self.images = self.questions, False
         self.width = 2 if settings.model.dtype == "bfloat16" else 4
         self.lora = settings.model.adapter == "lora"
         self.quantized = settings.model.quantize == "nf4"
@@ -304,7 +327,7 @@ class _Planner:
             "answers": held | self._generation(self.questions, 1, evaluate.max_new_tokens),
         }
         if rollouts:
-            prompts = max(1, self.questions // rollouts)
+            prompts = min(self.questions, max(1, evaluate.prompts_per_batch // rollouts))
             phases["samples"] = held | self._generation(prompts, rollouts, evaluate.max_new_tokens)
         return StagePlan(phases, 0 if self._frames_on_device else self._frames(ahead=1))
 
@@ -526,12 +549,15 @@ class _Planner:
         prefix = settings.data.max_prompt_tokens
         head_dim = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
         of_layer = 2 * text["num_key_value_heads"] * head_dim * self.width
-        vision = min(self._vision_tokens(), prefix - 1)
-        shape = RowShape("shared", (prefix,) * prompts, ((),) * prompts, (vision,) * prompts)
+        vision, media = self._shown_tokens(), min(self.media, prompts)
+        # Questions about the same media share everything up to the end of these.
+        beside = prompts - media
+        prefixes = (prefix,) * media + (prefix - vision,) * beside
+        shape = RowShape("shared", prefixes, ((),) * prompts, (vision,) * media + (0,) * beside)
         prefill = sum(_counted_prefill(_key(self.config), _model_key(settings.model), shape, self.device).values())
         # Buffers of the rows' own tokens grow in blocks; the last growth copies one buffer of a layer's keys or values.
         own = prompts * rows * BLOCK * -(-tokens // BLOCK) * of_layer
-        cache = text["num_hidden_layers"] * (prompts * prefix * of_layer + own) + own // 2
+        cache = text["num_hidden_layers"] * (sum(prefixes) * of_layer + own) + own // 2
         # Logits in the dtype of the model, in float32 if that is another, their log-softmax, and in float64 the
         # probabilities and their sums.
         number = self.width + (4 if self.width == 2 else 0) + 4 + 8 + 8
@@ -540,24 +566,39 @@ class _Planner:
         logits *= 2 if self.device == "cuda" and settings.rollout.cuda_graphs else 1
         # The last layer's dequantized weight is freed before the logits.
         whole = self.size.largest_quantizable * self.width if self.quantized else 0
-        return {ROLLOUT: max(prefill, cache + max(logits, whole)), VISION: self._features(self.questions)}
+        return {ROLLOUT: max(prefill, cache + max(logits, whole)), VISION: self._features(self.media)}
 
     def _tower(self) -> dict[str, int]:
         """Return the bytes of encoding the step's media, which is done in calls of at most micro_tokens tokens."""
         tokens = self._shown_tokens()
-        if not tokens:
+        total = self.media * tokens
+        if not total:
             return {}
-        # A video that does not fit into a call is split between temporal patches.
-        in_call = min(tokens, self.settings.micro_tokens)
-        videos = max(1, min(self.questions, self.settings.micro_tokens // tokens))
-        steps = -(-self._steps() * in_call // tokens)
-        shape = RowShape("shared", (1,) * videos, ((),) * videos, (in_call,) * videos, steps)
+        bound, undivided = min(total, self.settings.micro_tokens), min(tokens, self._undivided_tokens())
+        in_call, steps = max(bound, undivided), self._steps()
+        videos, rest = divmod(in_call, tokens)
+        if undivided > bound:
+            steps = 1
+        elif not videos:
+            # A video that does not fit into a call is split between temporal patches.
+            steps = -(-steps * in_call // tokens)
+        in_videos = (tokens,) * videos + ((rest,) if rest else ())
+        count = len(in_videos)
+        shape = RowShape("shared", (1,) * count, ((),) * count, in_videos, steps)
         sizes = dict(_counted_vision(_key(self.config), _model_key(self.settings.model), shape, self.device))
-        # The call's own features are part of its bytes.
-        sizes[VISION] += self._features(self.questions) - self._feature_bytes(videos * in_call)
+        if in_call < total:
+            # The features of several calls are copied to their place. Those of a call are part of its bytes.
+            sizes[VISION] += self._features(self.media)
         if not self._frames_on_device:
-            sizes[VISION] += videos * in_call * self.pixels_per_token * _PIXEL_BYTES
+            sizes[VISION] += in_call * self.pixels_per_token * _PIXEL_BYTES
         return sizes
+
+    def _undivided_tokens(self) -> int:
+        """Return the most vision tokens of what the tower encodes in one call: a temporal patch or an image."""
+        video = self.settings.video
+        patch = video.max_frame_pixels * self.step_frames // self.pixels_per_token
+        image = video.max_image_pixels * self.step_frames // self.pixels_per_token if self.images else 0
+        return max(1, patch, image)
 
     def _steps(self) -> int:
         video = self.settings.video
@@ -577,8 +618,12 @@ class _Planner:
         return tokens * self.feature_layers * self.text["hidden_size"] * self.width
 
     def _shown_tokens(self) -> int:
-        """Return the most vision tokens of a video in a prompt of the allowed length."""
-        return min(self._vision_tokens(), self.settings.data.max_prompt_tokens - 1)
+        """Return the most vision tokens of a prompt of the allowed length: those of a video or, if any, of images."""
+        if not self.media:
+            return 0
+        # A prompt may have several images.
+        most = self.settings.data.max_prompt_tokens - 1
+        return most if self.images else min(self._vision_tokens(), most)
 
     @property
     def _frames_on_device(self) -> bool:
@@ -589,8 +634,11 @@ class _Planner:
         """Return the bytes of decoded frames: those of the step and the steps ahead, and the cache."""
         data = self.settings.data
         ahead = data.decode_ahead if ahead is None else ahead
-        frames = (1 + ahead) * self.questions * self._shown_tokens() * self.pixels_per_token * _PIXEL_BYTES
-        return frames + data.cache_mib * 2**20
+        of_medium = self._shown_tokens() * self.pixels_per_token * _PIXEL_BYTES
+        cache = data.cache_mib * 2**20
+        # Questions about the same media share their frames if the cache holds them until the last one is read.
+        media = self.media if cache >= data.decode_threads * of_medium else self.questions
+        return (1 + ahead) * media * of_medium + cache
 
     def _embedding_cache(self) -> int:
         return 0 if self.train_vision else self.settings.data.embedding_cache_mib * 2**20

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from rmsd_fast.config import DataConfig, VideoConfig
 from rmsd_fast.data.media import MediaReader
@@ -95,20 +97,47 @@ def test_the_bytes_of_the_tower_follow_the_bound_and_not_the_video(student: Stud
     model.set_attn_implementation({"vision_config": vision_implementation(model)})
 
     def peak(frames: int, tokens: int | None) -> int:
-        prompt = prompt_of(noise(student, frames, 2, 2))
-        live = LiveBytes(
-            [*model.parameters(), *model.buffers(), prompt.media[0].pixels], "cpu", RowShape("", (), (), ())
-        )
-        with torch.no_grad(), live:
-            features = encode_media(model, [prompt], tokens_per_call=tokens)
-        kept = sum(layer.nbytes for layer in (*features.pooled, *(layer[0] for layer in features.deepstack)))
-        return max(sum(counts.values()) for counts in live.peaks.values()) - kept
+        total, kept = bytes_of_encoding(model, prompt_of(noise(student, frames, 2, 2)), tokens)
+        return total - kept
 
     # In one call, twice the frames take twice the bytes. In parts of 32 tokens, only the features grow.
     whole, double = peak(64, None), peak(128, None)
     assert 1.9 < double / whole < 2.1
     parts, double_parts = peak(64, 32), peak(128, 32)
     assert double_parts < 1.2 * parts and parts < 0.4 * whole
+
+
+def bytes_of_encoding(model: PreTrainedModel, prompt: Prompt, tokens: int | None) -> tuple[int, int]:
+    """Return the bytes at the peak of `encode_media`, and those of its features."""
+    pixels = [frames.pixels for frames in prompt.media]
+    live = LiveBytes([*model.parameters(), *model.buffers(), *pixels], "cpu", RowShape("", (), (), ()))
+    with torch.no_grad(), live:
+        features = encode_media(model, [prompt], tokens_per_call=tokens)
+    kept = sum(medium.nbytes for layer in (features.pooled, *features.deepstack) for medium in layer)
+    return max(sum(counts.values()) for counts in live.peaks.values()), kept
+
+
+def test_features_of_many_calls_exist_once(student: Student) -> None:
+    model = student.model.to(torch.float32)
+    model.set_attn_implementation({"vision_config": vision_implementation(model)})
+
+    def peak(steps: int) -> tuple[int, int]:
+        # One video in many parts, and media that share calls with parts of it.
+        media = (noise(student, 1, 1, 2, kind="image"), noise(student, 2 * steps, 1, 4), noise(student, 2, 1, 2))
+        return bytes_of_encoding(model, prompt_of(*media), 8)
+
+    layers = 1 + student.family.deepstack_layers(model.config)
+    (small, small_kept), (large, large_kept) = peak(40), peak(2000 // layers)
+    assert large_kept > 1.5 * (small - small_kept)
+    # Whatever the length of the video, the features and one call.
+    assert large - large_kept <= 1.05 * (small - small_kept)
+
+
+def test_parts_of_a_video_are_not_taken_for_the_video(student: Student) -> None:
+    frames = replace(noise(student, 8, 2, 2), key="video", timestamps_s=tuple(map(float, range(8))))
+    parts = [part for call in students._calls_of([frames], 8) for part in call]
+    assert [part.timestamps_s for part in parts] == [(0.0, 1.0, 2.0, 3.0), (4.0, 5.0, 6.0, 7.0)]
+    assert [part.key for part in parts] == ["", ""] and [part.grid_thw for part in parts] == [(2, 4, 4)] * 2
 
 
 def test_768_frames_of_half_an_hour_are_answered_like_by_plain_transformers(student: Student, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from rmsd_fast.settings import load_settings, save_settings
 from rmsd_fast.stages import evaluation_forecast
 from rmsd_fast.stages.build import load
 from rmsd_fast.stages.evaluation import _Clock, time_questions
+from rmsd_fast.stages.evaluation_batches import largest_batches, plan_batches, spread
 from rmsd_fast.stages.evaluation_forecast import (
     BatchTime,
     check_evaluation_memory,
@@ -29,7 +30,6 @@ from rmsd_fast.stages.evaluation_forecast import (
     duration,
     forecast_line,
     read_lengths,
-    spread,
 )
 from rmsd_fast.stages.material import Material, prepare_material
 from rmsd_fast.stages.memory import GIB, plan_evaluation
@@ -56,7 +56,7 @@ def test_lengths_are_those_of_the_prompts(folder: Path, material: Material, tmp_
     special = replace(questions[2], id="special", question="<|im_end|>")
     asked = [*questions, lost, damaged, special]
     with MediaReader(settings.data) as media:
-        lengths = read_lengths(material.model_path, asked, settings, media)
+        lengths = read_lengths(material.model_path, asked, settings, media, WORLD)
         student = load(material.model_path, settings, WORLD)
         builder = PromptBuilder(student, replace(settings.video, num_frames=6), media)
         tokens = sorted(len(builder.build(question).input_ids) for question in questions)
@@ -65,11 +65,11 @@ def test_lengths_are_those_of_the_prompts(folder: Path, material: Material, tmp_
         assert reasons == {"lost": "missing_media", "damaged": "unreadable_media", "special": "refused_question"}
         # Prompts that are one token too long.
         settings.data.max_prompt_tokens = tokens[-1] - 1
-        short = read_lengths(material.model_path, questions, settings, media)
+        short = read_lengths(material.model_path, questions, settings, media, WORLD)
         longest = tokens.count(tokens[-1])
         assert short.tokens == tokens[:-longest]
         assert [reason for reason, _ in short.faults.values()] == ["prompt_too_long"] * longest
-        assert read_lengths(material.model_path, questions, settings, media, most=2).read == 2
+        assert read_lengths(material.model_path, questions, settings, media, WORLD, most=2).read == 2
     lines = describe_questions(asked, lengths, settings)
     videos = len({question.videos for question in asked})
     assert lines[0] == f"questions: {len(asked)} questions about {videos} videos"
@@ -120,21 +120,23 @@ def test_an_evaluation_that_does_not_fit_is_refused(
     folder: Path, material: Material, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = tiny_settings(folder, "evaluate.prompts_per_batch=16", "evaluate.num_frames=16")
-    assert check_evaluation_memory(material.model_path, 200, settings, WORLD)[0].startswith("memory: ")
+    # 16 questions about different videos.
+    asked = [replace(material.heldout[0], id=f"{index}", videos=(f"{index}.mp4",)) for index in range(16)]
+    assert check_evaluation_memory(material.model_path, asked, 200, settings, WORLD)[0].startswith("memory: ")
     monkeypatch.setattr(evaluation_forecast, "device_room", lambda device: (2 * GIB, "2.0 GiB are free"))
-    planned, free = check_evaluation_memory(material.model_path, 200, settings, CUDA)
+    planned, free = check_evaluation_memory(material.model_path, asked, 200, settings, CUDA)
     assert "planned per process, at most in" in planned and free == "2.0 GiB are free"
-    total = evaluation_forecast._plan(settings, _config(material), 200, CUDA.device).total
+    total = evaluation_forecast._plan(settings, _config(material), asked, 200, CUDA).total
     settings.evaluate.prompts_per_batch = 4
-    four = evaluation_forecast._plan(settings, _config(material), 200, CUDA.device).total
+    four = evaluation_forecast._plan(settings, _config(material), asked, 200, CUDA).total
     settings.evaluate.prompts_per_batch = 16
     monkeypatch.setattr(evaluation_forecast, "device_room", lambda device: (four, "little is free"))
     with pytest.raises(SettingsError) as refused:
-        check_evaluation_memory(material.model_path, 200, settings, CUDA)
+        check_evaluation_memory(material.model_path, asked, 200, settings, CUDA)
     assert f"got a plan of {evaluation_forecast._size(total)} with prompts of 200 tokens" in str(refused.value)
     assert "set evaluate.prompts_per_batch=4, planned" in str(refused.value)
     settings.runtime.check_memory = False
-    assert "expected at most" in check_evaluation_memory(material.model_path, 200, settings, CUDA)[-1]
+    assert "expected at most" in check_evaluation_memory(material.model_path, asked, 200, settings, CUDA)[-1]
 
 
 def _config(material: Material) -> dict:
@@ -158,26 +160,67 @@ def test_time_is_extrapolated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rmsd_fast.stages.evaluation.time.perf_counter", lambda: now[0])
     clock = _Clock([["q"] * 4] * 10, replace(WORLD, size=2))
     lines = []
-    # The first batch waits 8 s for its media and is answered in 4 s. The others take 6 s each.
-    for ready, end in ((8, 12), (13, 18), (19, 24), (25, 30), (31, 36)):
-        now[0] = ready
-        clock.read()
+    # The first batch includes the compilation of kernels. The others take 12, 3, 3 and 6 s.
+    for end in (100, 112, 115, 118, 124):
         now[0] = end
         lines.append(clock.answered())
-    # 12 s for 4 questions of each of the two processes: 1.5 s per question, 72 left. Then 18 s for 24 questions.
-    assert lines[0] == "time: about 2 min for 72 questions, 25 min per 1,000 (from 8 questions)"
+    # 12 s for 4 questions of each of the two processes: 1.5 s per question, 64 left. Then 18 s for 24 questions.
+    assert lines[1] == "time: about 2 min for 64 questions, 25 min per 1,000 (from 8 questions)"
     assert lines[3] == "time: about 36 s for 48 questions, 12 min per 1,000 (from 24 questions)"
-    assert lines[1] == lines[2] == lines[4] == ""
+    assert lines[0] == lines[2] == lines[4] == ""
 
 
-def test_a_sample_is_timed_and_dropped(folder: Path, material: Material) -> None:
-    settings = tiny_settings(folder, "evaluate.prompts_per_batch=3", "evaluate.max_new_tokens=3")
+def test_a_batch_of_the_evaluation_is_timed_with_cold_caches(folder: Path, material: Material) -> None:
+    settings = tiny_settings(folder, "evaluate.prompts_per_batch=4", "evaluate.max_new_tokens=3")
+    # 3 questions about each of 3 videos, so that a batch has one video.
+    clips = list(dict.fromkeys(question.videos for question in material.heldout))[:3]
+    first = material.heldout[0]
+    asked = [replace(first, id=f"{index}", videos=clips[index % 3]) for index in range(9)]
+    batches = plan_batches(asked, 4, 1)
+    assert [[q.id for q in batch] for batch in batches] == [["0", "3", "6"], ["1", "4", "7"], ["2", "5", "8"]]
+    assert (largest_batches(batches).questions, largest_batches(batches).media) == (3, 1)
     with MediaReader(settings.data) as media:
         student = load(material.model_path, settings, WORLD)
-        line = time_questions(student, material.heldout, settings, WORLD, media)
-        lines, lengths = describe_evaluation(material.model_path, material.heldout, settings, WORLD, media)
-    assert f"for {len(material.heldout)} questions" in line and line.endswith("(from 3 questions)")
-    assert lengths.read == len(material.heldout) and any(text.startswith("memory: ") for text in lines)
+        line = time_questions(student, asked, settings, WORLD, media)
+        # The video of the batch, and before it one of the question that compiles kernels.
+        assert media.take_counts()["decoded"] == 2
+        lines, lengths = describe_evaluation(material.model_path, asked, settings, WORLD, media)
+        assert "for 9 questions" in line and line.endswith("(from 3 questions)")
+        assert lengths.read == 9 and any(text.startswith("memory: ") for text in lines)
+        # Without another batch, the timed one is the whole evaluation, and there are fewer batches than processes.
+        line = time_questions(student, asked[:1], settings, WORLD, media)
+        assert "for 1 question," in line and line.endswith("(from 1 question)")
+
+
+def test_the_plan_is_that_of_the_questions(folder: Path, material: Material) -> None:
+    settings = tiny_settings(folder, "evaluate.prompts_per_batch=16", "evaluate.max_new_tokens=10", "data.cache_mib=64")
+    config, first = _config(material), material.heldout[0]
+
+    def plan(videos: int, each: int):
+        asked = [replace(first, id=f"{i}", videos=(f"{i % videos}.mp4",)) for i in range(videos * each)]
+        return evaluation_forecast._plan(settings, config, asked, 100, WORLD)
+
+    layers = 1 + len(config["vision_config"]["deepstack_visual_indexes"])
+    # Two questions are a batch of two, whatever prompts_per_batch says. 8 frames have up to 99 tokens.
+    assert plan(2, 1).phases["answers"]["vision"] == 2 * 99 * layers * 64 * 4
+    assert plan(1, 4).phases["answers"]["vision"] == 99 * layers * 64 * 4
+    # Questions about one video share its frames, features, and keys and values.
+    shared, apart = plan(1, 4).phases["answers"], plan(4, 1).phases["answers"]
+    assert shared["media"] - 64 * 2**20 == (apart["media"] - 64 * 2**20) / 4 and shared["rollout"] < apart["rollout"]
+    texts = [replace(first, id=f"{i}", videos=()) for i in range(4)]
+    text_only = evaluation_forecast._plan(settings, config, texts, 100, WORLD)
+    assert text_only.phases["answers"]["vision"] == 0 and text_only.phases["answers"]["media"] == 64 * 2**20
+    # A smaller call of the tower takes less, and no call can be smaller than an image or a frame.
+    settings.video.max_frame_pixels = 25 * 32 * 32
+    sizes = []
+    for settings.micro_tokens in (25, 50, 75, 150, 300):
+        sizes.append(plan(4, 1).phases["vision"]["vision"])
+    assert sizes == sorted(set(sizes))
+    picture = replace(first, videos=(), images=("a.png",))
+    sizes = []
+    for settings.micro_tokens in (10, 50, 99):
+        sizes.append(evaluation_forecast._plan(settings, config, [picture], 100, WORLD).phases["vision"]["vision"])
+    assert len(set(sizes)) == 1
 
 
 def test_a_dry_run_of_the_program(folder: Path, material: Material, tmp_path: Path) -> None:
@@ -193,7 +236,6 @@ def test_a_dry_run_of_the_program(folder: Path, material: Material, tmp_path: Pa
             command, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
         )
 
-    assert made.is_dir() and material.heldout
     before = sorted(tmp_path.rglob("*"))
     done = rehearse()
     assert done.returncode == 0, done.stderr[-3000:]

@@ -10,7 +10,7 @@ from rmsd_fast.config import EvaluateConfig, RunConfig
 from rmsd_fast.data.benchmarks import published_counts
 from rmsd_fast.data.records import Question
 from rmsd_fast.stages.answer_records import NOT_FINITE, answer_record, clusters_of, reason_of, votes_of, with_samples
-from rmsd_fast.stages.evaluation import plan_batches
+from rmsd_fast.stages.evaluation_batches import plan_batches
 from rmsd_fast.stages.evaluation_files import read_predictions, write_evaluation, write_predictions
 from rmsd_fast.stages.evaluation_table import benchmark_lines, format_table
 from rmsd_fast.stages.paper_numbers import paper_lines
