@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     if not arguments.recipe:
         parser.error("expected a recipe and --output or --dry-run, or --compare with two or more evaluations")
     if arguments.dry_run and arguments.output:
-        parser.error(f"--output: expected none with --dry-run, which writes nothing, got {arguments.output}")
+        parser.error(f"--output: expected none with --dry-run, which writes no evaluation, got {arguments.output}")
     if not arguments.dry_run and not arguments.output:
         parser.error("--output is missing: expected a JSON file to write")
     if reason := environment.why_not():
@@ -86,9 +86,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def rehearse(settings: RunConfig, world: World) -> bool:
-    """Check an evaluation, answer one batch per process to time it, and print what was found.
+    """Check an evaluation, answer one batch per process to time it, and print the findings.
 
-    Nothing is written except generated material.
+    Nothing is written except generated material and, with `data.disk_cache`, decoded frames.
 
     Returns:
         Whether the evaluation is ready to start: at most `data.max_bad_share` of the questions cannot be used.
@@ -102,7 +102,7 @@ def rehearse(settings: RunConfig, world: World) -> bool:
 
     if settings.evaluate.judge.endpoint:
         _check_judge(settings, world)
-    material = prepare_material(settings, world, training=False)
+    material = prepare_material(settings, world, training=False, allow_missing=True)
     questions = material.heldout
     with MediaReader(settings.data, world.device) as media:
         lines, lengths = describe_evaluation(material.model_path, questions, settings, world, media)

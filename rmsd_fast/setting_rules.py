@@ -22,29 +22,49 @@ from rmsd_fast.config import (
 
 # Fields of a request to the judge that have settings of their own, or must not change.
 _OF_REQUESTS = ("messages", "model", "n", "stream", "temperature", "max_tokens", "max_completion_tokens")
-# Settings that rmsd_fast.evaluate reads; a name that ends in "." is a whole section. Some only say how others are read:
-# model.adapter is needed with model.quantize, and teacher.responses has to fit made.responses.
+# Settings that rmsd_fast.evaluate reads; a name that ends in "." is a whole section. Some only determine the name of a
+# generated student, such as made.responses.
 _EVALUATED = (
     *("made.", "video.", "evaluate.", "seed", "packing", "micro_tokens", "runtime.check_memory"),
     *("data.heldout", "data.format", "data.task_type", "data.media_root", "data.follow_symlinks"),
     *("data.max_prompt_tokens", "data.decoder", "data.decode_threads", "data.decode_timeout_s", "data.max_file_mib"),
     *("data.check_frames", "data.cache_mib", "data.disk_cache", "data.disk_cache_gib", "data.max_bad_share"),
-    *("model.path", "model.dtype", "model.attention", "model.liger", "model.quantize", "model.adapter"),
-    *("teacher.responses", "teacher.unlabeled", "teacher.numeric_metric", "teacher.numeric_eps", "teacher.ocr_metric"),
+    *("model.path", "model.dtype", "model.attention", "model.liger", "model.quantize"),
+    *("teacher.unlabeled", "teacher.numeric_metric", "teacher.numeric_eps", "teacher.ocr_metric"),
     *("rollout.temperature", "rollout.cuda_graphs"),
 )
 # Settings of these sections that only matter in training.
-_OF_TRAINING = ("evaluate.every_steps", "evaluate.samples")
+_NOT_EVALUATED = ("evaluate.every_steps", "evaluate.samples", "made.label_share")
+# What an evaluation has in place of settings of training.
+_IN_PLACE = {
+    "rollout.max_new_tokens": "evaluate.max_new_tokens",
+    "rollout.prompts_per_batch": "evaluate.prompts_per_batch",
+    "rollout.n": "evaluate.rollouts",
+    "data.train": "data.heldout",
+    "output": "--output",
+}
+
+
+def is_evaluated(key: str) -> bool:
+    """Return whether rmsd_fast.evaluate reads a setting."""
+    within = any(key == name or (name.endswith(".") and key.startswith(name)) for name in _EVALUATED)
+    return within and key not in _NOT_EVALUATED
 
 
 def refuse_training_settings(settings: RunConfig, written_keys: list[str]) -> None:
-    """Raise SettingsError if an override of rmsd_fast.evaluate is a setting that only matters in training."""
+    """Raise SettingsError if an override of rmsd_fast.evaluate has no effect on an evaluation."""
+    of_video = ("video.num_frames", "video.fps", "video.min_frames", "video.max_frames")
     for key in written_keys:
-        read = any(key == name or (name.endswith(".") and key.startswith(name)) for name in _EVALUATED)
-        if not read or key in _OF_TRAINING:
+        if not is_evaluated(key):
+            instead = f"set {_IN_PLACE[key]}" if key in _IN_PLACE else f"leave {key} out"
             raise SettingsError(
-                f"override: {key} has no effect: rmsd_fast.evaluate does not train; leave {key} out. A recipe or a "
-                "run's config.yaml may contain it"
+                f"override: {key} has no effect: rmsd_fast.evaluate does not train; {instead}. A recipe or a run's "
+                "config.yaml may contain it"
+            )
+        if key in of_video and settings.evaluate.num_frames is not None:
+            raise SettingsError(
+                f"override: {key} has no effect: evaluate.num_frames={settings.evaluate.num_frames} replaces it; set "
+                f"evaluate.num_frames, or evaluate.num_frames=null with {key}"
             )
         if key == "rollout.temperature" and not settings.evaluate.rollouts:
             raise SettingsError(
@@ -160,19 +180,23 @@ def check_together(settings: RunConfig, *, trains: bool = True) -> None:
 
     Args:
         settings: the settings.
-        trains: whether the program trains, so that prompts and rollouts have to fit into a forward pass.
+        trains: whether the program trains. If not, settings that only matter in training may conflict.
     Raises:
         SettingsError: two settings conflict; the message says which one to change.
     """
-    if settings.stages != [s for s in STAGES if s in settings.stages] or not settings.stages:
-        raise SettingsError(
-            f"stages: expected a subsequence of {list(STAGES)}, got {settings.stages}; set e.g. stages=[sft]"
-        )
-    if "warm_up" in settings.stages and not uses_discriminator(settings):
-        raise SettingsError(
-            "stages: warm_up trains the discriminator, which reward.alpha=0 does not use; leave warm_up out, e.g. "
-            "stages=[sft,distill]"
-        )
+    if trains:
+        _check_stages(settings)
+    check_evaluated(settings)
+    if trains:
+        _check_training(settings)
+
+
+def check_evaluated(settings: RunConfig) -> None:
+    """Check settings of evaluations. The messages name settings that rmsd_fast.evaluate reads.
+
+    Raises:
+        SettingsError: two settings conflict; the message says which one to change.
+    """
     if settings.evaluate.prompt == "benchmark" and not settings.evaluate.benchmark:
         raise SettingsError(
             "evaluate.prompt=benchmark: expected evaluate.benchmark, since only questions of a benchmark have its "
@@ -201,7 +225,23 @@ def check_together(settings: RunConfig, *, trains: bool = True) -> None:
         least, most = getattr(video, low), getattr(video, high)
         if least > most:
             raise SettingsError(f"video.{low}={least}: expected at most video.{high}={most}; change one of the two")
-    if makes_rollouts(settings) and trains:
+    _check_made(settings.made)
+
+
+def _check_stages(settings: RunConfig) -> None:
+    if settings.stages != [s for s in STAGES if s in settings.stages] or not settings.stages:
+        raise SettingsError(
+            f"stages: expected a subsequence of {list(STAGES)}, got {settings.stages}; set e.g. stages=[sft]"
+        )
+    if "warm_up" in settings.stages and not uses_discriminator(settings):
+        raise SettingsError(
+            "stages: warm_up trains the discriminator, which reward.alpha=0 does not use; leave warm_up out, e.g. "
+            "stages=[sft,distill]"
+        )
+
+
+def _check_training(settings: RunConfig) -> None:
+    if makes_rollouts(settings):
         # An end token is appended to truncated rollouts before the discriminator reads them.
         check_room(
             settings, settings.rollout.max_new_tokens + 1, "a rollout of rollout.max_new_tokens and its end token"
@@ -215,8 +255,8 @@ def check_together(settings: RunConfig, *, trains: bool = True) -> None:
             "rollout.engine=hf or model.quantize=none"
         )
     _check_self_teacher(settings)
-    _check_made(settings.made)
     _check_adapter(settings)
+    _check_export(settings)
     if settings.made.label_share < 1 and settings.teacher.unlabeled == "refuse":
         raise SettingsError(
             "made.label_share: expected 1, since teacher.unlabeled=refuse needs every ground truth, got "
@@ -349,14 +389,17 @@ def refuse_evaluation_only(settings: RunConfig) -> None:
         )
 
 
-def _check_reranker(settings: RunConfig) -> None:
-    evaluate = settings.evaluate
+def _check_export(settings: RunConfig) -> None:
     if settings.discriminator.export and settings.model.quantize != "none":
         raise SettingsError(
             "discriminator.export: expected false with model.quantize, since the weights of the discriminator would be "
             f"rounded again and score differently, got true with model.quantize={settings.model.quantize}; set "
             "discriminator.export=false or model.quantize=none"
         )
+
+
+def _check_reranker(settings: RunConfig) -> None:
+    evaluate = settings.evaluate
     if not evaluate.reranker:
         return
     if evaluate.rollouts < 2:
@@ -489,8 +532,15 @@ def _check_made(made: MadeConfig) -> None:
         )
 
 
-def refuse_useless(settings: RunConfig, written_keys: list[str], where: str) -> None:
-    """Raise SettingsError if one of the written keys has no effect in combination with the other settings."""
+def refuse_useless(settings: RunConfig, written_keys: list[str], where: str, *, trains: bool = True) -> None:
+    """Raise SettingsError if one of the written keys has no effect in combination with the other settings.
+
+    Args:
+        settings: the settings.
+        written_keys: names of the settings that were written.
+        where: where they were written, for the message.
+        trains: whether the program trains.
+    """
     stages, distill = settings.stages, settings.distill
     rolls_out, control = makes_rollouts(settings), "control" in stages
     # With dropped questions, matching also decides which questions a stage has.
@@ -500,7 +550,8 @@ def refuse_useless(settings: RunConfig, written_keys: list[str], where: str) -> 
     own_clips = settings.made.enabled and settings.made.source == "clips"
     needles = settings.made.enabled and settings.made.source == "needles"
     # Evaluations decode with rollout.cuda_graphs, and sample at rollout.temperature.
-    evaluated = ("cuda_graphs", "temperature") if settings.evaluate.rollouts else ("cuda_graphs",)
+    sampled = settings.evaluate.rollouts or not trains
+    evaluated = ("cuda_graphs", "temperature") if sampled else ("cuda_graphs",)
     of_rollouts = [f"rollout.{f.name}" for f in fields(settings.rollout) if f.name not in evaluated]
     # (settings, whether they have no effect, reason and what to write); a name that ends in "." is a whole section.
     rules = [
@@ -579,10 +630,14 @@ def refuse_useless(settings: RunConfig, written_keys: list[str], where: str) -> 
         ),
         (
             ["made.responses", "made.teacher", "made.teacher_error_rate", "made.wording"],
-            bool(settings.teacher.pool),
+            trains and bool(settings.teacher.pool),
             "teacher.pool sets the pool; leave teacher.pool empty",
         ),
-        (["made.label_share"], bool(settings.data.train), "data.train sets the questions; leave data.train empty"),
+        (
+            ["made.label_share"],
+            trains and bool(settings.data.train),
+            "data.train sets the questions; leave data.train empty",
+        ),
         (
             ["made.teacher_error_rate"],
             settings.made.teacher != "noisy",

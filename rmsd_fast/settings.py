@@ -20,7 +20,8 @@ from yaml import YAMLError
 
 from rmsd_fast.config import RECIPES, RunConfig, SettingsError
 from rmsd_fast.files import write_text_atomic
-from rmsd_fast.setting_rules import check_together, refuse_training_settings, refuse_useless
+from rmsd_fast.process import tell
+from rmsd_fast.setting_rules import check_together, is_evaluated, refuse_training_settings, refuse_useless
 
 # Settings of earlier versions, and their replacements.
 RENAMED = {
@@ -37,6 +38,8 @@ REMOVED = {
     "prompt says, because the student sees resized frames, not the file's pixels; convert ground truths in pixels "
     "(1000 * pixels / width, 1000 * pixels / height) and leave the setting out",
 }
+# Removed settings that said how questions are read, with the value that still holds.
+FORMER_READING = {"teacher.spatial_format": "relative"}
 # Settings whose values are paths.
 PATHS = [
     "output",
@@ -100,7 +103,7 @@ def load_settings(
         schema: RunConfig, or a dataclass that adds sections to it.
         folders: folders in which recipes are found by name.
         trains: whether the program trains. One that does not accepts settings of training in a file, such as
-            config.yaml of a run, and refuses them as overrides.
+            config.yaml of a run, also those of earlier versions, and refuses them as overrides.
     Returns:
         The settings.
     Raises:
@@ -109,15 +112,19 @@ def load_settings(
     """
     overrides = list(overrides)
     defaults = OmegaConf.structured(schema)
-    from_recipe, own_keys = _read_recipe(recipe, folders) if recipe else (OmegaConf.create({}), [])
+    from_recipe, own_keys, is_saved = (
+        _read_recipe(recipe, folders, defaults) if recipe else (OmegaConf.create({}), [], False)
+    )
+    if not trains:
+        from_recipe, own_keys = _without_former(from_recipe, own_keys, defaults, recipe, is_saved=is_saved)
     merged = _merge(defaults, from_recipe, where=f"recipe {recipe}")
     _check(OmegaConf.to_object(merged), trains=trains)
-    # Only settings that the recipe sets itself must have an effect, not settings of its base. A file with all settings
-    # was saved by a run. The section `evaluate` is useful without held-out questions, because rmsd_fast.evaluate reads
-    # the same file and accepts data.heldout on its command line.
-    if trains and not resumed and set(own_keys) != set(_keys(defaults)):
-        checked_keys = [key for key in own_keys if not key.startswith("evaluate.")]
-        refuse_useless(OmegaConf.to_object(merged), checked_keys, where=f"recipe {recipe}")
+    # Only settings that the recipe sets itself must have an effect, not settings of its base, and not those that a run
+    # has saved. The section `evaluate` is useful without held-out questions, because rmsd_fast.evaluate reads the same
+    # file and accepts data.heldout on its command line.
+    if not resumed and not is_saved:
+        checked_keys = [key for key in own_keys if not key.startswith("evaluate.") and (trains or is_evaluated(key))]
+        refuse_useless(OmegaConf.to_object(merged), checked_keys, where=f"recipe {recipe}", trains=trains)
     for override in overrides:
         if "=" not in override:
             raise SettingsError(f"override {override!r}: expected section.field=value, e.g. distill.steps=20")
@@ -128,10 +135,10 @@ def load_settings(
     _refuse_references(from_user, "override")
     merged = _merge(merged, from_user, where="override")
     settings = OmegaConf.to_object(merged)
-    _check(settings, trains=trains)
     if not trains:
         refuse_training_settings(settings, _keys(from_user))
-    refuse_useless(settings, _keys(from_user), where="override")
+    _check(settings, trains=trains)
+    refuse_useless(settings, _keys(from_user), where="override", trains=trains)
     return settings
 
 
@@ -203,8 +210,10 @@ def _field_documents(cls: type) -> dict[str, str]:
     return documents
 
 
-def _read_recipe(recipe: str, folders: Sequence[Path], seen: tuple[str, ...] = ()) -> tuple[DictConfig, list[str]]:
-    """Return a recipe merged onto its base, and the keys that the recipe sets itself."""
+def _read_recipe(
+    recipe: str, folders: Sequence[Path], defaults: DictConfig, seen: tuple[str, ...] = ()
+) -> tuple[DictConfig, list[str], bool]:
+    """Return a recipe merged onto its base, the keys that the recipe sets itself, and whether a run has saved it."""
     path = Path(recipe)
     # Path.is_file would raise for names that are too long.
     if not os.path.isfile(path):
@@ -225,10 +234,57 @@ def _read_recipe(recipe: str, folders: Sequence[Path], seen: tuple[str, ...] = (
     base = loaded.pop("base", None)
     own_keys = _keys(loaded)
     if base is None:
-        return loaded, own_keys
+        # A run saves all settings of its version, and a recipe names a few.
+        return loaded, own_keys, 2 * len(own_keys) > len(_keys(defaults))
     beside = path.parent / str(base)
-    base_settings, _ = _read_recipe(str(beside) if beside.is_file() else str(base), folders, (*seen, str(path)))
-    return OmegaConf.merge(base_settings, loaded), own_keys
+    below = str(beside) if beside.is_file() else str(base)
+    base_settings, _, _ = _read_recipe(below, folders, defaults, (*seen, str(path)))
+    return OmegaConf.merge(base_settings, loaded), own_keys, False
+
+
+def _without_former(
+    recipe: DictConfig, own_keys: list[str], schema: DictConfig, name: str, *, is_saved: bool
+) -> tuple[DictConfig, list[str]]:
+    """Return a recipe of rmsd_fast.evaluate without settings of training that this version does not know.
+
+    They are named in a warning. In a file that a person wrote, a name that resembles a setting of evaluations is kept,
+    to be refused.
+
+    Args:
+        recipe: the recipe.
+        own_keys: keys that the file sets itself.
+        schema: all settings.
+        name: name of the recipe for the message.
+        is_saved: whether a run has saved the file.
+    """
+    known = set(_keys(schema))
+    former = []
+    for key in _keys(recipe):
+        if _is_known(key, known) or is_evaluated(key) or _value_matters(recipe, key):
+            continue
+        close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        if is_saved or key in RENAMED or key in REMOVED or not close or not is_evaluated(close[0]):
+            former.append(key)
+    if not former:
+        return recipe, own_keys
+    tell(
+        f"recipe {name}: warning: ignored settings that this version does not know and that only mattered in "
+        f"training: {', '.join(former)}"
+    )
+    container = OmegaConf.to_container(recipe)
+    for key in former:
+        *sections, last = key.split(".")
+        del functools.reduce(lambda node, section: node[section], sections, container)[last]
+    return OmegaConf.create(container), [key for key in own_keys if key not in former]
+
+
+def _value_matters(recipe: DictConfig, key: str) -> bool:
+    """Return whether a removed setting has a value that means another reading of the questions."""
+    return key in FORMER_READING and OmegaConf.select(recipe, key) != FORMER_READING[key]
+
+
+def _is_known(key: str, known: set[str]) -> bool:
+    return key in known or any(name.startswith(key + ".") for name in known)
 
 
 def _merge(schema: DictConfig, changes: DictConfig, where: str) -> DictConfig:
@@ -255,7 +311,7 @@ def _refuse_unknown(keys: Sequence[str], known: set[str], where: str) -> None:
     for key in keys:
         if key in REMOVED:
             faults.append(f"{key} was removed: {REMOVED[key]}")
-        elif key not in known and not any(name.startswith(key + ".") for name in known):
+        elif not _is_known(key, known):
             close = [RENAMED[key]] if key in RENAMED else difflib.get_close_matches(key, known, n=1, cutoff=0.5)
             hint = f"did you mean {close[0]}?" if close else "--help lists all settings"
             faults.append(f"unknown setting {key}; {hint}")
@@ -263,8 +319,8 @@ def _refuse_unknown(keys: Sequence[str], known: set[str], where: str) -> None:
         raise SettingsError(f"{where}: {faults[0]}")
     if faults:
         raise SettingsError(
-            f"{where}: {len(faults)} settings are not those of this version; change or delete them, in a file of "
-            "another version in a copy:\n" + "\n".join(f"  {fault}" for fault in faults)
+            f"{where}: {len(faults)} settings are unknown to this version; delete or rename them (in a copy, if a run "
+            "wrote the file):\n" + "\n".join(f"  {fault}" for fault in faults)
         )
 
 

@@ -1,8 +1,17 @@
 """Write a table of evaluations on needles: scores by length of the event, beside what the frames can show.
 
-python -m bench.media.needles HELDOUT 16=a.json 16=b.json 128=c.json   # frames in training = evaluation
+The results were made with these commands:
 
-The evaluations are those of `rmsd_fast.evaluate` on `made.source=needles`, with their predictions beside them.
+python -m rmsd_fast.train needles video.num_frames=16 name=needles16
+python -m rmsd_fast.train needles video.num_frames=128 name=needles128
+python -m rmsd_fast.evaluate runs/needles16-…/config.yaml model.path=runs/needles16-…/stage1 \\
+    evaluate.num_frames=16 --output 16-16.json    # and 128 frames; both also for needles128
+python -m rmsd_fast.evaluate runs/needles128-…/config.yaml model.path=runs/needles128-…/stage1 \\
+    evaluate.num_frames=768 evaluate.max_questions=400 --output 128-768.json
+python -m bench.media.needles made/needles-…/heldout.jsonl 16=16-16.json 16=16-128.json 128=128-16.json \\
+    128=128-128.json 128=128-768.json --ran "trained at commit …, evaluated at …"
+
+The number before a file is that of the frames in training. Predictions are expected beside each file.
 """
 
 from __future__ import annotations
@@ -13,7 +22,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from bench.core.records import RESULTS, surroundings
+from bench.core.records import RESULTS
 from bench.core.report import table
 from rmsd_fast.config import VideoConfig
 from rmsd_fast.data.preprocess import Preprocessor, frame_indices
@@ -30,13 +39,6 @@ def sampled(frames: int, family: str) -> tuple[int, ...]:
     return tuple(frame_indices(SECONDS, 1.0, settings, Preprocessor(family=family)))
 
 
-def seen_share(frames: int, length: int, family: str) -> float:
-    """Return the share of the possible starts of an event of `length` seconds at which a sampled frame shows it."""
-    starts = {frame - back for frame in sampled(frames, family) for back in range(length)}
-    possible = range(SECONDS - length + 1)
-    return len(starts & set(possible)) / len(possible)
-
-
 def is_seen(question: Question, frames: int, family: str) -> bool:
     """Return whether a sampled frame shows the event of a question."""
     start = question.meta["event"]["start"]
@@ -48,66 +50,79 @@ def length_of(question: Question) -> int:
     return int(question.meta["groups"]["event_s"].split()[0])
 
 
-def ceiling(seen: float) -> float:
-    """Return the best expected score if a share `seen` of the events is seen, and the others are guessed."""
-    return seen + (1 - seen) / len(EVENT_COLORS)
+def ceiling(questions: Iterable[Question], frames: int, family: str) -> float:
+    """Return the expected score of a student that answers the questions whose event it is shown, and else guesses."""
+    seen = [is_seen(question, frames, family) for question in questions]
+    return (sum(seen) + seen.count(False) / len(EVENT_COLORS)) / len(seen)
 
 
 def read(pair: str, questions: dict[str, Question], family: str) -> dict:
-    """Return the scores of an evaluation, and its answers."""
+    """Return the scores of an evaluation with its ceilings, its answers, and how it was made."""
     trained, _, name = pair.partition("=")
     path = Path(name)
-    frames = json.loads(path.read_text())["protocol"]["video"]["num_frames"]
+    evaluation = json.loads(path.read_text())
+    frames = evaluation["protocol"]["video"]["num_frames"]
     answers = [json.loads(line) for line in path.with_suffix(".predictions.jsonl").read_text().splitlines()]
     by_length: dict[str, list[dict]] = {}
     for answer in answers:
         question = questions[answer["id"]]
-        seen = is_seen(question, frames, family)
-        keys = [f"{length_of(question)} s", "1 s, " * (length_of(question) == 1) + ("seen" if seen else "not seen")]
-        for key in keys if length_of(question) == 1 else keys[:1]:
+        keys = [f"{length_of(question)} s"]
+        if length_of(question) == 1:
+            keys.append("1 s, seen" if is_seen(question, frames, family) else "1 s, not seen")
+        for key in keys:
             by_length.setdefault(key, []).append(answer)
     return {
         "trained": int(trained),
         "frames": frames,
-        "scores": {key: mean_entry(of) for key, of in by_length.items()},
+        "seed": evaluation["seed"],
+        "versions": evaluation["protocol"]["versions"],
+        "scores": {
+            key: mean_entry(of) | {"ceiling": ceiling([questions[answer["id"]] for answer in of], frames, family)}
+            for key, of in by_length.items()
+        },
         "answers": answers,
     }
 
 
-def page(evaluations: list[dict], family: str, facts: dict, ran: str) -> str:
-    """Return the page of the results."""
-    order = [f"{length} s" for length in (1, 4, 16, 64, 256)] + ["1 s, seen", "1 s, not seen"]
+def page(evaluations: list[dict], ran: str) -> str:
+    """Return the page of the results.
+
+    Args:
+        evaluations: results of `read`.
+        ran: commits of training and evaluation.
+    Raises:
+        ValueError: the evaluations were made with different versions or seeds.
+    """
+    first = evaluations[0]
+    if any(e["versions"] != first["versions"] or e["seed"] != first["seed"] for e in evaluations):
+        raise ValueError("evaluations: expected the same versions and seed, got others; evaluate all of them again")
     rows = []
-    for key in order:
-        row = [key]
-        for evaluation in evaluations:
-            entry = evaluation["scores"].get(key)
-            row.append("{mean:.3f} [{low:.2f}, {high:.2f}]".format_map(entry) if entry else "")
-        rows.append(row)
-    for length in (1, 4, 16, 64, 256):
-        rows[order.index(f"{length} s")] += [
-            f"{ceiling(seen_share(frames, length, family)):.3f}" for frames in _frames(evaluations)
-        ]
-    for row in rows[5:]:
-        row += ["1.000" if row[0] == "1 s, seen" else "0.250"] * len(_frames(evaluations))
-    head = ["event", *(f"trained {e['trained']}, shown {e['frames']}" for e in evaluations)]
-    head += [f"ceiling {frames}" for frames in _frames(evaluations)]
-    counts = ", ".join(f"{len(e['answers']):,}" for e in evaluations)
+    for key in [*(f"{length} s" for length in (1, 4, 16, 64, 256)), "1 s, seen", "1 s, not seen"]:
+        entries = [evaluation["scores"].get(key) for evaluation in evaluations]
+        cells = list(map(_cell, entries))
+        rows.append([key, *cells, ", ".join(f"{entry['n']:,}" if entry else "0" for entry in entries)])
+    head = ["event", *(f"trained {e['trained']}, shown {e['frames']}" for e in evaluations), "questions"]
     lines = [
-        "Scores of a tiny student on held-out needles (`made.source=needles`), by length of the event, with the\n"
-        "numbers of frames in training and in the evaluation. The ceiling is the expected score of a student that\n"
-        f"answers what a sampled frame shows, and guesses otherwise. Questions: {counts}.\n",
+        "Scores of tiny students on held-out needles (`made.source=needles`), by length of the event, with the\n"
+        "numbers of frames in training and in the evaluation. The ceiling is the expected score of a student that answers\n"
+        "what a sampled frame shows, and otherwise guesses. It is computed from the events of the same questions,\n"
+        "whose starts are restricted for each color. The last column has the numbers of questions, in the order of\n"
+        f"the columns. One training for each number of frames, with seed {first['seed']}.\n",
         table(head, rows).rstrip(),
         "\n**Paired differences, events of one second**\n",
         *_differences(evaluations),
     ]
-    names = ", ".join(f"{name} {facts[name]}" for name in ("torch", "transformers", "torchcodec") if name in facts)
-    lines.append(f"\n{facts['cpu']}, {facts['threads']} thread(s), {names}, {ran}.")
+    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
+    lines.append(f"\nVersions of the evaluations: {versions}; {ran}.")
     return "\n".join(lines) + "\n"
 
 
-def _frames(evaluations: list[dict]) -> list[int]:
-    return sorted({evaluation["frames"] for evaluation in evaluations})
+def _cell(entry: dict | None) -> str:
+    if entry is None:
+        return ""
+    # A single question has no interval.
+    interval = "" if entry["low"] is None else " [{low:.2f}, {high:.2f}]".format_map(entry)
+    return f"{entry['mean']:.3f}{interval}, ceiling {entry['ceiling']:.3f}"
 
 
 def _differences(evaluations: list[dict]) -> Iterable[str]:
@@ -137,13 +152,11 @@ def main() -> None:
     arguments = parser.parse_args()
     questions = {q.id: q for q in load_questions(arguments.heldout, media_root=arguments.heldout.parent)}
     evaluations = [read(pair, questions, arguments.family) for pair in arguments.evaluations]
-    facts = surroundings()
-    text = page(evaluations, arguments.family, facts, arguments.ran)
+    text = page(evaluations, arguments.ran)
     write_text_atomic(RESULTS / "needles.md", text)
     records = [{name: value for name, value in e.items() if name != "answers"} for e in evaluations]
-    write_text_atomic(
-        RESULTS / "needles.json", json.dumps({**facts, "ran": arguments.ran, "evaluations": records}, indent=1) + "\n"
-    )
+    results = {"ran": arguments.ran, "evaluations": records}
+    write_text_atomic(RESULTS / "needles.json", json.dumps(results, indent=1) + "\n")
     print(text)
 
 

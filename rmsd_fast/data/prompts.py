@@ -148,10 +148,14 @@ class PromptBuilder:
 
         Raises:
             MediaError: the headers of a media file cannot be read.
-            PromptError: the text contains a special token, or the prompt is longer than `max_tokens`.
+            PromptError: the text contains a special token, the prompt is longer than `max_tokens`, or the student
+                cannot see on which clock the answer's times are. Whether they are after the end of the video is only
+                known when it is decoded.
         """
-        tokens = self._length(question, [self._layout(request) for request in self.media_requests(question)])
+        layouts = [self._layout(request) for request in self.media_requests(question)]
+        tokens = self._length(question, layouts)
         _refuse_long(question, tokens, max_tokens)
+        self._refuse_clock(question, layouts)
         return tokens
 
     def media_requests(self, question: Question) -> list[MediaRequest]:
@@ -331,13 +335,7 @@ class PromptBuilder:
         question = prompt.question
         if question.task_type != "temporal":
             return
-        late = max((frames.timestamps_s[0] for frames in prompt.media if frames.timestamps_s), default=0.0)
-        if late and not self._family.time_stamps:
-            title = self._family.title
-            raise PromptError(
-                f"{question.id}: its frames begin at {late:g} s of the file's clock, which prompts of {title} "
-                "do not state; cut the section into a file of its own with times from 0, or use a Qwen3-VL"
-            )
+        self._refuse_clock(question, prompt.media)
         if len(prompt.media) != 1 or not question.answer:
             return
         start, end = map(float, question.answer.split(" to "))
@@ -347,6 +345,18 @@ class PromptBuilder:
             raise PromptError(
                 f"{question.id}: the answer is {question.answer}; {error}, or drop the question"
             ) from None
+
+    def _refuse_clock(self, question: Question, media: Sequence[Frames | MediaLayout]) -> None:
+        """Reject a question about times if the prompt does not state when the frames begin."""
+        if question.task_type != "temporal":
+            return
+        late = max((frames.timestamps_s[0] for frames in media if frames.timestamps_s), default=0.0)
+        if late and not self._family.time_stamps:
+            title = self._family.title
+            raise PromptError(
+                f"{question.id}: its frames begin at {late:g} s of the file's clock, which prompts of {title} "
+                "do not state; cut the section into a file of its own with times from 0, or use a Qwen3-VL"
+            )
 
     def _expand(self, rendered: str, media: Sequence[Frames | MediaLayout], question: Question) -> str:
         """Replace the pad token of each medium by the text that the family has in its place."""

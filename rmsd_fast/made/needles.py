@@ -27,7 +27,7 @@ from rmsd_fast.made.clips import COLORS, MadeMaterial, check_made, deal, encode_
 SECONDS = 1800
 SIDE = 32
 # Increase it whenever the same settings would give different files.
-VERSION = 1
+VERSION = 2
 # The options of every question, in this order.
 EVENT_COLORS = ("red", "green", "blue", "yellow")
 # Lengths of events in seconds, as often as they occur in a round.
@@ -35,9 +35,9 @@ TRAIN_LENGTHS = (1, 4, 16, 64, 256)
 HELDOUT_LENGTHS = (1, 1, 1, 1, 4, 16, 64, 256)
 SCENE_SECONDS = 15
 QUESTIONS = (
-    "Once, the picture has a colour. Which one?",
-    "Which colour fills the picture for a moment?",
-    "In which colour does the picture flash?",
+    "Once, the picture has a color. Which one?",
+    "Which color fills the picture for a moment?",
+    "In which color does the picture flash?",
 )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import os
 import sys
 import time
 from collections import Counter
@@ -28,6 +27,7 @@ from rmsd_fast.models.folders import open_folder, resolve_folder
 from rmsd_fast.runtime.process_group import World, all_gather_objects, global_max, on_main, raise_together
 from rmsd_fast.stages.answer_records import reason_of
 from rmsd_fast.stages.evaluation_batches import largest_batches, plan_batches, spread
+from rmsd_fast.stages.inputs import absent_media
 from rmsd_fast.stages.memory import GIB, StagePlan, plan_evaluation
 from rmsd_fast.stages.memory_advice import device_room
 from rmsd_fast.stages.protocol import video_of
@@ -131,14 +131,13 @@ def _builder(path: str, settings: RunConfig, media: MediaReader) -> PromptBuilde
 
 def describe_questions(questions: Sequence[Question], lengths: PromptLengths, settings: RunConfig) -> list[str]:
     """Return lines about the questions of an evaluation, their media and their prompts."""
-    files = {path for question in questions for path in (*question.videos, *question.images)}
-    absent = sorted(path for path in files if not os.path.exists(path))
+    absent, files = absent_media(questions)
     videos = len({path for question in questions for path in question.videos})
     images = len({path for question in questions for path in question.images})
     about = [counted(count, name) for count, name in ((videos, "video"), (images, "image")) if count]
     lines = [f"questions: {counted(len(questions), 'question')} about {' and '.join(about) or 'text'}"]
     if absent:
-        lines.append(f"MISSING: {len(absent):,} of {counted(len(files), 'media file')}, first {absent[0]}")
+        lines.append(f"MISSING: {len(absent):,} of {counted(files, 'media file')}, first {absent[0]}")
     video = video_of(settings)
     if videos:
         frames = f"{video.num_frames} frames" if video.num_frames else f"{video.fps:g} frames/s"
@@ -292,6 +291,9 @@ def _plan(settings: RunConfig, config: dict, questions: Sequence[Question], long
     shorter = copy.deepcopy(settings)
     shorter.data.max_prompt_tokens = longest
     shorter.video = video_of(settings)
+    if shorter.model.quantize == "nf4":
+        # The export of a quantized run has an adapter.
+        shorter.model.adapter = "lora"
     batches = plan_batches(questions, settings.evaluate.prompts_per_batch, world.size)
     return plan_evaluation(shorter, config, device=world.device.type, batches=largest_batches(batches))
 

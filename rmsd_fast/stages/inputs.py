@@ -42,13 +42,16 @@ class Inputs:
     summary: Summary
 
 
-def read_inputs(settings: RunConfig, files: dict[str, str], roots: dict[str, str]) -> Inputs:
+def read_inputs(
+    settings: RunConfig, files: dict[str, str], roots: dict[str, str], *, allow_missing: bool = False
+) -> Inputs:
     """Read and check the given files: any of `train`, `heldout` and `pool`.
 
     Args:
         settings: settings of the run.
         files: path by role.
         roots: media root by role; an empty root means the folder of the file.
+        allow_missing: whether any number of media files may be missing.
     Raises:
         DataError: a file is damaged, the pool belongs to other questions or has almost no valid answer, or too many
             media files are missing. All problems found before the answers are scored are raised as one error.
@@ -61,7 +64,7 @@ def read_inputs(settings: RunConfig, files: dict[str, str], roots: dict[str, str
     faults: list[UserError] = [
         DataError(fault)
         for role, asked in (("train", train), ("heldout", heldout))
-        if (fault := missing_media(asked, settings, files.get(role, "")))
+        if not allow_missing and (fault := missing_media(asked, settings, files.get(role, "")))
     ]
     summary = describe_questions(train, heldout) if train else Summary()
     answered, unanswered = train, []
@@ -205,16 +208,22 @@ def leave_out(questions: list[Question], unanswered: list[str]) -> list[Question
     return [question for question in questions if question.id not in ids]
 
 
+def absent_media(questions: Sequence[Question]) -> tuple[list[str], int]:
+    """Return the media files of the questions that do not exist, sorted, and the number of all."""
+    media = {file for question in questions for file in (*question.videos, *question.images)}
+    return sorted(file for file in media if not os.path.exists(file)), len(media)
+
+
 def missing_media(questions: list[Question], settings: RunConfig, path: str) -> str:
     """Return an error message if so many media files are missing that a run would fail hours later; otherwise ""."""
-    media = {file for question in questions for file in (*question.videos, *question.images)}
-    missing = {file for file in media if not os.path.exists(file)}
+    absent, media = absent_media(questions)
+    missing = set(absent)
     affected = sum(any(file in missing for file in (*q.videos, *q.images)) for q in questions)
     if affected <= settings.data.max_bad_share * len(questions):
         return ""
     return (
-        f"{path}: {len(missing):,} of {len(media):,} media files are missing, for {affected:,} of {len(questions):,} "
-        f"questions (first: {', '.join(sorted(missing)[:3])}); check data.media_root, or raise data.max_bad_share"
+        f"{path}: {len(missing):,} of {media:,} media files are missing, for {affected:,} of {len(questions):,} "
+        f"questions (first: {', '.join(absent[:3])}); check data.media_root, or raise data.max_bad_share"
     )
 
 

@@ -61,13 +61,16 @@ class Material(Inputs):
         return {**digests, "model": model_digests(resolve_folder(self.model_path))}
 
 
-def prepare_material(settings: RunConfig, world: World, *, training: bool = True) -> Material:
+def prepare_material(
+    settings: RunConfig, world: World, *, training: bool = True, allow_missing: bool = False
+) -> Material:
     """Read and check the inputs of a run. With `made.enabled`, the main process generates missing inputs.
 
     Args:
         settings: settings of the run.
         world: this process in the run.
         training: whether training inputs are needed; False reads only the held-out questions and the model.
+        allow_missing: whether any number of media files may be missing.
     Raises:
         UserError: a required path is not given, a file is damaged, the pool belongs to other questions or has almost no
             valid answer, the batches cannot be divided among the processes, the model is of an unsupported family, or
@@ -95,7 +98,7 @@ def prepare_material(settings: RunConfig, world: World, *, training: bool = True
             raise SettingsError(f"{key}: expected a path, got nothing; set {key}=… or made.enabled=true")
     files = {role: path for role, path in files.items() if path and (training or role == "heldout")}
     roots = {role: settings.data.media_root or ("" if named[role] else made["media_root"]) for role in files}
-    inputs = read_inputs(settings, files, roots)
+    inputs = read_inputs(settings, files, roots, allow_missing=allow_missing)
     if settings.evaluate.benchmark and os.path.isdir(files.get("heldout", "")):
         folder = files.pop("heldout")
         annotation = benchmark_files(settings.evaluate.benchmark, folder)

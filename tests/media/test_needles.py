@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.media.needles import ceiling, seen_share
+from bench.media.needles import ceiling, is_seen, page, read
 from rmsd_fast.config import SettingsError
-from rmsd_fast.data.records import load_questions
+from rmsd_fast.data.records import Question, load_questions
 from rmsd_fast.made.clips import COLORS, MadeMaterial
 from rmsd_fast.made.needles import EVENT_COLORS, is_heldout_start, make_needles, render_needle
 from rmsd_fast.settings import load_settings
@@ -83,18 +83,48 @@ def test_equal_settings_reuse_the_folder_and_others_are_refused(made: MadeMateri
         make_needles(parent, train_clips=10, heldout_clips=8, seed=0)
 
 
-def test_the_share_that_frames_can_show() -> None:
-    # One-second events: F of the 1,800 frames, so that the best score with four options is F/1800 + (1 - F/1800) / 4.
-    for family in ("qwen3_vl", "qwen2_vl"):
-        for frames in (16, 128, 768, 1800):
-            assert seen_share(frames, 1, family) == frames / 1800
-        # 128 frames are at most 15 s apart, and 16 frames 120 s.
-        assert seen_share(128, 16, family) == 1 and seen_share(16, 121, family) == 1 and seen_share(16, 100, family) < 1
-    # Frames 0, 900 (899.5 rounded to even) and 1799 show an event of 10 s that starts at 0, at 891 to 900 or at 1790.
-    assert seen_share(3, 10, "qwen3_vl") == 12 / 1791
-    # Frames 0 and 900 show one that starts at 0, or at 891 to 900.
-    assert seen_share(2, 10, "qwen2_vl") == 11 / 1791
-    assert ceiling(0.0) == 0.25 and ceiling(1.0) == 1.0 and ceiling(128 / 1800) == pytest.approx(0.30333, abs=1e-5)
+def needle(index: int, start: int, length: int) -> Question:
+    meta = {"event": {"color": "red", "start": start}, "groups": {"event_s": f"{length} s"}}
+    return Question(id=f"q{index}", question="?", task_type="mcq", options=EVENT_COLORS, answer="A", meta=meta)
+
+
+def test_the_ceiling_is_that_of_the_questions() -> None:
+    # Two frames of Qwen2-VL are the seconds 0 and 900. They show the events at 0 and 891 to 900 of 10 s.
+    starts = (0, 1, 890, 891, 900, 901)
+    asked = [needle(index, start, 10) for index, start in enumerate(starts)]
+    assert [is_seen(question, 2, "qwen2_vl") for question in asked] == [True, False, False, True, True, False]
+    assert ceiling(asked, 2, "qwen2_vl") == (3 + 3 / 4) / 6
+    # 16 frames are 112 or 113 s apart, and 128 frames 14 or 15 s.
+    assert ceiling([needle(0, start, 113) for start in range(0, 1600, 7)], 16, "qwen2_vl") == 1.0
+    assert ceiling([needle(0, start, 1) for start in range(1800)], 128, "qwen2_vl") == (128 + 1672 / 4) / 1800
+
+
+def test_the_page_has_counts_and_the_ceilings_of_its_questions(tmp_path: Path) -> None:
+    # The frames are the seconds 0 and 900, which show one of two events of 1 s, and the event of 4 s.
+    asked = [needle(0, 900, 1), needle(1, 901, 1), needle(2, 898, 4)]
+    answers = [
+        {"id": q.id, "cluster": q.id, "task_type": "mcq", "groups": q.meta["groups"], "score": score}
+        | {"strict": score, "lenient": score}
+        for q, score in zip(asked, (1.0, 0.0, 1.0), strict=True)
+    ]
+    protocol = {"video": {"num_frames": 2}, "versions": {"torch": "2.13"}}
+    for name, kept in (("a", answers), ("b", answers[:2])):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"seed": 3, "protocol": protocol}))
+        (tmp_path / f"{name}.predictions.jsonl").write_text("".join(json.dumps(answer) + "\n" for answer in kept))
+    questions = {question.id: question for question in asked}
+    evaluations = [
+        read(f"{trained}={tmp_path / name}.json", questions, "qwen2_vl") for trained, name in ((2, "a"), (8, "b"))
+    ]
+    text = page(evaluations, "trained at commit x")
+    rows = {row.split(" | ")[0].strip("| "): row for row in text.splitlines() if row.startswith("|")}
+    # (1 + 1/4) / 2, in both columns.
+    assert rows["1 s"].count("0.500 [") == 2 and rows["1 s"].count("ceiling 0.625") == 2
+    assert rows["1 s"].endswith("| 2, 2 |") and rows["4 s"] == "| 4 s | 1.000, ceiling 1.000 |  | 1, 0 |"
+    assert rows["1 s, seen"].count("1.000, ceiling 1.000") == 2
+    assert rows["1 s, not seen"].count("0.000, ceiling 0.250") == 2 and rows["16 s"].endswith("| 0, 0 |")
+    assert "with seed 3" in text and "torch 2.13; trained at commit x." in text
+    with pytest.raises(ValueError, match="expected the same versions and seed"):
+        page([evaluations[0], evaluations[1] | {"seed": 4}], "")
 
 
 def test_settings() -> None:

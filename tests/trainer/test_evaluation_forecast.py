@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -14,10 +17,14 @@ import torch
 from material import WORLD, tiny_settings
 from train_runs import SIX_TASKS, environment
 
+from rmsd_fast import setting_rules
 from rmsd_fast.config import RunConfig, SettingsError
 from rmsd_fast.data.media import MediaReader
 from rmsd_fast.data.prompts import PromptBuilder
-from rmsd_fast.settings import load_settings, save_settings
+from rmsd_fast.data.records import Question
+from rmsd_fast.made.student import build_tiny_student
+from rmsd_fast.setting_rules import is_evaluated
+from rmsd_fast.settings import load_settings, save_settings, settings_as_dict
 from rmsd_fast.stages import evaluation_forecast
 from rmsd_fast.stages.build import load
 from rmsd_fast.stages.evaluation import _Clock, time_questions
@@ -79,6 +86,23 @@ def test_lengths_are_those_of_the_prompts(folder: Path, material: Material, tmp_
     assert lines[4].startswith(f"UNUSABLE: 3 of the {len(asked)} questions read would score 0 (")
     for part in ("missing_media 1", "unreadable_media 1", "refused_question 1", "lost.mp4"):
         assert part in lines[4]
+
+
+def test_a_dry_run_finds_questions_without_a_clock(folder: Path, material: Material, tmp_path: Path) -> None:
+    settings = tiny_settings(folder)
+    build_tiny_student(tmp_path / "student", texts=["When?"], layers=2, family="qwen2_5_vl")
+    (video,) = material.heldout[0].videos
+    whole = Question(id="whole", question="When?", task_type="temporal", videos=(video,), answer="0 to 1")
+    section = replace(whole, id="section", spans=((1.0, 2.0),))
+    with MediaReader(settings.data) as media:
+        lengths = read_lengths(str(tmp_path / "student"), [whole, section], settings, media, WORLD)
+        assert list(lengths.faults) == ["section"] and "which prompts of Qwen2.5-VL do not state" in str(lengths.faults)
+        # Prompts of Qwen3-VL state times.
+        assert not read_lengths(material.model_path, [whole, section], settings, media, WORLD).faults
+        lines, _ = describe_evaluation(
+            material.model_path, [replace(whole, videos=("no.mp4",))], settings, WORLD, media
+        )
+        assert lines[-1] == "memory: not planned, since no prompt could be read"
 
 
 def test_spread_is_even() -> None:
@@ -248,6 +272,11 @@ def test_a_dry_run_of_the_program(folder: Path, material: Material, tmp_path: Pa
     assert done.returncode == 2 and "UNUSABLE: 3 of the 9 questions" in done.stdout, done.stdout + done.stderr[-3000:]
     expected = "not ready: 3 of 9 questions cannot be used, which is more than data.max_bad_share=0.05 of them"
     assert done.stdout.splitlines()[-1] == expected
+    # A missing file is reported in the same way.
+    sorted(made.glob("*/clips/heldout-*.mp4"))[0].unlink()
+    done = rehearse()
+    assert done.returncode == 2 and "MISSING: 1 of 3 media files" in done.stdout and "time: " in done.stdout
+    assert done.stdout.splitlines()[-1] == expected
     assert rehearse("data.max_bad_share=0.5").stdout.splitlines()[-1] == "ready"
 
 
@@ -258,6 +287,12 @@ def test_a_dry_run_of_the_program(folder: Path, material: Material, tmp_path: Pa
         ("sft.steps=4", "sft.steps has no effect: rmsd_fast.evaluate does not train"),
         ("data.train=a.jsonl", "data.train has no effect: rmsd_fast.evaluate does not train"),
         ("evaluate.every_steps=4", "evaluate.every_steps has no effect: rmsd_fast.evaluate does not train"),
+        ("rollout.max_new_tokens=4", "rollout.max_new_tokens has no effect: .* set evaluate.max_new_tokens"),
+        ("rollout.prompts_per_batch=4", "no effect: .* set evaluate.prompts_per_batch"),
+        ("output=runs", "output has no effect: rmsd_fast.evaluate does not train; set --output"),
+        ("teacher.responses=2", "teacher.responses has no effect"),
+        ("model.adapter=lora", "model.adapter has no effect"),
+        ("made.label_share=0.5", "made.label_share has no effect"),
         ("rollout.temperature=0.5", "rollout.temperature has no effect: answers are greedy"),
         ("evaluate.num_frame=4", "unknown setting evaluate.num_frame; did you mean evaluate.num_frames?"),
     ],
@@ -265,6 +300,14 @@ def test_a_dry_run_of_the_program(folder: Path, material: Material, tmp_path: Pa
 def test_overrides_without_effect_are_refused(override: str, words: str) -> None:
     with pytest.raises(SettingsError, match=words):
         load_settings("quickstart", ["evaluate.rollouts=0", override], trains=False)
+
+
+@pytest.mark.parametrize("override", ["video.num_frames=8", "video.fps=2", "video.min_frames=4", "video.max_frames=9"])
+def test_frames_of_training_do_not_replace_those_of_evaluations(override: str) -> None:
+    with pytest.raises(SettingsError, match=r"has no effect: evaluate.num_frames=64 replaces it; set evaluate.num_fra"):
+        load_settings("rmsd_qwen3vl_4b", [override], trains=False)
+    changed = ["evaluate.num_frames=null", "video.num_frames=null", "video.fps=2", "video.max_frames=9"]
+    assert load_settings("rmsd_qwen3vl_4b", changed, trains=False).video.max_frames == 9
 
 
 def test_a_file_may_hold_settings_of_training(tmp_path: Path) -> None:
@@ -278,18 +321,91 @@ def test_a_file_may_hold_settings_of_training(tmp_path: Path) -> None:
     older = "\n".join(line for line in text.splitlines() if "student_family" not in line)
     (tmp_path / "older.yaml").write_text(older)
     assert isinstance(load_settings(str(tmp_path / "older.yaml"), trains=False), RunConfig)
-    with pytest.raises(SettingsError, match="has no effect"):
-        load_settings(str(tmp_path / "older.yaml"))
+    # A run saved it, so a training does not object to settings without effect either.
+    assert isinstance(load_settings(str(tmp_path / "older.yaml")), RunConfig)
 
 
-def test_all_unknown_settings_of_a_file_are_named(tmp_path: Path) -> None:
+def test_unknown_settings_of_a_file_are_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     path = tmp_path / "config.yaml"
     path.write_text("sft:\n  step: 4\n  target: best\nteacher:\n  spatial_format: pixels\nevaluate:\n  frames: 3\n")
+    # Settings of training are left out with a warning, and settings of evaluations refused.
     with pytest.raises(SettingsError) as refused:
         load_settings(str(path), trains=False)
     first, *rest = str(refused.value).splitlines()
-    assert first.startswith(f"recipe {path}: 4 settings are not those of this version; change or delete them")
+    assert first == (
+        f"recipe {path}: 2 settings are unknown to this version; delete or rename them (in a copy, if a run wrote the "
+        "file):"
+    )
+    assert rest[0].startswith("  teacher.spatial_format was removed: ")
+    assert rest[1].startswith("  unknown setting evaluate.frames; did you mean ")
+    warning = capsys.readouterr().err
+    assert "only mattered in training: sft.step, sft.target" in warning and warning.count("warning") == 1
+    with pytest.raises(SettingsError) as refused:
+        load_settings(str(path))
+    first, *rest = str(refused.value).splitlines()
+    assert ": 4 settings are unknown to this version" in first
     assert rest[0] == "  unknown setting sft.step; did you mean sft.steps?"
     assert rest[1] == "  unknown setting sft.target; did you mean sft.responses=best, all or random?"
-    assert rest[2].startswith("  teacher.spatial_format was removed: ")
-    assert rest[3].startswith("  unknown setting evaluate.frames; did you mean ")
+    # What the removed setting said still holds.
+    path.write_text("teacher:\n  spatial_format: relative\nsft:\n  target: best\n  steps: 7\n")
+    assert load_settings(str(path), trains=False).sft.steps == 7
+    assert "training: teacher.spatial_format, sft.target" in capsys.readouterr().err
+    # A mistake in a name of evaluations is not taken for a setting of training.
+    path.write_text("data:\n  max_prompt_token: 4\n")
+    with pytest.raises(SettingsError, match="did you mean data.max_prompt_tokens"):
+        load_settings(str(path), trains=False)
+
+
+def test_recipes_are_checked_for_settings_without_effect(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("made:\n  enabled: false\n  heldout_clips: 4\nsft:\n  lr: 1.0\nstages: [distill]\n")
+    with pytest.raises(SettingsError, match=r"made.heldout_clips has no effect: no material is generated"):
+        load_settings(str(path), trains=False)
+    # Settings of training do not matter here.
+    path.write_text("sft:\n  lr: 1.0\nstages: [distill]\nevaluate:\n  rollouts: 2\n")
+    assert load_settings(str(path), trains=False).evaluate.rollouts == 2
+
+
+@pytest.mark.parametrize(
+    "conflict",
+    [
+        "stages: [distill, sft]",
+        "stages: [warm_up]\nreward:\n  alpha: 0.0",
+        "model:\n  quantize: nf4",
+        "model:\n  quantize: nf4\n  adapter: lora\nrollout:\n  engine: vllm\nruntime:\n  zero_stage: 3",
+        "rollout:\n  engine: vllm_server",
+        "discriminator:\n  mode: shared\n  export: true\nmodel:\n  quantize: nf4",
+        "self_teacher:\n  kind: frozen",
+        "runtime:\n  offload_optimizer: true\n  optimizer: adamw_8bit\n  trackers: [unknown]",
+        "teacher:\n  responses: 9\nmade:\n  enabled: true\n  label_share: 0.5",
+        "micro_tokens: 100",
+    ],
+)
+def test_conflicts_of_training_do_not_matter(conflict: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(conflict + "\n")
+    load_settings(str(path), trains=False)
+    with pytest.raises(SettingsError):
+        load_settings(str(path))
+
+
+def test_advice_names_settings_of_evaluations() -> None:
+    # All settings that the messages of check_evaluated and of the functions that it calls name.
+    functions = {node.name: node for node in ast.parse(inspect.getsource(setting_rules)).body if hasattr(node, "name")}
+    reached, todo = set(), ["check_evaluated"]
+    while todo:
+        name = todo.pop()
+        if name in functions and name not in reached:
+            reached.add(name)
+            todo += [node.id for node in ast.walk(functions[name]) if isinstance(node, ast.Name)]
+    texts = [
+        node.value
+        for name in reached
+        for node in ast.walk(functions[name])
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    sections = settings_as_dict(RunConfig()).items()
+    names = [f"{section}.{name}" for section, values in sections if isinstance(values, dict) for name in values]
+    keys = {key for key in names if any(re.search(rf"(?<![\w.]){re.escape(key)}(?![\w])", text) for text in texts)}
+    assert {"video.num_frames", "evaluate.parse", "made.tasks"} <= keys
+    assert len(reached) > 4 and [key for key in keys if not is_evaluated(key)] == []
