@@ -104,10 +104,11 @@ def page(evaluations: list[dict], ran: str) -> str:
     head = ["event", *(f"trained {e['trained']}, shown {e['frames']}" for e in evaluations), "questions"]
     lines = [
         "Scores of tiny students on held-out needles (`made.source=needles`), by length of the event, with the\n"
-        "numbers of frames in training and in the evaluation. The ceiling is the expected score of a student that answers\n"
-        "what a sampled frame shows, and otherwise guesses. It is computed from the events of the same questions,\n"
-        "whose starts are restricted for each color. The last column has the numbers of questions, in the order of\n"
-        f"the columns. One training for each number of frames, with seed {first['seed']}.\n",
+        "numbers of frames in training and in the evaluation. The ceiling is the expected score of a student that\n"
+        "answers what a sampled frame shows, and otherwise guesses. It is computed from the events of the same\n"
+        "questions, whose starts are restricted for each color. The last column has the numbers of questions, in\n"
+        "the order of the columns. One training for each number of frames, with seed "
+        f"{first['seed']}.\n",
         table(head, rows).rstrip(),
         "\n**Paired differences, events of one second**\n",
         *_differences(evaluations),
