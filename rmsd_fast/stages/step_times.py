@@ -10,6 +10,7 @@ from rmsd_fast.runtime.process_group import global_max
 from rmsd_fast.stages import distill, sft
 from rmsd_fast.stages.answer_records import clusters_of
 from rmsd_fast.stages.evaluation import Answering
+from rmsd_fast.stages.evaluation_batches import plan_batches, spread
 from rmsd_fast.stages.evaluation_forecast import time_batch
 from rmsd_fast.stages.findings import Finding, Sample
 from rmsd_fast.stages.material import Material
@@ -114,15 +115,17 @@ def time_evaluation(state: StageState, material: Material, media: MediaReader) -
     evaluations = 1 + len({"sft", "control", "distill"} & set(settings.stages))
     if settings.evaluate.every_steps:
         evaluations += len(late) * ((settings.distill.steps - 1) // settings.evaluate.every_steps)
-    questions = material.heldout[: settings.evaluate.prompts_per_batch * world.size]
-    # Every process times as many questions.
-    questions = questions[: len(questions) // world.size * world.size]
+    questions = material.heldout
     if not questions:
-        return Finding("evaluation", "skipped", "there are fewer held-out questions than processes", {"hours": 0.0})
+        return Finding("evaluation", "skipped", "there are no held-out questions", {"hours": 0.0})
+    # Batches of the evaluation, in which questions about the same media are together. There may be fewer batches than
+    # processes, all of which take part.
+    timed = spread(plan_batches(questions, settings.evaluate.prompts_per_batch, world.size), world.size)
     answering = Answering(state.student, settings, world, media, clusters_of(questions))
     with state.policy.full_weights():
         state.policy.module.activate()
-        measured = time_batch(answering, questions[world.rank :: world.size], world)
+        batch = timed[world.rank % len(timed)]
+        measured = time_batch(answering, batch, world, questions=sum(map(len, timed)))
     each = measured.seconds_per_question(world.device)
     text = f"{each:.2g} s per question; {counted(len(material.heldout), 'question')}, {evaluations} times"
     hours = each * len(material.heldout) * evaluations / 3600

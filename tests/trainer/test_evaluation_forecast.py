@@ -163,6 +163,26 @@ def test_an_evaluation_that_does_not_fit_is_refused(
     assert "expected at most" in check_evaluation_memory(material.model_path, asked, 200, settings, CUDA)[-1]
 
 
+def test_advice_names_what_lowers_the_plan(folder: Path, material: Material) -> None:
+    asked = [replace(material.heldout[0], id=f"{index}", videos=(f"{index}.mp4",)) for index in range(16)]
+
+    def advice(*overrides: str) -> tuple[str, str]:
+        settings = tiny_settings(folder, "evaluate.prompts_per_batch=16", *overrides)
+
+        def planned(changed: RunConfig):
+            return evaluation_forecast._plan(changed, _config(material), asked, 200, WORLD)
+
+        return planned(settings).peak, evaluation_forecast._advice(settings, asked, planned, 1)
+
+    # Many tokens of each answer: a smaller call of the tower changes nothing.
+    peak, answers = advice("evaluate.max_new_tokens=100000", "micro_tokens=8192")
+    assert peak == "answers"
+    expected = "lower evaluate.prompts_per_batch, video.num_frames or video.max_video_pixels, or use a larger GPU"
+    assert answers == expected
+    peak, vision = advice("evaluate.max_new_tokens=1", "evaluate.num_frames=16", "micro_tokens=8192")
+    assert peak == "vision" and "micro_tokens" in vision and "evaluate.num_frames or video.max_video_pixels" in vision
+
+
 def _config(material: Material) -> dict:
     return json.loads((Path(material.model_path) / "config.json").read_text())
 
