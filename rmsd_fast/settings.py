@@ -8,6 +8,7 @@ import functools
 import inspect
 import math
 import os
+import sys
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -20,7 +21,6 @@ from yaml import YAMLError
 
 from rmsd_fast.config import RECIPES, RunConfig, SettingsError
 from rmsd_fast.files import write_text_atomic
-from rmsd_fast.process import tell
 from rmsd_fast.setting_rules import check_together, is_evaluated, refuse_training_settings, refuse_useless
 
 # Settings of earlier versions, and their replacements.
@@ -260,17 +260,19 @@ def _without_former(
     known = set(_keys(schema))
     former = []
     for key in _keys(recipe):
-        if _is_known(key, known) or is_evaluated(key) or _value_matters(recipe, key):
+        if _is_known(key, known) or is_evaluated(key) or _changes_reading(recipe, key):
             continue
         close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         if is_saved or key in RENAMED or key in REMOVED or not close or not is_evaluated(close[0]):
             former.append(key)
     if not former:
         return recipe, own_keys
-    tell(
-        f"recipe {name}: warning: ignored settings that this version does not know and that only mattered in "
-        f"training: {', '.join(former)}"
-    )
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(
+            f"recipe {name}: warning: ignored settings that this version does not know and that only mattered in "
+            f"training: {', '.join(former)}",
+            file=sys.stderr,
+        )
     container = OmegaConf.to_container(recipe)
     for key in former:
         *sections, last = key.split(".")
@@ -278,7 +280,7 @@ def _without_former(
     return OmegaConf.create(container), [key for key in own_keys if key not in former]
 
 
-def _value_matters(recipe: DictConfig, key: str) -> bool:
+def _changes_reading(recipe: DictConfig, key: str) -> bool:
     """Return whether a removed setting has a value that means another reading of the questions."""
     return key in FORMER_READING and OmegaConf.select(recipe, key) != FORMER_READING[key]
 
