@@ -41,6 +41,10 @@ _ANSWER_IS = re.compile(
     r"\A(?:.*\b(?:answer|option|choice)(?:\s+is\b|[\s*_`]*[:=]))?[\s*_`:]*(?:(?:option|choice)\b)?",
     re.IGNORECASE | re.DOTALL,
 )
+_BEFORE_BOX = re.compile(
+    r"(?:\A|\n|[:.,=]|\b(?:is|be|get|equals|so|thus|hence|therefore))[\s$*\\(\[]*\Z", re.IGNORECASE
+)
+_AFTER_BOX = re.compile(r"[\s$*.\\)\]]*")
 _MARKS = " \t\r\n*_`'\"$"
 _ONLY_LETTER = re.compile(r"[(\[]?([A-Z])[)\]]?[.:]?")
 _EDGES = " \t\r\n,.!?;:'\"*"
@@ -150,6 +154,17 @@ def field_letter(text: str, options: Sequence[str] | None) -> str | None:
     return None
 
 
+def boxed_at_end(text: str) -> str | None:
+    """Return the content of a box that ends a text and is not a part of a formula, or None.
+
+    "2\\boxed{3}" and "\\boxed{2} dozen" have other values than their box.
+    """
+    boxes = list(_BOXED.finditer(text))
+    if not boxes or not _AFTER_BOX.fullmatch(text, boxes[-1].end()):
+        return None
+    return boxes[-1][1].strip() if _BEFORE_BOX.search(text[: boxes[-1].start()]) else None
+
+
 def stated_letter(text: str, options: Sequence[str] | None) -> str | None:
     """Return the letter of an answer that is an option and nothing else, or None.
 
@@ -160,7 +175,7 @@ def stated_letter(text: str, options: Sequence[str] | None) -> str | None:
         text: the answer without its reasoning.
         options: as in `lenient_response`.
     """
-    text = _BOXED.sub(r"\1", _ANSWER_IS.sub("", text)).strip(_MARKS).rstrip(".").strip(_MARKS)
+    text = (boxed_at_end(text) or _ANSWER_IS.sub("", text)).strip(_MARKS).rstrip(".").strip(_MARKS)
     letters = _letters(options)
     if match := _ONLY_LETTER.fullmatch(text):
         return match[1] if match[1] in letters else None

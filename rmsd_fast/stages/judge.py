@@ -24,7 +24,7 @@ from rmsd_fast.data.marks import MARK
 from rmsd_fast.data.records import Question, groups_of
 from rmsd_fast.method.answers import parse_answer
 from rmsd_fast.method.exact import exact_match, is_decided
-from rmsd_fast.method.lenient import final_text, stated_letter
+from rmsd_fast.method.lenient import boxed_at_end, final_text, stated_letter
 
 # System prompt and prompt of each request.
 PROMPTS = {
@@ -120,7 +120,12 @@ def rules_decide(question: Question, response: str, read: str | None) -> bool:
     answer = parse_answer(read, question.task_type, question.options)
     if question.task_type == "mcq":
         return stated_letter(final, question.options) == answer
-    return question.task_type != "exact" or is_decided(str(answer), str(question.answer))
+    if question.task_type != "exact":
+        return True
+    if r"\boxed" in final and not exact_match(str(answer), str(question.answer)):
+        # The reading takes the content of a box, whatever stands around it.
+        return (boxed := boxed_at_end(final)) is not None and is_decided(boxed, str(question.answer))
+    return is_decided(str(answer), str(question.answer))
 
 
 def needs_judge(question: Question, record: Mapping[str, Any]) -> bool:

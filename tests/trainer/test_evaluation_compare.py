@@ -333,7 +333,7 @@ def test_a_question_with_a_mark_is_the_same_one_without_its_video(tmp_path):
         (question,) = load("videommmu", file, videos=not blind)
         assert ("<video>" in question.question) is not blind
         records = [answer_record(question, "c", response, settings)]
-        about = {"benchmark": "videommmu", "protocol": {"evaluate": {"without_video": blind}}}
-        evaluations.append(Evaluation(str(blind), records, about))
+        facts = {"benchmark": "videommmu", "protocol": {"evaluate": {"without_video": blind}}}
+        evaluations.append(Evaluation(str(blind), records, facts))
     gain = compare_evaluations(evaluations)["differences"]["False"]["knowledge_gain"]
     assert (gain["mean"], gain["before"], gain["after"]) == (1.0, 0.0, 1.0)

@@ -23,7 +23,7 @@ from rmsd_fast.config import JudgeConfig, SettingsError
 from rmsd_fast.data.records import Question
 from rmsd_fast.evaluate_judge import JudgeError, client_settings, judge_answers
 from rmsd_fast.method.exact import is_decided
-from rmsd_fast.method.lenient import stated_letter
+from rmsd_fast.method.lenient import lenient_response, stated_letter
 from rmsd_fast.runtime import stop_signal
 from rmsd_fast.runtime.stop_signal import Stopped, StopSignal
 from rmsd_fast.setting_rules import refuse_evaluation_only
@@ -33,7 +33,7 @@ from rmsd_fast.stages.answer_records import answer_record
 from rmsd_fast.stages.evaluation_checks import check_predictions
 from rmsd_fast.stages.evaluation_compare import Evaluation, compare_evaluations, format_comparison
 from rmsd_fast.stages.evaluation_table import benchmark_lines
-from rmsd_fast.stages.judge import judging, needs_judge, read_reply
+from rmsd_fast.stages.judge import judging, needs_judge, read_reply, rules_decide
 from rmsd_fast.stages.paper_numbers import paper_lines
 from rmsd_fast.stages.protocol import differences_of, evaluation_identity, protocol_of
 from rmsd_fast.stages.summaries import compare, summarize
@@ -100,6 +100,9 @@ def test_rules_decide_what_is_clear(answer, truth, decided):
         (r"\boxed{B}", "B"),
         ("The answer is option (B)", "B"),
         ("A right triangle, hence the second option", None),
+        (r"The sky has it. Therefore, $\boxed{B}$.", "B"),
+        (r"\boxed{B} or C", None),
+        (r"Not \boxed{B}", None),
         ("The answer is A. No, B.", None),
         ("A. blue", None),
         ("blue or green", None),
@@ -110,6 +113,29 @@ def test_options_that_are_stated_alone(text, letter):
     assert stated_letter(text, ("A red cup", "blue", "green")) == letter
     if letter:
         assert stated_letter(text, ("A. A red cup", "B. blue", "C. green")) == letter
+
+
+@pytest.mark.parametrize(
+    ("response", "truth", "decided"),
+    [
+        (r"3 + 9 makes a few more. Thus $\boxed{13}$.", "12", True),
+        (r"The final answer is: \(\boxed{13}\)", "12", True),
+        (r"x = \boxed{13^\circ}", "12", True),
+        (r"\boxed{12} or so", "12", True),
+        ("<think>2?</think>The answer is 13.", "12", True),
+        # The box is a part of the answer.
+        (r"\boxed{2} dozen", "24", False),
+        (r"So it is $\boxed{2}$ hours", "120", False),
+        (r"\boxed{13}^2", "169", False),
+        (r"2\boxed{3}", "23", False),
+        (r"\frac{1}{2}\cdot\boxed{13}", "6.5", False),
+        ("The answer is 2 hours.", "120", False),
+        ("The final answer is $2$ dozen", "24", False),
+    ],
+)
+def test_whole_answers_that_rules_decide(response, truth, decided):
+    question = Question("1", "How many?", "exact", answer=truth)
+    assert rules_decide(question, response, lenient_response(response, "exact")) == decided
 
 
 @pytest.mark.parametrize(("text", "letter"), [("C", "C"), ("(C)", "C"), ("A circle", None), ("Angle B is 30", None)])
