@@ -4,7 +4,8 @@
 rules of the field apply:
 
 - mcq: the letter in the best of these places, and the last one of these: the start of the text, its end, after a phrase
-  such as "the answer is", `(B)`, `B.`, `B:`, `B)`, `B` alone. A letter inside a word is not an answer;
+  such as "the answer is", `(B)`, `B.`, `B:`, `B)`, `B` before a space, any other `B`. A letter inside a word is not an
+  answer. After a phrase and in the last place, words of Chinese, Japanese and Korean may touch it: "정답은 B입니다";
 - temporal: two times, in seconds or as mm:ss, if the text has no third number;
 - spatial: the first four numbers in brackets; boxes: seconds and boxes in JSON, in a code block if there is one. JSON
   may be incomplete, and its invalid items are left out. Lists of objects with `time` and `bbox_2d` are also read;
@@ -51,6 +52,8 @@ _EDGES = " \t\r\n,.!?;:'\"*"
 _PHRASE = re.compile(
     r"(?:answer|option|choice) is|i (?:choose|select|pick)|答案是|答案为|选|答えは|정답은|답은|답:|옵션", re.IGNORECASE
 )
+# A character beside a letter that makes it part of a word, unlike those of Chinese, Japanese and Korean: "B입니다".
+_OF_WORD = r"[^\W_\u3005-\u30ff\u3400-\u9fff\uac00-\ud7af]"
 # Places of a letter inside a text, from the most to the least reliable one.
 _PLACES = tuple(
     rf"(?<![^\W_]){place}" for place in (r"\(([{0}])\)", r"([{0}])\.", r"([{0}]):", r"([{0}])\)", r"([{0}])\s")
@@ -144,14 +147,16 @@ def field_letter(text: str, options: Sequence[str] | None) -> str | None:
         return match[1]
     if match := re.search(rf"(?<![^\W\d_])([{letters}])\Z", text):
         return match[1]
-    alone = re.compile(rf"(?<![^\W_])[{letters}](?![^\W_])")
+    alone = re.compile(rf"(?<!{_OF_WORD})[{letters}](?!{_OF_WORD})")
     stated = [match for phrase in _PHRASE.finditer(text) if (match := alone.search(text, phrase.end()))]
     if stated:
         return stated[-1][0]
     for place in _PLACES:
         if found := re.findall(place.format(letters), f"{text} "):
             return found[-1]
-    return None
+    # "B번", or a letter in quotes.
+    found = alone.findall(text)
+    return found[-1] if found else None
 
 
 def boxed_at_end(text: str) -> str | None:
