@@ -25,8 +25,8 @@ INCOMPLETE, FAILED = 1, 2
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the arguments and collect. Return 0 if the pool is complete."""
-    if reason := environment.why_not(("torch", "omegaconf", "httpx2", "PIL")):
-        tell(f"rmsd_fast.collect: {reason.replace('[train,video]', '[collect,video]')}")
+    if reason := environment.why_not(("torch", "omegaconf", "httpx2", "PIL"), "collect,video"):
+        tell(f"rmsd_fast.collect: {reason}")
         return FAILED
     from rmsd_fast.collect_run.config import load_collection, print_config
     from rmsd_fast.config import UserError

@@ -26,6 +26,8 @@ DIFFERENCES = (("stage1", "untrained"), ("stage2", "stage1"), ("control", "stage
 ACCURACY_STEPS = 8
 # Benchmarks of which some answers are scored by a language model in the field.
 JUDGED = ("mathvista", "mathverse", "vstar")
+# Fields of a request to a server that settings of their own determine.
+REQUEST_FIELDS = ("messages", "model", "n", "stream", "temperature", "max_tokens", "max_completion_tokens")
 # Benchmarks about images.
 OF_IMAGES = ("mathvista", "mathverse")
 # Benchmarks with subtitles.
@@ -571,10 +573,11 @@ class JudgeConfig:
     api_key_env: str = "OPENAI_API_KEY"
     """Environment variable with the API key; empty = no key. The default is optional and sent only with https."""
     temperature: float | None = number(0.0, least=0)
-    """Sampling temperature. A reply that cannot be read is requested again with 0.5 more, and then with 1.0 more; null
-    = the server's default, for models that accept no other value."""
+    """Sampling temperature. A reply that cannot be read is requested again with 0.5 more, and then with 1.0 more, up to
+    2; null = the server's default, for models that accept no other value."""
     max_tokens: int = number(1024, least=1)
-    """Maximum length of a reply in tokens, with its reasoning."""
+    """Maximum length of a reply in tokens, with its reasoning. With a higher one, only replies that were cut off are
+    requested again."""
     token_limit: str = choice("max_tokens", of=("max_tokens", "max_completion_tokens"))
     """Name under which `max_tokens` is sent; OpenAI's reasoning models accept only `max_completion_tokens`."""
     extra_body: dict[str, Any] = field(default_factory=dict)

@@ -17,9 +17,12 @@ from rmsd_fast.command_line import Parser
 from rmsd_fast.process import run_main, tell
 
 if TYPE_CHECKING:
+    from rmsd_fast.collect_run.config import CollectConfig, Teacher
     from rmsd_fast.config import RunConfig
     from rmsd_fast.runtime.process_group import World
     from rmsd_fast.runtime.stop_signal import StopSignal
+    from rmsd_fast.stages.answer_store import AnswerStore
+    from rmsd_fast.stages.material import Material
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -101,7 +104,7 @@ def rehearse(settings: RunConfig, world: World) -> bool:
     from rmsd_fast.stages.reranker import load_reranker
 
     if settings.evaluate.judge.endpoint:
-        _check_judge(settings, world)
+        _judge_client(settings, world)
     material = prepare_material(settings, world, training=False, allow_missing=True)
     questions = material.heldout
     with MediaReader(settings.data, world.device) as media:
@@ -130,19 +133,14 @@ def evaluate(settings: RunConfig, world: World, stop: StopSignal, output: Path) 
     scores answers that rules cannot, and its replies are kept in `<stem>.judge.jsonl`. If an evaluation of the same
     model, settings and questions was interrupted, continue it.
     """
-    from rmsd_fast.data.media import MediaReader
     from rmsd_fast.files import write_text_atomic
     from rmsd_fast.models.folders import open_folder, resolve_folder
     from rmsd_fast.runtime.process_group import on_main
-    from rmsd_fast.stages.answer_store import AnswerStore, delete_parts
-    from rmsd_fast.stages.build import load
-    from rmsd_fast.stages.evaluation import answer_questions
-    from rmsd_fast.stages.evaluation_files import evaluation_of, write_records
-    from rmsd_fast.stages.evaluation_forecast import READ_FIRST, describe_evaluation
+    from rmsd_fast.stages.answer_store import AnswerStore, delete_parts, finished_answers
+    from rmsd_fast.stages.evaluation_files import evaluation_of, score_again, write_records
     from rmsd_fast.stages.evaluation_table import format_table
     from rmsd_fast.stages.material import prepare_material
-    from rmsd_fast.stages.protocol import evaluation_identity, model_identity
-    from rmsd_fast.stages.reranker import load_reranker
+    from rmsd_fast.stages.protocol import evaluation_identity, identity_hash, model_identity
 
     material = prepare_material(settings, world, training=False)
     questions = material.heldout
@@ -153,59 +151,88 @@ def evaluate(settings: RunConfig, world: World, stop: StopSignal, output: Path) 
         on_main(world, lambda: bool(open_folder(resolve_folder(ranked), discriminator=True)))
         identity["reranker"] = on_main(world, lambda: model_identity(ranked))
     judge = settings.evaluate.judge
-    if judge.endpoint:
-        _check_judge(settings, world)
+    client = _judge_client(settings, world) if judge.endpoint else None
     path, replies = output.with_suffix(".predictions.jsonl"), output.with_suffix(".judge.jsonl")
-    with AnswerStore(path, identity, world) as store, MediaReader(settings.data, world.device) as media:
-        stop.output = path
-        lines, _ = describe_evaluation(material.model_path, questions, settings, world, media, most=READ_FIRST)
-        if world.is_main:
-            tell("\n".join(lines))
-        student = load(material.model_path, settings, world)
-        records = answer_questions(
-            student,
-            questions,
-            settings,
-            world,
-            media,
-            name=material.model_path,
-            stop=stop,
-            store=store,
-            reranker=load_reranker(student, settings, world) if ranked else None,
-            forecast=True,
-        )
-        if judge.endpoint:
-            from rmsd_fast.evaluate_judge import judge_answers
+    stop.output = path
+    # Only a judge has something to add to a finished evaluation.
+    records = on_main(world, lambda: finished_answers(output, path, identity, questions)) if judge.endpoint else None
+    if records is None:
+        with AnswerStore(path, identity, world) as store:
+            if judge.endpoint and all(question.id in store.done for question in questions):
+                records = [store.done[question.id] for question in questions]
+            else:
+                records = _answer(settings, world, stop, material, store)
+    if judge.endpoint:
+        from rmsd_fast.evaluate_judge import judge_answers
 
-            records = judge_answers(records, questions, judge, replies, world, stop)
+        # Answers that were read from a file were scored before, possibly with other rules or with a judge.
+        records = score_again(records, questions, settings)
+        records = judge_answers(records, questions, judge, replies, world, stop, client=client)
 
     def write() -> None:
         result = {"model": material.model_path, **evaluation_of({"model": records}, questions, settings)}
         result["protocol"]["model"] |= model
+        result["answers_of"] = identity_hash(identity)
         if ranked:
             result["protocol"]["reranker"] = identity["reranker"]
         write_records(path, records)
         write_text_atomic(output, json.dumps(result, indent=2) + "\n")
         print(format_table(result))
-        print(f"evaluation: {output}\npredictions: {path}" + (f"\njudge: {replies}" if replies.exists() else ""))
+        print(f"evaluation: {output}\npredictions: {path}" + (f"\njudge: {replies}" if judge.endpoint else ""))
 
     on_main(world, write)
     delete_parts(path, world)
 
 
-def _check_judge(settings: RunConfig, world: World) -> None:
-    """Raise UserError before the questions are answered if the judge's settings cannot be used."""
+def _answer(settings: RunConfig, world: World, stop: StopSignal, material: Material, store: AnswerStore) -> list[dict]:
+    """Load the student, and return its answers to all questions."""
+    from rmsd_fast.data.media import MediaReader
+    from rmsd_fast.stages.build import load
+    from rmsd_fast.stages.evaluation import answer_questions
+    from rmsd_fast.stages.evaluation_forecast import READ_FIRST, describe_evaluation
+    from rmsd_fast.stages.reranker import load_reranker
+
+    model, questions = material.model_path, material.heldout
+    with MediaReader(settings.data, world.device) as media:
+        lines, _ = describe_evaluation(model, questions, settings, world, media, most=READ_FIRST)
+        if world.is_main:
+            tell("\n".join(lines))
+        student = load(model, settings, world)
+        return answer_questions(
+            student,
+            questions,
+            settings,
+            world,
+            media,
+            name=model,
+            stop=stop,
+            store=store,
+            reranker=load_reranker(student, settings, world) if settings.evaluate.reranker else None,
+            forecast=True,
+        )
+
+
+def _judge_client(settings: RunConfig, world: World) -> tuple[CollectConfig, Teacher] | None:
+    """Return the settings of the judge's client on the main process, and None on the others.
+
+    Raises:
+        UserError: before the questions are answered, if the judge's settings cannot be used.
+    """
     from rmsd_fast.config import NotInstalled
     from rmsd_fast.runtime.process_group import on_main
 
-    def check() -> None:
-        if reason := environment.why_not(("httpx2",)):
-            raise NotInstalled(f"evaluate.judge: {reason.replace('[train,video]', '[collect]')}")
+    made: list[tuple[CollectConfig, Teacher]] = []
+
+    def make() -> None:
+        if reason := environment.why_not(("httpx2",), extras="collect"):
+            raise NotInstalled(f"evaluate.judge: {reason}")
         from rmsd_fast.evaluate_judge import client_settings
 
-        client_settings(settings.evaluate.judge)
+        made.append(client_settings(settings.evaluate.judge))
 
-    on_main(world, check)
+    # The settings contain a key, so they are not sent to other processes.
+    on_main(world, make)
+    return made[0] if made else None
 
 
 def _why_not_writable(output: Path) -> str:

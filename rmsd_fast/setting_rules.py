@@ -9,6 +9,7 @@ from rmsd_fast.config import (
     ACCURACY_STEPS,
     JUDGED,
     OF_IMAGES,
+    REQUEST_FIELDS,
     STAGES,
     SUBTITLED,
     TASK_TYPES,
@@ -20,8 +21,6 @@ from rmsd_fast.config import (
     SettingsError,
 )
 
-# Fields of a request to the judge that have settings of their own, or must not change.
-_OF_REQUESTS = ("messages", "model", "n", "stream", "temperature", "max_tokens", "max_completion_tokens")
 # Settings that rmsd_fast.evaluate reads; a name that ends in "." is a whole section. Some only determine the name of a
 # generated student, such as made.responses.
 _EVALUATED = (
@@ -376,7 +375,12 @@ def _is_address(url: str) -> bool:
 
 
 def refuse_evaluation_only(settings: RunConfig) -> None:
-    """Raise SettingsError if a training run is to rank or judge answers, which only rmsd_fast.evaluate does."""
+    """Raise SettingsError for what only rmsd_fast.evaluate does: rank or judge answers, or ask without videos."""
+    if settings.evaluate.without_video:
+        raise SettingsError(
+            "evaluate.without_video: expected false in training, whose report would show the scores as those with "
+            "videos, got true; leave it out, and evaluate the run's export/ with it"
+        )
     if settings.evaluate.judge.endpoint:
         raise SettingsError(
             "evaluate.judge.endpoint: expected none in training, since only rmsd_fast.evaluate asks a judge, got "
@@ -433,7 +437,7 @@ def _check_judge(settings: RunConfig) -> None:
             f"{evaluate.rollouts}; leave one of the two out"
         )
     for name in evaluate.judge.extra_body:
-        if name in _OF_REQUESTS:
+        if name in REQUEST_FIELDS:
             raise SettingsError(
                 f"evaluate.judge.extra_body: expected other fields, got {name!r}, which the evaluation sets; remove it"
             )

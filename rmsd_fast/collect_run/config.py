@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 from omegaconf import OmegaConf
 
-from rmsd_fast.config import RECIPES, RunConfig, SettingsError, choice, number
+from rmsd_fast.config import RECIPES, REQUEST_FIELDS, RunConfig, SettingsError, choice, number
 from rmsd_fast.settings import POOL_SETTINGS, load_settings
 from rmsd_fast.teacher.usage import Prices
 
@@ -32,7 +32,7 @@ _READING = {
 _MEDIA = ("max_file_mib", "check_frames", "decode_threads", "decode_timeout_s", "cache_mib", "disk_cache")
 READ = {"data": (*_READING["data"], *_MEDIA, "disk_cache_gib"), "teacher": _READING["teacher"]}
 # Fields of a request that settings of their own determine.
-RESERVED = ("messages", "model", "n", "stream", "seed", "temperature", "top_p", "max_tokens", "max_completion_tokens")
+RESERVED = (*REQUEST_FIELDS, "seed", "top_p")
 DEFAULT_KEY = "OPENAI_API_KEY"
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 

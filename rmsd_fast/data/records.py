@@ -116,6 +116,12 @@ class Question:
         return [by_kind[kind].pop(0) for kind in marks]
 
 
+def groups_of(question: Question) -> dict[str, str]:
+    """Return the groups of a question's breakdowns, or none if `meta.groups` is not an object of texts."""
+    groups = question.meta.get("groups")
+    return groups if isinstance(groups, dict) and all(isinstance(value, str) for value in groups.values()) else {}
+
+
 def load_questions(
     path: str | os.PathLike,
     *,

@@ -26,8 +26,13 @@ NO_SUBTITLES = "No subtitles available"
 _CLOCK = r"(?:(\d{1,3}):)?(\d{1,3}):(\d{1,2})(?:[.,](\d{1,9}))?"
 _TIMES = re.compile(rf"\s*{_CLOCK}\s*-->\s*{_CLOCK}(?:\s.*)?")
 _TIME = re.compile(rf"\s*{_CLOCK}\s*")
-# Tags such as <i> and <font …>. Marks of media and special tokens have the same form, and must not reach the prompt.
-_TAG = re.compile(r"<[/|!A-Za-z][^<>]*>|\{\\[^{}]*\}")
+# Tags such as <i>, <font color="red"> and <v Name>, but not "<b and c>" of "a<b and c>d". Marks of media and special
+# tokens have the same form, and must not reach the prompt.
+_ATTRIBUTE = r"\s+[\w-]+\s*=\s*(?:\"[^\"<>]*\"|'[^'<>]*'|[^\s<>]+)"
+_TAG = re.compile(
+    rf"</?[A-Za-z][\w.:-]*(?:{_ATTRIBUTE})*\s*/?>|<v(?:\.\w+)*\s[^<>]*>|<[A-Za-z]+\s\d+/?>|<[|!][^<>]*>|"
+    r"\{\\[^{}]*\}"
+)
 _MOST_BYTES = 64 * 2**20
 
 
@@ -118,10 +123,13 @@ def _read_srt(path: str, text: str) -> tuple[list[Cue], list[str]]:
     faults: list[str] = []
     times: tuple[float, float] | None = None
     shown: list[str] = []
+    # Most files number their cues. In the others, a number is the text of a cue.
+    numbered = text.partition("-->")[0].rpartition("\n")[0].rstrip().rpartition("\n")[2].strip().isdecimal()
 
     def end_cue(next_follows: bool) -> None:
         # The number of the next cue stands before its times.
-        if next_follows and shown and shown[-1].strip().isdecimal():
+        after_empty_line = len(shown) > 1 and not shown[-2].strip()
+        if next_follows and shown and shown[-1].strip().isdecimal() and (numbered or after_empty_line):
             shown.pop()
         words = _plain(" ".join(shown))
         if times is not None and words:
@@ -168,15 +176,15 @@ def _cue_of(item: Mapping[str, Any]) -> Cue | None:
         times, text = item["timestamp"], item.get("text")
         if not isinstance(times, list) or len(times) != 2 or not is_number(times[0]):
             return None
-        start_s, end_s = float(times[0]), math.inf if times[1] is None else times[1]
+        start_s, end_s = times[0], math.inf if times[1] is None else times[1]
     else:
         text = item.get("line")
         matches = [_TIME.fullmatch(str(item.get(name))) for name in ("start", "end")]
         if not all(matches):
             return None
         start_s, end_s = (_seconds(match.groups()) for match in matches)
-    usable = isinstance(text, str) and isinstance(end_s, int | float) and not isinstance(end_s, bool)
-    return Cue(start_s, float(end_s), _plain(text)) if usable and end_s >= start_s else None
+    usable = isinstance(text, str) and (is_number(end_s) or end_s == math.inf)
+    return Cue(float(start_s), float(end_s), _plain(text)) if usable and end_s >= start_s else None
 
 
 def _seconds(parts: Sequence[str | None]) -> float:

@@ -17,6 +17,10 @@ _THOUSANDS = re.compile(r"(?<![\w.,])([-+]?\d{1,3}(?:,\d{3})+)(?![\d,])")
 _SIGN_BEFORE_SPACE = re.compile(r"(^|[=(:,])\s*-\s+(?=[\d.])")
 _TIMES_TEN = re.compile(r"(?<=\d)\s*(?:\\times|\\cdot|[*x×·])\s*10\s*\^\s*\{?([-+]?\d{1,3})\}?(?!\d)")
 _NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d+(?:\.\d+)?|\.\d+)(?:e[-+]?\d{1,3})?(?!\.?\d|e[-+]?\d)")
+_ONLY_NUMBER = re.compile(rf"({_NUMBER.pattern})\s*(?:degrees?|deg)?")
+# Radians are numbers with decimals.
+_DEGREES = re.compile(r"deg|°|\\circ", re.IGNORECASE)
+_ANSWER_IS = re.compile(r"\A.*\banswer(?:\s+is\b\s*:?|\s*[:=])", re.DOTALL)
 # Python converts at most 4300 digits. A reference is far shorter.
 _MOST_DIGITS = 40
 # The exponent of a unit or the index of a variable; the exponent of a number changes its value.
@@ -52,18 +56,28 @@ def exact_match(predicted: str, truth: str) -> float:
 
 
 def is_decided(predicted: str, truth: str) -> bool:
-    """Return whether rules can tell if an answer is right: whether `exact_match` would find it right or wrong for sure.
+    """Return whether rules can tell if an answer is right: whether `exact_match` finds it right or wrong for sure.
 
-    An answer that states the reference is right. Otherwise it is wrong if the reference is a number and the answer has
-    only another one, or if it states the opposite of "yes", "no", "true" or "false". Any other answer may be a
-    paraphrase, an expression with the same value, or a number among others.
+    An answer that states the reference is right. Otherwise it is wrong for sure only if the reference is a number, or
+    one of "yes", "no", "true" and "false", and the answer is another number, or the opposite, and nothing else. It may
+    begin with words that end in "the answer is", and a whole number of degrees may have their unit. Any other answer
+    may be right in another form: "2 hours" is 120 minutes, "5 thousand" is 5000, "50%" is 0.5, and "3 rows of four" are
+    twelve.
     """
     if exact_match(predicted, truth):
         return True
     number, reference = _joined(truth), _plain(truth)
     if _NUMBER.fullmatch(number):
-        return _only_number(_joined(predicted), number.partition("e")[0]) is not None
-    return reference in _OPPOSITES and _states(_plain(predicted), _OPPOSITES[reference])
+        # "$5" is an amount of money, and "$5$" a formula.
+        match = None if predicted.count("$") % 2 else _ONLY_NUMBER.fullmatch(_alone(_joined(predicted)))
+        is_angle = _DEGREES.search(predicted) is not None
+        return match is not None and _value(match[1]) is not None and not (is_angle and "." in number)
+    return reference in _OPPOSITES and _alone(_plain(predicted)) == _OPPOSITES[reference]
+
+
+def _alone(answer: str) -> str:
+    """Return what follows the last "the answer is" without marks around it, otherwise the whole answer."""
+    return _ANSWER_IS.sub("", answer).strip("*_`() ").rstrip(".")
 
 
 def _fold(text: str) -> str:

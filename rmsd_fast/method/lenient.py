@@ -4,7 +4,8 @@
 rules of the field apply:
 
 - mcq: the letter in the best of these places, and the last one of these: the start of the text, its end, after a phrase
-  such as "the answer is", `(B)`, `B.`, `B:`, `B)`, `B` alone. A letter inside a word is not an answer;
+  such as "the answer is", `(B)`, `B.`, `B:`, `B)`, `B` before a space, any other `B`. A letter inside a word is not an
+  answer. After a phrase and in the last place, words of Chinese, Japanese and Korean may touch it: "정답은 B입니다";
 - temporal: two times, in seconds or as mm:ss, if the text has no third number;
 - spatial: the first four numbers in brackets; boxes: seconds and boxes in JSON, in a code block if there is one. JSON
   may be incomplete, and its invalid items are left out. Lists of objects with `time` and `bbox_2d` are also read;
@@ -24,8 +25,9 @@ import math
 import re
 from collections.abc import Sequence
 
-from .answers import option_letters, parse_answer, parse_answer_body
+from .answers import bare_options, option_letters, own_letter, parse_answer, parse_answer_body
 from .benchmark_tasks import Boxes, boxes_of
+from .folding import fold_text
 from .natural import canonical_response
 from .natural.tags import one_spelling, without_tags
 
@@ -35,10 +37,23 @@ MOST_STARTS = 20
 MOST_KEYS = 1000
 _ANSWER = re.compile(r"<answer>(.*?)(</answer>|\Z)", re.DOTALL)
 _BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
+# Words before an option: up to the last "the answer is" or "Answer:", and "option".
+_ANSWER_IS = re.compile(
+    r"\A(?:.*\b(?:answer|option|choice)(?:\s+is\b|[\s*_`]*[:=]))?[\s*_`:]*(?:(?:option|choice)\b)?",
+    re.IGNORECASE | re.DOTALL,
+)
+_BEFORE_BOX = re.compile(
+    r"(?:\A|\n|[:.,=]|\b(?:is|be|get|equals|so|thus|hence|therefore))[\s$*\\(\[]*\Z", re.IGNORECASE
+)
+_AFTER_BOX = re.compile(r"[\s$*.\\)\]]*")
+_MARKS = " \t\r\n*_`'\"$"
+_ONLY_LETTER = re.compile(r"[(\[]?([A-Z])[)\]]?[.:]?")
 _EDGES = " \t\r\n,.!?;:'\"*"
 _PHRASE = re.compile(
     r"(?:answer|option|choice) is|i (?:choose|select|pick)|答案是|答案为|选|答えは|정답은|답은|답:|옵션", re.IGNORECASE
 )
+# A character beside a letter that makes it part of a word, unlike those of Chinese, Japanese and Korean: "B입니다".
+_OF_WORD = r"[^\W_\u3005-\u30ff\u3400-\u9fff\uac00-\ud7af]"
 # Places of a letter inside a text, from the most to the least reliable one.
 _PLACES = tuple(
     rf"(?<![^\W_]){place}" for place in (r"\(([{0}])\)", r"([{0}])\.", r"([{0}]):", r"([{0}])\)", r"([{0}])\s")
@@ -132,14 +147,48 @@ def field_letter(text: str, options: Sequence[str] | None) -> str | None:
         return match[1]
     if match := re.search(rf"(?<![^\W\d_])([{letters}])\Z", text):
         return match[1]
-    alone = re.compile(rf"(?<![^\W_])[{letters}](?![^\W_])")
+    alone = re.compile(rf"(?<!{_OF_WORD})[{letters}](?!{_OF_WORD})")
     stated = [match for phrase in _PHRASE.finditer(text) if (match := alone.search(text, phrase.end()))]
     if stated:
         return stated[-1][0]
     for place in _PLACES:
         if found := re.findall(place.format(letters), f"{text} "):
             return found[-1]
-    return None
+    # "B번", or a letter in quotes.
+    found = alone.findall(text)
+    return found[-1] if found else None
+
+
+def boxed_at_end(text: str) -> str | None:
+    """Return the content of a box that ends a text and is not a part of a formula, or None.
+
+    "2\\boxed{3}" and "\\boxed{2} dozen" have other values than their box.
+    """
+    boxes = list(_BOXED.finditer(text))
+    if not boxes or not _AFTER_BOX.fullmatch(text, boxes[-1].end()):
+        return None
+    return boxes[-1][1].strip() if _BEFORE_BOX.search(text[: boxes[-1].start()]) else None
+
+
+def stated_letter(text: str, options: Sequence[str] | None) -> str | None:
+    """Return the letter of an answer that is an option and nothing else, or None.
+
+    This is a letter, a letter with the text of its option, or the text of one option, at most after words that end in
+    "the answer is". "A right triangle" is therefore not the letter A.
+
+    Args:
+        text: the answer without its reasoning.
+        options: as in `lenient_response`.
+    """
+    text = (boxed_at_end(text) or _ANSWER_IS.sub("", text)).strip(_MARKS).rstrip(".").strip(_MARKS)
+    letters = _letters(options)
+    if match := _ONLY_LETTER.fullmatch(text):
+        return match[1] if match[1] in letters else None
+    texts = [fold_text(option) for option in bare_options(options)] if options else []
+    label, rest = own_letter(text)
+    if label and label in letters and texts and fold_text(rest) == texts[letters.index(label)]:
+        return label
+    return letters[texts.index(fold_text(text))] if texts.count(fold_text(text)) == 1 else None
 
 
 def _interval(text: str, options: object) -> str | None:

@@ -1,7 +1,7 @@
 """Handle SIGTERM and Ctrl-C.
 
 During training, SIGTERM ends the program after a step and a checkpoint; otherwise it ends the program immediately.
-Ctrl-C always ends the program immediately.
+Ctrl-C always ends the program immediately. Inside `draining`, either one lets the requests in flight finish.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ class StopSignal:
         run_folder: folder of the run, or None before it is created.
         output: the file that a repeated command continues, or None.
         otherwise: what the user can do if there is neither.
+        requests: how often the program was asked to end inside `draining`.
     """
 
     def __init__(self) -> None:
@@ -54,7 +55,9 @@ class StopSignal:
         self.output: Path | None = None
         self.otherwise = "nothing was written"
         self._terminated = self._interrupted = False
-        self._deferred = False
+        self._deferred = self._draining = False
+        self._drained_s = -_REPEATED_S
+        self.requests = 0
         self._raised_s = -_REPEATED_S
         handlers = {signal.SIGTERM: self._terminate, signal.SIGINT: self._interrupt}
         if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -63,7 +66,9 @@ class StopSignal:
 
     def _terminate(self, number: int, frame: Any) -> None:
         first, self._terminated = not self._terminated, True
-        if self._deferred:
+        if self._draining:
+            self._count("SIGTERM")
+        elif self._deferred:
             if first and os.environ.get("RANK", "0") == "0":
                 # Do not use print, because the signal may have interrupted a print.
                 with suppress(OSError):
@@ -73,9 +78,29 @@ class StopSignal:
 
     def _interrupt(self, number: int, frame: Any) -> None:
         self._interrupted = True
-        if time.monotonic() - self._raised_s >= _REPEATED_S:
+        if self._draining:
+            self._count("Ctrl-C")
+        elif time.monotonic() - self._raised_s >= _REPEATED_S:
             self._raised_s = time.monotonic()
             raise KeyboardInterrupt
+
+    def _count(self, name: str) -> None:
+        if time.monotonic() - self._drained_s < _REPEATED_S:
+            return
+        self._drained_s = time.monotonic()
+        self.requests += 1
+        if self.requests == 1 and os.environ.get("RANK", "0") == "0":
+            with suppress(OSError):
+                os.write(2, f"\n{name}: waiting for the requests in flight; once more to cancel them\n".encode())
+
+    @contextmanager
+    def draining(self) -> Iterator[None]:
+        """Only count signals inside the context, in `requests`, so that paid replies can arrive. Then call `check`."""
+        self._draining, self.requests, self._drained_s = True, 0, -_REPEATED_S
+        try:
+            yield
+        finally:
+            self._draining = False
 
     @property
     def advice(self) -> str:

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from operator import itemgetter
 
 from rmsd_fast.config import BENCHMARKS, RunConfig
-from rmsd_fast.data.records import Question
+from rmsd_fast.data.marks import MARK
+from rmsd_fast.data.records import Question, groups_of
 from rmsd_fast.made.meaning import has_content, meaning_score
 from rmsd_fast.method.answers import GRADED_TASKS, ParsedAnswer, parse_answer
 from rmsd_fast.method.lenient import lenient_response
@@ -72,20 +73,15 @@ def reason_of(error: str, *, of_prompt: bool = False) -> str:
 
 
 def asked_hash(question: Question) -> str:
-    """Return a short hash of a question's task type, text, options and answer, without regard to white space.
+    """Return a short hash of a question's task type, text, options and answer, without white space and marks of media.
 
     Ids of different benchmarks may be equal, and an annotation may be corrected; with this hash, only answers to the
-    same question are compared. Paths are not part of it, because they differ between machines.
+    same question are compared. Paths are not part of it, because they differ between machines, and marks are not,
+    because a question that is asked without its video has none.
     """
     asked = (question.task_type, question.question, *(question.options or ()), str(question.answer))
-    text = json.dumps([" ".join(part.split()) for part in asked])
+    text = json.dumps([" ".join(MARK.sub(" ", part).split()) for part in asked])
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-
-def groups_of(question: Question) -> dict[str, str]:
-    """Return the groups of a question's breakdowns, or none if `meta.groups` is not an object of texts."""
-    groups = question.meta.get("groups")
-    return groups if isinstance(groups, dict) and all(isinstance(value, str) for value in groups.values()) else {}
 
 
 def answer_record(

@@ -8,20 +8,45 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from glob import escape
 from pathlib import Path
 from typing import Any
 
 from rmsd_fast.config import UserError
+from rmsd_fast.data.records import Question
 from rmsd_fast.runtime.json_lines import JsonLines
 from rmsd_fast.runtime.process_group import World, on_main
-from rmsd_fast.stages.protocol import differences_of
+from rmsd_fast.stages.answer_records import asked_hash
+from rmsd_fast.stages.protocol import differences_of, identity_hash
 
 log = logging.getLogger("rmsd_fast")
 
 
 class OtherAnswers(UserError, RuntimeError):
     """Answers of an interrupted evaluation that had another model, other settings or other questions."""
+
+
+def finished_answers(
+    output: Path, path: Path, identity: dict[str, Any], questions: Sequence[Question]
+) -> list[dict] | None:
+    """Return the predictions of a finished evaluation, or None if there is none with the same identity.
+
+    Args:
+        output: its `evaluation.json`.
+        path: its predictions.
+        identity: what the answers depend on, in JSON types.
+        questions: the questions, in order.
+    """
+    try:
+        result = json.loads(output.read_text(encoding="utf-8"))
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        asked = [(record["id"], record["asked_hash"]) for record in records]
+        # The predictions may be older or newer than the evaluation.
+        is_same = result["answers_of"] == identity_hash(identity) and all("truncated" in record for record in records)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return records if is_same and asked == [(q.id, asked_hash(q)) for q in questions] else None
 
 
 def delete_parts(path: Path, world: World) -> None:

@@ -111,19 +111,19 @@ def read_predictions(run_folder: Path, name: str, questions: list[Question], set
         if any(record.get("asked_hash", own) != own for record, own in zip(records, hashes, strict=True)):
             raise ValueError("texts, options or ground truths of its questions have changed")
         if not all("strict" in record for record in records):
-            records = _score_again(records, questions, settings)
+            records = score_again(records, questions, settings)
     except (OSError, ValueError, KeyError, TypeError) as error:
         log.warning("%s: the file cannot be used (%s); the questions will be answered again", path, error)
         return None
     return records
 
 
-def _score_again(records: list[dict], questions: list[Question], settings: RunConfig) -> list[dict]:
-    """Return records of an earlier version in the present form. Their means over sampled responses stay."""
+def score_again(records: list[dict], questions: list[Question], settings: RunConfig) -> list[dict]:
+    """Return records in the present form and without a judge's verdicts. Their means over sampled responses stay."""
     clusters = clusters_of(questions)
     result = []
     for record, question in zip(records, questions, strict=True):
-        ended = {"truncated": record["truncated"], "error": record.get("error", "")}
+        ended = {name: record[name] for name in ("truncated", "error", "reason") if name in record}
         scored = answer_record(question, clusters[question.id], record["response"], settings, **ended)
         result.append(scored | {name: record[name] for name in ("sampled", "sampled_meaning") if name in record})
     return result

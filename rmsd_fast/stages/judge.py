@@ -15,15 +15,16 @@ import hashlib
 import json
 import re
 from collections.abc import Generator, Mapping
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from rmsd_fast.config import JUDGED
 from rmsd_fast.data.benchmarks.record import lettered
 from rmsd_fast.data.marks import MARK
-from rmsd_fast.data.records import Question
+from rmsd_fast.data.records import Question, groups_of
 from rmsd_fast.method.answers import parse_answer
 from rmsd_fast.method.exact import exact_match, is_decided
-from rmsd_fast.method.lenient import final_text, lenient_response
+from rmsd_fast.method.lenient import boxed_at_end, final_text, stated_letter
 
 # System prompt and prompt of each request.
 PROMPTS = {
@@ -49,6 +50,8 @@ PROMPTS = {
         "1, 2 or 3.",
     ),
 }
+# Raise it if `rules_decide`, `read_reply` or the scores that follow from a reply change.
+RULES_VERSION = 2
 # Grade from which an answer of V-STaR is right.
 LEAST_GRADE = 2
 _MOST = {"score": 1, "grade": 3}
@@ -59,13 +62,28 @@ _FORMS = {
     "mcq": "the letter of an option",
 }
 _OTHER_FORM = "a number, an expression or a short text"
-_ANSWER_LINE = re.compile(r"^[\s*_`#>-]*(?:final |extracted )?answer[\s*_`]*:(.*)$", re.IGNORECASE | re.MULTILINE)
+_SAYS = r"^[\s*_`#>-]*(?:the )?(?:final |extracted |correct )?answer"
+# Lines that begin with "Answer:", and those that begin with "The answer is", which may also be words about an answer.
+_ANSWER_LINES = (
+    re.compile(rf"{_SAYS}[\s*_`]*:(.*)$", re.IGNORECASE),
+    re.compile(rf"{_SAYS}[\s*_`]+is\b(.*)$", re.IGNORECASE),
+)
 _NONE = re.compile(r"\W*(?:none|null|n/a)\W*", re.IGNORECASE)
-_ONLY_SCORE = re.compile(r"[\s*_`.'\"]*(?:(?:score|grade|rating)[\s*_`'\":=]*)?(\d)[\s*_`.'\"]*", re.IGNORECASE)
-_SCORES = re.compile(r"\b(?:score|grade|rating)[\s*_`'\"]*[:=][\s*_`'\"]*(-?\d+(?:\.\d+)?)", re.IGNORECASE)
+# A letter with its mark at the start of what a judge has copied.
+_LABEL = re.compile(r"\(?([A-Z])(?:\)|[.:])(?:\s|$)")
+# A number, and that after "/" or "out of", which must be the best score.
+_VALUE = r"(-?\d+(?:\.\d+)?)(?:\s*(?:/|out of)\s*(\d+(?:\.\d+)?))?"
+_EDGE = r"[\s*_`.'\"]*"
+# A score alone, or with words after it that have no other number.
+_ONLY_SCORE = re.compile(
+    rf"{_EDGE}(?:(?:score|grade|rating)[\s*_`'\":=]*)?{_VALUE}{_EDGE}(?:[-–—:,(]\D*)?", re.IGNORECASE
+)
+_SCORES = re.compile(
+    rf"\b(?:score|grade|rating)[\s*_`'\"]*[:=][\s*_`'\"]*{_VALUE}(?![\d.]*\d)(?!\s*(?:or|to|-|–|/)\s*\d)", re.IGNORECASE
+)
 
 
-class Ask(NamedTuple):
+class JudgeRequest(NamedTuple):
     """A request to the judge: its kind, a key of PROMPTS, and its messages."""
 
     kind: str
@@ -73,31 +91,41 @@ class Ask(NamedTuple):
 
 
 def prompts_hash() -> str:
-    """Return a hash of the judge's prompts and of the rules around them."""
-    text = json.dumps([PROMPTS, _FORMS, _OTHER_FORM, LEAST_GRADE])
+    """Return a hash of the judge's prompts and of RULES_VERSION."""
+    text = json.dumps([PROMPTS, _FORMS, _OTHER_FORM, LEAST_GRADE, RULES_VERSION])
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def is_judged(question: Question) -> bool:
     """Return whether the field scores the answers to a question with a language model."""
     benchmark = question.meta.get("benchmark")
-    return benchmark in JUDGED and (benchmark != "vstar" or question.meta["groups"]["ask"] == "what")
+    return benchmark in JUDGED and (benchmark != "vstar" or groups_of(question).get("ask") == "what")
 
 
 def rules_decide(question: Question, response: str, read: str | None) -> bool:
     """Return whether rules score an answer for sure. A response without any answer is wrong for sure.
+
+    An answer to an `mcq` question must be an option and nothing else; see `stated_letter`. Others: see `is_decided`.
 
     Args:
         question: the question.
         response: the whole response.
         read: the response as `method.lenient` reads it, or None if it finds no answer.
     """
-    if not final_text(response):
+    final = final_text(response)
+    if not final:
         return True
     if read is None:
         return False
     answer = parse_answer(read, question.task_type, question.options)
-    return question.task_type != "exact" or is_decided(str(answer), str(question.answer))
+    if question.task_type == "mcq":
+        return stated_letter(final, question.options) == answer
+    if question.task_type != "exact":
+        return True
+    if r"\boxed" in final and not exact_match(str(answer), str(question.answer)):
+        # The reading takes the content of a box, whatever stands around it.
+        return (boxed := boxed_at_end(final)) is not None and is_decided(boxed, str(question.answer))
+    return is_decided(str(answer), str(question.answer))
 
 
 def needs_judge(question: Question, record: Mapping[str, Any]) -> bool:
@@ -113,7 +141,7 @@ def needs_judge(question: Question, record: Mapping[str, Any]) -> bool:
     return question.meta["benchmark"] == "vstar" or not record["decided"]
 
 
-def judging(question: Question, response: str) -> Generator[Ask, str | int, dict[str, Any]]:
+def judging(question: Question, response: str) -> Generator[JudgeRequest, str | int, dict[str, Any]]:
     """Yield the requests about an answer, receive what `read_reply` reads in the replies, and return the verdict.
 
     Args:
@@ -135,8 +163,8 @@ def judging(question: Question, response: str) -> Generator[Ask, str | int, dict
         return {"score": score, "extracted": extracted}
     if benchmark == "mathvista":
         return {"score": 0.0, "extracted": extracted}
-    about = question.meta.get("judged_question") or _shown(question)
-    grade = yield _ask("score", question=about, truth=question.answer, response=extracted)
+    problem = question.meta.get("judged_question") or _shown(question)
+    grade = yield _ask("score", question=problem, truth=question.answer, response=extracted)
     return {"score": float(grade), "extracted": extracted, "grade": grade}
 
 
@@ -151,21 +179,44 @@ def read_reply(kind: str, reply: str) -> str | int | None:
     """
     text = (final_text(reply) or "").strip()
     if kind == "extract":
-        lines = [line.strip(" \t*_`") for line in _ANSWER_LINE.findall(text)] or text.splitlines()
-        if len(set(lines)) != 1 or not lines[0].strip():
-            return None
-        return "" if _NONE.fullmatch(lines[0]) else lines[0].strip()
+        answers = set(_copied(text))
+        (answer,) = answers if len(answers) == 1 else ("",)
+        return ("" if _NONE.fullmatch(answer) else answer) if answer else None
     alone = _ONLY_SCORE.fullmatch(text)
-    scores = {alone[1]} if alone else set(_SCORES.findall(text))
-    (score,) = scores if len(scores) == 1 else (None,)
-    return int(score) if score in map(str, range(_MOST[kind] + 1)) else None
+    found = [alone.groups()] if alone else _SCORES.findall(text)
+    scores = {_score(number, best, _MOST[kind]) for number, best in found}
+    return scores.pop() if len(scores) == 1 else None
 
 
-def _ask(kind: str, **fields: object) -> Ask:
+def _copied(text: str) -> list[str]:
+    """Return the answers in a reply: those in lines that say so, or in the line after it; otherwise each line."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    for pattern in _ANSWER_LINES:
+        stated = []
+        for line, following in pairwise([*lines, ""]):
+            if match := pattern.match(line):
+                stated.append(_without_marks(match[1].strip().removeprefix(":")) or _without_marks(following))
+        if stated:
+            return stated
+    return [_without_marks(line) for line in lines]
+
+
+def _without_marks(line: str) -> str:
+    return line.strip(" \t*_`").strip()
+
+
+def _score(number: str, best: str | None, most: int) -> int | None:
+    """Return a whole score from 0 to `most`, or None. `best` is the number after its slash, if it has one."""
+    value = float(number)
+    usable = value.is_integer() and 0 <= value <= most and (not best or float(best) == most)
+    return int(value) if usable else None
+
+
+def _ask(kind: str, **fields: object) -> JudgeRequest:
     system, prompt = PROMPTS[kind]
     # One pass over the prompt, so that braces in a question or a response are text.
     content = re.sub(r"\{(\w+)\}", lambda match: str(fields[match[1]]), prompt)
-    return Ask(kind, [{"role": "system", "content": system}, {"role": "user", "content": content}])
+    return JudgeRequest(kind, [{"role": "system", "content": system}, {"role": "user", "content": content}])
 
 
 def _shown(question: Question) -> str:
@@ -176,14 +227,15 @@ def _shown(question: Question) -> str:
 
 
 def _form(question: Question) -> str:
-    kind = question.meta["groups"].get("answer_type") if question.task_type == "exact" else "mcq"
+    kind = groups_of(question).get("answer_type") if question.task_type == "exact" else "mcq"
     return _FORMS.get(kind, _OTHER_FORM)
 
 
 def _by_rules(question: Question, extracted: str) -> float | None:
     """Return the score of an answer that the judge has copied, or None if rules cannot decide."""
     if question.task_type == "mcq":
-        read = lenient_response(extracted, "mcq", options=question.options)
-        letter = parse_answer(read, "mcq", question.options) if read else None
+        letter = stated_letter(extracted, question.options)
+        if letter is None and question.options and (label := _LABEL.match(extracted)):
+            letter = label[1]
         return None if letter is None else float(letter == question.answer)
     return exact_match(extracted, question.answer) if is_decided(extracted, question.answer) else None

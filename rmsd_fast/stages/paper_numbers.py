@@ -55,7 +55,7 @@ def scoring_mark(benchmark: str | None, reading: str, decided: Mapping[str, Any]
     if decided:
         parts.append(f"{decided['rules_share']:.1%} of {counted(decided['answers'], 'answer')} decided by rules")
     if reading == "judged" and decided and decided.get("unclear"):
-        parts.append(f"{counted(len(decided['unclear']), 'reply', 'replies')} unreadable and counted as wrong")
+        parts.append(f"{counted(len(decided['unclear']), 'answer')} without a readable reply, counted as wrong")
     who = f"judged by {decided['model'] or 'rules'}" if reading == "judged" and decided else "rule-based"
     return f" ({who}{': ' if parts else ''}{'; '.join(parts)})"
 
@@ -77,5 +77,7 @@ def paper_lines(benchmark: str | None, numbers: Iterable[int], *, judged: bool =
         return [f"no comparison with the paper: {min(other):,} of {counts} questions"]
     title, scores = PAPER[benchmark]
     text = "; ".join(f"{name} {score:.1f}" for name, score in scores.items())
-    how = ", usually scored with a language model" if benchmark in ("mathvista", "mathverse") and not judged else ""
+    how = (
+        ", usually scored with a language model" if benchmark in JUDGED and benchmark != "vstar" and not judged else ""
+    )
     return [f"the paper (arXiv 2603.11423) on {title}{how}, in percent: {text}"]

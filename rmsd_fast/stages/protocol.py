@@ -94,6 +94,11 @@ def evaluation_identity(settings: RunConfig, questions: Sequence[Question], mode
     }
 
 
+def identity_hash(identity: dict[str, Any]) -> str:
+    """Return a hash of the result of `evaluation_identity`, as `answers_of` of an `evaluation.json` has it."""
+    return _digest(identity)
+
+
 def run_identity(settings: RunConfig, name: str) -> dict[str, str]:
     """Return what identifies a student of a training run in its folder: its name, and a hash of all settings."""
     return {"student": name, "settings": _digest(settings_as_dict(settings))}

@@ -54,6 +54,24 @@ def test_srt_files_are_read(tmp_path, change):
     assert read.faults == ()
 
 
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        # A number is the text of a cue if the cues have no numbers.
+        ("00:01 --> 00:02\n1984\n00:03 --> 00:04\nwords\n", ["1984", "words"]),
+        ("00:01 --> 00:02\nIt is\n1984\n00:03 --> 00:04\nwords\n", ["It is 1984", "words"]),
+        ("1\n00:01 --> 00:02\n1984\n2\n00:03 --> 00:04\n7\n", ["1984", "7"]),
+        ("7\n\n00:01 --> 00:02\n1984\n8\n00:03 --> 00:04\n7\n", ["1984", "7"]),
+        ("00:01 --> 00:02\n1984\n\n2\n00:03 --> 00:04\nwords\n", ["1984", "words"]),
+        # Comparisons are not tags.
+        ("1\n00:01 --> 00:02\na<b and c>d\n", ["a<b and c>d"]),
+        ("1\n00:01 --> 00:02\n<v Ann Lee>3 < 4</v> <c.red>and</c> <image 2> <br/>more\n", ["3 < 4 and more"]),
+    ],
+)
+def test_numbers_and_tags_in_srt_files(tmp_path, text, shown):
+    assert [cue.text for cue in read_subtitles(write(tmp_path / "a.srt", text)).cues] == shown
+
+
 def test_damaged_cues_are_named_and_left_out(tmp_path):
     lines = ["1", "00:00:01,000 --> 00:00:02,000", "good", "", "2", "00:00:xx,000 --> 00:00:03,000", "bad", ""]
     lines += ["3", "00:00:05,000 --> 00:00:04,000", "backwards", "", "01:02,5 --> 01:03,0", "minutes", "4"]
@@ -93,13 +111,14 @@ def test_both_forms_of_json_are_read(tmp_path):
         {"timestamp": [5.0, 4.0], "text": "backwards"},
         {"timestamp": ["1", 4.0], "text": "a text"},
         {"timestamp": [1.0, math.nan], "text": "nan"},
+        {"timestamp": [0, 10**400], "text": "too large for a float"},
         {"start": "00:00:10.500", "line": "no end"},
         "x",
     ]
     path = str(write_json(tmp_path / "a.json", items))
     cues, faults = read_subtitles(path)
     assert cues == (Cue(3.0, 4.5, "numbers"), Cue(10.5, 11.0, "text times"), Cue(20.0, math.inf, "to the end"))
-    assert [fault.partition(": ")[0] for fault in faults] == [f"{path}, cue {number}" for number in range(4, 9)]
+    assert [fault.partition(": ")[0] for fault in faults] == [f"{path}, cue {number}" for number in range(4, 10)]
 
 
 def test_cues_at_the_times_of_frames():

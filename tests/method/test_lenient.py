@@ -29,6 +29,13 @@ def read(text: str, task: str = "mcq", options=OPTIONS, **kwargs):
         ("Candles", "B"),
         ("\\boxed{D}", "D"),
         ("答案是C", "C"),
+        # Words of these scripts may touch the letter.
+        ("정답은 B입니다.", "B"),
+        ("답: C입니다", "C"),
+        ("이 장면에서는 초가 보입니다. 정답은 D이다.", "D"),
+        ("정답은 CBC입니다.", None),
+        ("B번", "B"),
+        ("C가 맞습니다.", "C"),
         # Not clear to a careful reader, so the rules of the field apply: the start comes before everything else.
         ("A or B", "A"),
         ("Either B or C", "C"),
@@ -53,6 +60,9 @@ def test_letters(text, letter):
         ("i choose D here", "D"),
         ("maybe D) or C. here", "C"),
         ("I see D here", "D"),
+        ("I see “D”", "D"),
+        ("it says B/C", "C"),
+        ('it says "B" twice', "B"),
         ("USA. CBC: Dance", None),
         ("Apples", None),
         ("E. here", None),

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 
 import pytest
+from benchmark_records import ROWS, load, touch, write_json
 
 from rmsd_fast import evaluate
 from rmsd_fast.data.records import Question
-from rmsd_fast.stages.answer_records import asked_hash
+from rmsd_fast.settings import load_settings
+from rmsd_fast.stages.answer_records import answer_record, asked_hash
 from rmsd_fast.stages.evaluation_checks import EvaluationError, check_predictions
-from rmsd_fast.stages.evaluation_compare import knowledge_gain
+from rmsd_fast.stages.evaluation_compare import Evaluation, compare_evaluations, knowledge_gain
 from rmsd_fast.stages.evaluation_files import predictions_path, write_records
 
 
@@ -318,3 +320,20 @@ def test_the_gain_is_printed_if_the_base_has_no_video(tmp_path, capsys):
     pair = [written("b2", half, blind, "mlvu"), written("o2", right, seen, "mlvu")]
     assert evaluate.main(["--compare", *pair]) == 0
     assert "knowledge gain" not in capsys.readouterr().out
+
+
+def test_a_question_with_a_mark_is_the_same_one_without_its_video(tmp_path):
+    """From the annotation to the gain: the video is between the words of the question."""
+    touch(tmp_path / "a.mp4")
+    row = ROWS["videommmu"] | {"category": "Adaptation", "question": "Watch <video> and say which."}
+    file = write_json(tmp_path / "videommmu.json", [row])
+    settings = load_settings("", ["data.heldout=x", "evaluate.benchmark=videommmu", "evaluate.parse=lenient"])
+    evaluations = []
+    for blind, response in ((True, "A"), (False, "B")):
+        (question,) = load("videommmu", file, videos=not blind)
+        assert ("<video>" in question.question) is not blind
+        records = [answer_record(question, "c", response, settings)]
+        facts = {"benchmark": "videommmu", "protocol": {"evaluate": {"without_video": blind}}}
+        evaluations.append(Evaluation(str(blind), records, facts))
+    gain = compare_evaluations(evaluations)["differences"]["False"]["knowledge_gain"]
+    assert (gain["mean"], gain["before"], gain["after"]) == (1.0, 0.0, 1.0)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -17,19 +16,24 @@ from safetensors.torch import load_file, save_file
 from teacher_server import Act, TeacherServer, completion, error
 from tokenizers import Tokenizer
 from train_runs import environment
+from warm_process import run_program
 
+from rmsd_fast import evaluate, evaluate_judge
 from rmsd_fast.config import JudgeConfig, SettingsError
 from rmsd_fast.data.records import Question
 from rmsd_fast.evaluate_judge import JudgeError, client_settings, judge_answers
 from rmsd_fast.method.exact import is_decided
+from rmsd_fast.method.lenient import lenient_response, stated_letter
+from rmsd_fast.runtime import stop_signal
 from rmsd_fast.runtime.stop_signal import Stopped, StopSignal
 from rmsd_fast.setting_rules import refuse_evaluation_only
 from rmsd_fast.settings import load_settings
+from rmsd_fast.stages import build
 from rmsd_fast.stages.answer_records import answer_record
 from rmsd_fast.stages.evaluation_checks import check_predictions
 from rmsd_fast.stages.evaluation_compare import Evaluation, compare_evaluations, format_comparison
 from rmsd_fast.stages.evaluation_table import benchmark_lines
-from rmsd_fast.stages.judge import judging, needs_judge, read_reply
+from rmsd_fast.stages.judge import judging, needs_judge, read_reply, rules_decide
 from rmsd_fast.stages.paper_numbers import paper_lines
 from rmsd_fast.stages.protocol import differences_of, evaluation_identity, protocol_of
 from rmsd_fast.stages.summaries import compare, summarize
@@ -50,6 +54,27 @@ OF_JUDGE += ["evaluate.judge.endpoint=http://localhost:1/v1", "evaluate.judge.mo
         ("not 3", "3", False),
         ("three", "3", False),
         ("", "3", False),
+        # Otherwise a number is wrong for sure only if it stands alone.
+        ("The answer is **13**.", "12", True),
+        ("Answer: 1,300", "12", True),
+        ("$13$", "12", True),
+        (".5", "0.25", True),
+        ("40°", "30", True),
+        ("40 degrees", "30", True),
+        ("90°", "1.57", False),
+        ("There are 3 rows of four, so twelve in total.", "12", False),
+        ("2 dozen", "12", False),
+        ("The 1 box holds a dozen.", "12", False),
+        ("The answer is 1 dozen", "12", False),
+        ("50%", "0.5", False),
+        ("5 thousand", "5000", False),
+        ("5!", "120", False),
+        ("2 hours", "120", False),
+        ("twice 6", "12", False),
+        ("0.5 m", "50", False),
+        ("$5", "500", False),
+        ("13 or so", "12", False),
+        ("No, that is right", "yes", False),
         ("yes", "no", True),
         ("It may be open", "no", False),
         # A text that is not the reference may be a paraphrase.
@@ -64,8 +89,78 @@ def test_rules_decide_what_is_clear(answer, truth, decided):
 
 
 @pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("B", "B"),
+        ("(B)", "B"),
+        ("**Answer: B**", "B"),
+        ("It is the sky. The correct answer is **B. blue**.", "B"),
+        ("Blue.", "B"),
+        ("a red cup", "A"),
+        (r"\boxed{B}", "B"),
+        ("The answer is option (B)", "B"),
+        ("A right triangle, hence the second option", None),
+        (r"The sky has it. Therefore, $\boxed{B}$.", "B"),
+        (r"\boxed{B} or C", None),
+        (r"Not \boxed{B}", None),
+        ("The answer is A. No, B.", None),
+        ("A. blue", None),
+        ("blue or green", None),
+        ("D", None),
+    ],
+)
+def test_options_that_are_stated_alone(text, letter):
+    assert stated_letter(text, ("A red cup", "blue", "green")) == letter
+    if letter:
+        assert stated_letter(text, ("A. A red cup", "B. blue", "C. green")) == letter
+
+
+@pytest.mark.parametrize(
+    ("response", "truth", "decided"),
+    [
+        (r"3 + 9 makes a few more. Thus $\boxed{13}$.", "12", True),
+        (r"The final answer is: \(\boxed{13}\)", "12", True),
+        (r"x = \boxed{13^\circ}", "12", True),
+        (r"\boxed{12} or so", "12", True),
+        ("<think>2?</think>The answer is 13.", "12", True),
+        # The box is a part of the answer.
+        (r"\boxed{2} dozen", "24", False),
+        (r"So it is $\boxed{2}$ hours", "120", False),
+        (r"\boxed{13}^2", "169", False),
+        (r"2\boxed{3}", "23", False),
+        (r"\frac{1}{2}\cdot\boxed{13}", "6.5", False),
+        ("The answer is 2 hours.", "120", False),
+        ("The final answer is $2$ dozen", "24", False),
+    ],
+)
+def test_whole_answers_that_rules_decide(response, truth, decided):
+    question = Question("1", "How many?", "exact", answer=truth)
+    assert rules_decide(question, response, lenient_response(response, "exact")) == decided
+
+
+@pytest.mark.parametrize(("text", "letter"), [("C", "C"), ("(C)", "C"), ("A circle", None), ("Angle B is 30", None)])
+def test_letters_of_options_that_are_in_the_picture(text, letter):
+    assert stated_letter(text, None) == letter
+
+
+@pytest.mark.parametrize(
     ("kind", "reply", "read"),
     [
+        ("extract", "Answer:\n12", "12"),
+        ("extract", "**Answer:**\n\n**12**", "12"),
+        ("extract", "The final answer is\n12", "12"),
+        ("extract", "The answer is 12", "12"),
+        ("extract", "The answer is not given.\nAnswer: NONE", ""),
+        ("grade", "2 - right in the main", 2),
+        ("grade", "2 or 3", None),
+        ("grade", "Score: 1 or 2", None),
+        ("grade", "Score: 1/2", None),
+        ("grade", "Score: 3/10", None),
+        ("grade", "2/3", 2),
+        ("grade", "Score: 2 out of 3", 2),
+        ("grade", "Score: 10", None),
+        ("score", "Score: 1.0", 1),
+        ("score", "0/1", 0),
         ("extract", "Answer: 12", "12"),
         ("extract", "**Answer:** 12", "12"),
         ("extract", "It says so twice.\nAnswer: -3\nFinal answer: -3", "-3"),
@@ -168,6 +263,10 @@ def test_mathvista_is_judged_where_rules_cannot_decide(tmp_path):
     assert verdict(option, long, "blue")[1]["score"] == 1.0 and verdict(option, long, "red")[1]["score"] == 0.0
     assert verdict(number, "x", "12")[1]["score"] == 1.0 and verdict(number, "x", "13")[1]["score"] == 0.0
     assert verdict(listed, "x", "[1,2]")[1]["score"] == 1.0 and verdict(listed, "x", "1")[1]["score"] == 0.0
+    # Neither a word that may be an article, nor a number in another form, is scored.
+    (article,) = predictions([option], ["A right guess, hence the colour of the sky"], "mathvista")
+    assert article["decided"] is False and needs_judge(option, article)
+    assert verdict(option, "x", "(A) red")[1]["score"] == 0.0 and verdict(option, "x", "B: the sky")[1]["score"] == 1.0
     assert verdict(number, "x", "") == (["extract"], {"score": 0.0, "extracted": ""})
     # The judge sees the prompt, the form and the answer without its reasoning, but not the reference.
     (_, message) = next(judging(number, "<think>11?</think>I count {x} dozens.")).messages
@@ -193,7 +292,11 @@ def test_mathverse_is_extracted_and_then_scored(tmp_path):
     assert "What is {x}?" in content and "Reference answer: \\frac{1}{2}\nAnswer: 1/2\n" in content
     option = mathverse(tmp_path, answer="C", question_type="multi-choice")
     assert verdict(option, "x", "C")[1]["score"] == 1.0 and verdict(option, "x", "B")[1]["score"] == 0.0
-    assert verdict(option, "x", "2 cm", 1)[1]["score"] == 1.0
+    for text in ("2 cm", "A circle", "Angle B is 30"):
+        assert verdict(option, "x", text, 1) == (["extract", "score"], {"score": 1.0, "extracted": text, "grade": 1})
+    # "2 hours" is not the number 2.
+    minutes = mathverse(tmp_path, answer="120")
+    assert verdict(minutes, "x", "2 hours", 1)[1]["score"] == 1.0 and verdict(minutes, "x", "2")[1]["score"] == 0.0
 
 
 def test_vstar_is_graded_from_0_to_3(tmp_path):
@@ -204,6 +307,21 @@ def test_vstar_is_graded_from_0_to_3(tmp_path):
     assert "decided" not in records[1] and records[0]["decided"]
     scores = [verdict(what, "x", grade)[1] for grade in range(4)]
     assert [(result["score"], result["grade"]) for result in scores] == [(0.0, 0), (0.0, 1), (1.0, 2), (1.0, 3)]
+
+
+def test_own_questions_may_have_the_name_of_a_benchmark():
+    own = Question(
+        id="1", videos=("a.mp4",), question="What?", task_type="exact", answer="a cup", meta={"benchmark": "vstar"}
+    )
+    record = answer_record(own, "c", "a mug", settings_of("vstar"))
+    assert "decided" not in record and not needs_judge(own, record)
+    number = Question(
+        id="1", images=("a.png",), question="How many?", task_type="exact", answer="12", meta={"benchmark": "mathvista"}
+    )
+    (record,) = predictions([number], ["a dozen"], "mathvista")
+    assert (
+        needs_judge(number, record) and "a number, an expression" in next(judging(number, "x")).messages[1]["content"]
+    )
 
 
 def asked(request: dict) -> str:
@@ -219,7 +337,8 @@ def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_verdicts_are_recorded_and_nothing_is_asked_twice(tmp_path):
+def test_verdicts_are_recorded_and_nothing_is_asked_twice(tmp_path, caplog):
+    caplog.set_level("INFO", "rmsd_fast")
     questions = mathvista(tmp_path)
     records = predictions(questions, ["blue, says the sky or red", "a dozen", "1 and then 2"], "mathvista")
     replies = {"or red": "Answer: NONE", "dozen": "Answer: 12", "and then": "Answer: [1, 2]"}
@@ -237,9 +356,11 @@ def test_verdicts_are_recorded_and_nothing_is_asked_twice(tmp_path):
         # A run of the same command asks nothing.
         assert judge_answers(records, questions, judge_of(server), path, WORLD) == judged
         assert server.count == 6
-        # Another request has another key.
+        # Another request has another key; the limit of tokens has not cut off a reply.
         judge_answers(records, questions, judge_of(server, max_tokens=99), path, WORLD)
-        assert server.count == 9 and server.requests[-1]["max_tokens"] == 99
+        assert server.count == 6
+        judge_answers(records, questions, judge_of(server, model="n"), path, WORLD)
+        assert server.count == 9 and server.requests[-1]["model"] == "n"
     assert server.requests[0]["temperature"] == 0 and "seed" not in server.requests[0]
     assert [record["judged"] for record in judged] == [record["score"] for record in judged] == [0.0, 1.0, 1.0]
     assert [record["lenient"] for record in judged] == [0.0, 0.0, 0.0]
@@ -249,6 +370,8 @@ def test_verdicts_are_recorded_and_nothing_is_asked_twice(tmp_path):
     assert {(line["id"], line["kind"], line["reply"]) for line in written} == {
         (q.id, "extract", reply) for q, reply in zip(questions, replies.values(), strict=True)
     }
+    assert len(written) == 6 and {line["max_tokens"] for line in written} == {1024}
+    assert "judge m: 3 replies, 3 of them new (360 tokens), in " in caplog.text
     check_predictions(judged, "x")
     summary = summarize(judged)
     assert summary["judged"]["closed"]["mean"] == summary["closed"]["mean"] == pytest.approx(2 / 3)
@@ -270,7 +393,8 @@ def test_unreadable_replies_are_asked_for_again_and_then_count_as_wrong(tmp_path
         text = asked(request)
         temperatures.setdefault(text, []).append(request["temperature"])
         if "scene 7?" in text:
-            return completion("I would not know.", reason="length")
+            # What was cut off is not a verdict, whatever it says.
+            return completion("Score: 3", reason="length")
         if "scene 3?" in text and request["temperature"] == 0:
             return completion("It is hard to say")
         return completion("Score: 3")
@@ -284,15 +408,16 @@ def test_unreadable_replies_are_asked_for_again_and_then_count_as_wrong(tmp_path
     assert max(temperatures.values(), key=len) == [0, 0.5, 1.0]
     wrong = judged[7]
     assert (wrong["judged"], wrong["judge"]["unclear"]) == (0.0, True)
-    assert wrong["judge"]["replies"] == ["I would not know."] * 3
+    assert wrong["judge"]["replies"] == ["Score: 3"] * 3 and wrong["judge"]["reason"] == "'Score: 3'"
     assert [record["judged"] for record in judged] == [1.0] * 7 + [0.0] + [1.0] * 32 + [judged[-1]["lenient"]]
-    assert "got none about 1 of 40 answers" in caplog.text and "raise evaluate.judge.max_tokens" in caplog.text
+    says = f"got no readable reply about 1 of 40 answers, for instance 'Score: 3' about question {questions[7].id!r}; "
+    assert f"{says}raise evaluate.judge.max_tokens" in caplog.text
     summary = summarize(judged)
     assert summary["decided"]["unclear"] == [questions[7].id]
     line = benchmark_lines("x", "vstar", summary)[-1]
     assert line.startswith(
-        "x, vstar (judged by m: what, and the means that contain it; 0.0% of 40 answers decided by rules; 1 reply "
-        "unreadable and counted as wrong), judged, in percent: "
+        "x, vstar (judged by m: what, and the means that contain it; 0.0% of 40 answers decided by rules; 1 answer "
+        "without a readable reply, counted as wrong), judged, in percent: "
     )
 
 
@@ -301,17 +426,71 @@ def test_a_judge_that_only_talks_stops_the_evaluation(tmp_path):
     records = predictions(questions, ["a mug"] * 40, "vstar")
     path = tmp_path / "x.judge.jsonl"
     with TeacherServer(lambda request, number: completion("Nice!")) as server:
-        with pytest.raises(JudgeError, match="got none about 10 of 10 answers, first to question .*: 'Nice!'; choose"):
+        says = (
+            "got no readable reply about 10 of 10 answers, for instance 'Nice!' about question .*; choose another model"
+        )
+        with pytest.raises(JudgeError, match=says):
             judge_answers(records, questions, judge_of(server, max_concurrency=1), path, WORLD)
         assert server.count < 60
 
     def script(request, number):
-        return completion("?" if any(f"scene {i}?" in asked(request) for i in range(5, 8)) else "1")
+        cut = any(f"scene {i}?" in asked(request) for i in range(5, 8)) and request["max_tokens"] < 99
+        return completion("The", reason="length") if cut else completion("1")
 
     path.unlink()
-    with TeacherServer(script) as server, pytest.raises(JudgeError, match="none about 3 of 40 answers"):
-        judge_answers(records, questions, judge_of(server), path, WORLD)
-    assert len(lines(path)) == 37 + 9
+    with TeacherServer(script) as server:
+        says = (
+            "reply about 3 of 40 answers, .*; raise evaluate.judge.max_tokens, .*; only they are then requested again"
+        )
+        with pytest.raises(JudgeError, match=says):
+            judge_answers(records, questions, judge_of(server, max_tokens=9), path, WORLD)
+        assert len(lines(path)) == server.count == 37 + 9
+        # Only replies that a smaller limit cut off are requested again, under either name of the limit.
+        longer = judge_of(server, max_tokens=99)
+        judged = judge_answers(records, questions, longer, path, WORLD)
+        assert server.count == 37 + 9 + 3 and not any("unclear" in record["judge"] for record in judged)
+        renamed = judge_of(server, max_tokens=99, token_limit="max_completion_tokens")
+        assert judge_answers(records, questions, renamed, path, WORLD) == judged
+        assert server.count == 37 + 9 + 3
+
+
+def test_advice_is_about_the_most_frequent_cause(tmp_path):
+    """One of three replies about an answer is cut off: a higher limit would not help."""
+    questions = vstar(tmp_path, count=12)[:-1]
+    records = predictions(questions, ["a mug"] * 12, "vstar")
+
+    def script(request, number):
+        return completion("Nice!", reason="length" if request["temperature"] > 2 else "stop")
+
+    with TeacherServer(script) as server, pytest.raises(JudgeError, match="'Nice!' .*; choose another model"):
+        judge_answers(records, questions, judge_of(server, temperature=1.2), tmp_path / "x.judge.jsonl", WORLD)
+    # Servers refuse temperatures above 2.
+    assert sorted({request["temperature"] for request in server.requests}) == [1.2, 1.7, 2.0]
+
+
+def test_an_answer_that_the_server_refuses_is_unclear(tmp_path, caplog):
+    questions = vstar(tmp_path, count=40)[:-1]
+    records = predictions(questions, ["a mug"] * 40, "vstar")
+    path, broken = tmp_path / "x.judge.jsonl", True
+
+    def script(request, number):
+        if "scene 0?" in asked(request):
+            return error(400, "blocked by content_filter")
+        return error(500, "oops") if broken and "scene 7?" in asked(request) else completion("3")
+
+    with TeacherServer(script) as server:
+        judge = judge_of(server, attempts=2)
+        judged = judge_answers(records, questions, judge, path, WORLD)
+        assert [record["id"] for record in judged if "unclear" in record["judge"]] == [questions[0].id, questions[7].id]
+        assert judged[0]["judged"] == 0.0 and judged[0]["judge"]["reason"].startswith(
+            "filtered: status 400: blocked by"
+        )
+        assert judged[7]["judge"]["reason"].startswith("2 attempts failed, the last with status 500: oops")
+        assert "reply about 2 of 40 answers, for instance" in caplog.text
+        # The same command asks about them again, and only about them.
+        broken, before = False, server.count
+        judged = judge_answers(records, questions, judge, path, WORLD)
+        assert server.count - before == 2 and [r["judged"] for r in judged] == [0.0] + [1.0] * 39
 
 
 @pytest.mark.parametrize(
@@ -319,8 +498,12 @@ def test_a_judge_that_only_talks_stops_the_evaluation(tmp_path):
     [
         (error(401, "no"), "evaluate.judge.api_key_env: expected a key that the server accepts, got status 401: no"),
         (error(404, "The model `m` does not exist"), "evaluate.judge.model: expected a model that the server has"),
-        (error(400, "maximum context length is 9"), "expected a verdict about question .*context_too_long: .*is 9"),
-        (error(500, "oops"), "about question .*got nothing: 2 attempts failed, the last with status 500: oops; check"),
+        (
+            error(400, "maximum context length is 9"),
+            "about 3 of 4 answers, for instance context_too_long: .*is 9 about",
+        ),
+        (error(400, "content_filter"), "the provider's filter rejected the prompts; .*asks about these answers again"),
+        (error(500, "oops"), "instance 2 attempts failed, the last with status 500: oops about .*; check the server"),
         (Act(b"<html>"), "2 attempts failed, the last with expected JSON, got an HTML page"),
         (Act(kind="hang"), r"no reply within evaluate.judge.timeout_s=0.3"),
     ],
@@ -337,11 +520,23 @@ def test_failures_stop_the_evaluation_and_keep_what_is_done(tmp_path, act, says)
         judge = judge_of(server, attempts=2, max_concurrency=1, timeout_s=0.3 if act.kind == "hang" else 5.0)
         with pytest.raises(JudgeError, match=says) as caught:
             judge_answers(records, questions, judge, path, WORLD)
-        assert "the same command continues" in str(caught.value) and len(lines(path)) == 1
+        assert f"the answers and the replies in {path} are kept" in str(caught.value) and len(lines(path)) == 1
         broken, before = False, server.count
         judged = judge_answers(records, questions, judge, path, WORLD)
         assert server.count - before == 3
     assert [record["judged"] for record in judged] == [1.0] * 4
+
+
+@pytest.mark.parametrize("count", [1, 30])
+def test_a_judge_that_refuses_everything_stops_the_evaluation(tmp_path, count):
+    questions = vstar(tmp_path, count=count)[:-1]
+    records = predictions(questions, ["a mug"] * count, "vstar")
+    answers = min(count, 10)
+    with TeacherServer(lambda request, number: error(400, "no temperature, please")) as server:
+        says = f"about {answers} of {answers} answers?, .*; change the setting that the server names"
+        with pytest.raises(JudgeError, match=says):
+            judge_answers(records, questions, judge_of(server, max_concurrency=1), tmp_path / "x.judge.jsonl", WORLD)
+        assert server.count <= answers + 1
 
 
 def test_a_wrong_url_is_named(tmp_path):
@@ -361,36 +556,50 @@ def test_an_unreachable_judge_stops_the_evaluation(tmp_path):
         judge_answers(records, questions, judge, tmp_path / "x.judge.jsonl", WORLD)
 
 
-def test_a_signal_ends_the_judge_and_a_resumed_one_continues(tmp_path):
+@pytest.mark.parametrize("ends", ["in time", "too late", "second signal"])
+def test_a_signal_ends_the_judge_and_a_resumed_one_continues(tmp_path, monkeypatch, ends):
+    """The requests in flight have a price, so a signal waits for their replies, and a second one does not."""
     questions = vstar(tmp_path, count=30)[:-1]
     records = predictions(questions, ["a mug"] * 30, "vstar")
     path, slow = tmp_path / "x.judge.jsonl", True
+    twice, number_of_signal = ends == "second signal", signal.SIGINT if ends == "second signal" else signal.SIGTERM
+    monkeypatch.setattr(evaluate_judge, "WATCH_S", 0.05)
+    monkeypatch.setattr(evaluate_judge, "DRAIN_S", 0.1 if ends == "too late" else 3600.0)
+    # A held key sends many signals, so those that follow at once do not count.
+    monkeypatch.setattr(stop_signal, "_REPEATED_S", 0.2 if twice else 3600.0)
+    pause_s = 1.0 if ends == "in time" else 3600.0
 
     def script(request, number):
-        return Act(completion("2").body, delay_s=3600.0 if slow and number >= 10 else 0.0)
+        return Act(completion("2").body, delay_s=pause_s if slow and number >= 10 else 0.0)
 
     def kill_when_written() -> None:
-        while not path.exists() or len(path.read_bytes().splitlines()) < 10:
+        while not path.exists() or len(path.read_bytes().splitlines()) < 10 or server.count < 11:
             time.sleep(0.02)
-        signal.raise_signal(signal.SIGTERM)
+        for _ in range(3):
+            signal.raise_signal(number_of_signal)
+        if twice:
+            time.sleep(0.5)
+            signal.raise_signal(number_of_signal)
 
     stop = StopSignal()
     killer = threading.Thread(target=kill_when_written, daemon=True)
     try:
         with TeacherServer(script) as server:
             killer.start()
-            with pytest.raises(Stopped):
+            with pytest.raises(KeyboardInterrupt if twice else Stopped):
                 judge_answers(records, questions, judge_of(server, timeout_s=600.0), path, WORLD, stop)
-            assert len(lines(path)) == 10
+            killer.join(10)
+            arrived = len(lines(path))
+            assert server.count < 30 and arrived == (server.count if ends == "in time" else 10)
+            assert stop.requests == (2 if twice else 1)
             # A kill can leave a part of a line.
             with path.open("a") as file:
                 file.write('{"key": "12')
             slow, before = False, server.count
             judged = judge_answers(records, questions, judge_of(server), path, WORLD)
-            assert server.count - before == 20 and len(lines(path)) == 30
+            assert server.count - before == 30 - arrived and len(lines(path)) == 30
     finally:
         stop.restore()
-        killer.join(10)
     assert all(record["judged"] == 1.0 for record in judged)
 
 
@@ -485,19 +694,23 @@ def test_settings_of_a_judge_for_its_client(monkeypatch):
         assert says in str(caught.value) and "secret" not in str(caught.value)
     with pytest.raises(SettingsError, match="evaluate.judge.endpoint: expected none in training"):
         refuse_evaluation_only(made)
+    blind = load_settings("", ["data.heldout=x", "evaluate.benchmark=mlvu", "evaluate.without_video=true"])
+    with pytest.raises(SettingsError, match="evaluate.without_video: expected false in training"):
+        refuse_evaluation_only(blind)
 
 
 def test_another_file_is_not_taken_for_replies(tmp_path):
     path = write_json(tmp_path / "x.judge.jsonl", {"id": "1"})
     path.write_text(path.read_text() + "\n")
-    with pytest.raises(JudgeError, match="1: expected 'key' and 'reply', got id"):
+    with pytest.raises(JudgeError, match="1: expected 'key', 'max_tokens' and 'reply', got id"):
         judge_answers([], [], judge_of("http://h/v1"), path, WORLD)
 
 
-def test_the_program_keeps_answers_if_the_judge_fails_and_continues(tmp_path):
+def test_the_program_keeps_answers_if_the_judge_fails_and_continues(tmp_path, monkeypatch, capsys):
     """Two processes answer, the judge fails, and one process continues without answering or asking again.
 
-    The second process hears from the first one again and again while the judge thinks.
+    The second process hears from the first one again and again while the judge thinks. Neither the process that
+    continues nor another judge needs the student.
     """
     folder, output = tmp_path / "made", tmp_path / "x.json"
     material = tiny_material(folder)
@@ -513,7 +726,6 @@ def test_the_program_keeps_answers_if_the_judge_fails_and_continues(tmp_path):
     settings = [f"model.path={material.model_path}", f"data.heldout={annotation}", f"data.media_root={clip.parent}"]
     settings += ["model.dtype=float32", "video.num_frames=4", "evaluate.benchmark=vstar", "evaluate.parse=lenient"]
     settings += ["evaluate.rollouts=0", "evaluate.max_new_tokens=8", "evaluate.prompts_per_batch=4"]
-    settings += ["evaluate.judge.model=m"]
     broken = True
 
     def script(request, number):
@@ -521,34 +733,53 @@ def test_the_program_keeps_answers_if_the_judge_fails_and_continues(tmp_path):
             return error(400, "no more")
         return Act(completion(f"Score: {3 - number % 2}").body, delay_s=2.0 if broken else 0.0)
 
-    program = tmp_path / "program.py"
-    program.write_text(
-        "from rmsd_fast import evaluate, evaluate_judge\n"
-        "from rmsd_fast.runtime.process_group import exit_process\n"
-        "evaluate_judge.HEARTBEAT_S = 0.1\n"
-        "exit_process(evaluate.main())\n"
-    )
+    def no_student(*arguments):
+        raise AssertionError("the student is not needed")
 
-    def evaluate(server, *launcher):
-        ours = [str(program), "quickstart", *settings, f"evaluate.judge.endpoint={server.url}"]
-        command = [sys.executable, *launcher, *ours, "evaluate.judge.max_concurrency=1", "--output", str(output)]
-        return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    def evaluate_here(server, model: str) -> dict:
+        monkeypatch.setattr(build, "load", no_student)
+        stop = StopSignal()
+        try:
+            ours = [*settings, f"evaluate.judge.endpoint={server.url}", f"evaluate.judge.model={model}"]
+            evaluate.evaluate(load_settings("quickstart", ours, trains=False), WORLD, stop, output)
+        finally:
+            stop.restore()
+        return json.loads(output.read_text())
 
     with TeacherServer(script) as server:
-        failed = evaluate(server, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+        ours = [*settings, f"evaluate.judge.endpoint={server.url}", "evaluate.judge.model=m"]
+        arguments = ["quickstart", *ours, "evaluate.judge.max_concurrency=1", "--output", str(output)]
+        failed = run_program("judge_program", arguments, environment(), processes=2, timeout_s=300)
         assert failed.returncode != 0 and not output.exists(), failed.stdout
-        assert failed.stderr.count("evaluate.judge: expected a verdict about question") == 1, failed.stderr[-3000:]
+        assert failed.stderr.count("reply about 2 of 3 answers, for instance refused: status") == 1, failed.stderr[
+            -3000:
+        ]
+        # The other process got a sign of life every half second.
+        assert int(re.search(r"signs of life: (\d+)", failed.stderr)[1]) >= 2, failed.stderr[-3000:]
         assert {p.name for p in tmp_path.glob("x.predictions*")} == {f"x.predictions.jsonl.part{i}" for i in (0, 1)}
         answered = {path: path.read_bytes() for path in tmp_path.glob("x.predictions*")}
         assert sum(data.count(b"\n") for data in answered.values()) == 15 + 2
         broken, before = False, server.count
-        done = evaluate(server)
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert "15 questions are answered" in done.stderr
+        result = evaluate_here(server, "m")
         assert server.count - before == 2
-    result = json.loads(output.read_text())
+        done = capsys.readouterr().out
+        # Another judge reads the answers of the finished evaluation.
+        first = lines(output.with_suffix(".predictions.jsonl"))
+        other = evaluate_here(server, "n")
+        assert server.count - before == 2 + 3
     assert result["protocol"]["judge"]["model"] == "m" and result["students"]["model"]["decided"]["judge"] == 3
     assert result["students"]["model"]["benchmark"]["judged"]["accuracy"] == 1.0
-    assert "x.judge.jsonl" in done.stdout and "vstar (judged by m: what, and the means" in done.stdout
+    assert "x.judge.jsonl" in done and "vstar (judged by m: what, and the means" in done
     assert len(list(tmp_path.glob("x.*"))) == 3
-    assert len(lines(output.with_suffix(".predictions.jsonl"))) == 15
+    second = lines(output.with_suffix(".predictions.jsonl"))
+    assert len(first) == len(second) == 15 and other["students"]["model"]["decided"]["model"] == "n"
+    assert other["answers_of"] == result["answers_of"]
+    assert [row["response"] for row in first] == [row["response"] for row in second]
+    assert sum(row.get("judge", {}).get("model") == "n" for row in second) == 3
+    # Answers with other settings, or without their evaluation, are not used.
+    for change in (["evaluate.max_new_tokens=9"], ["seed=5"]):
+        with pytest.raises(AssertionError, match="the student is not needed"):
+            settings += change
+            evaluate_here(server, "n")
+        for part in tmp_path.glob("*.part*"):
+            part.unlink()

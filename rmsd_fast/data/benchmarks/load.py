@@ -142,6 +142,8 @@ def _without_videos(question: Question) -> Question:
         for name in ("question", "prompt")
         if isinstance(text := getattr(question, name), str)
     }
+    if question.options:
+        bare["options"] = tuple(option.replace("<video>", "") for option in question.options)
     cluster = question.meta.get("cluster") or "\n".join(question.videos)
     return replace(question, videos=(), spans=(), meta={**question.meta, "cluster": cluster}, **bare)
 
