@@ -145,7 +145,9 @@ def step(state: StageState, prompts: list[Prompt], number: int) -> StepResult:
         trained, trained_tokens = _policy_pass(state, groups, policy_passes, counts)
     with state.timer("optimizer"):
         norms, skipped = apply_or_discard(engines)
-        if state.average is not None and not skipped and (number + 1) % settings.self_teacher.ema_every == 0:
+        # After the last step with the self-teacher, nothing reads the average.
+        due = (number + 1) % settings.self_teacher.ema_every == 0 and teaches(settings, number + 1)
+        if state.average is not None and due and not skipped:
             state.average.update()
     work = {"tokens": tokens, "tokens_computed": computed + trained_tokens}
     described = {**group_record(groups, settings), **degeneration_record(groups, state.builder)}

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import copy
 import math
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
 from material import tiny_material, tiny_settings
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from rmsd_fast.config import SettingsError
+from rmsd_fast.config import RewardConfig, SettingsError
 from rmsd_fast.data.errors import DataError
 from rmsd_fast.data.preprocess import video_patches
 from rmsd_fast.data.records import write_questions
+from rmsd_fast.models.families.qwen2_5_vl import QWEN2_5_VL
 from rmsd_fast.models.shared_prefix import disable_shared_prefix
 from rmsd_fast.runtime.engine import Engine
 from rmsd_fast.runtime.json_lines import JsonLines
@@ -21,8 +24,10 @@ from rmsd_fast.runtime.moving_average import MovingAverage
 from rmsd_fast.runtime.process_group import start, stop
 from rmsd_fast.settings import load_settings
 from rmsd_fast.stages import distill
-from rmsd_fast.stages.build import build_distillation, read_hints
+from rmsd_fast.stages.build import build_distillation, build_imitation
+from rmsd_fast.stages.hints import read_hints
 from rmsd_fast.stages.material import prepare_material
+from rmsd_fast.stages.plan import describe_plan
 from rmsd_fast.stages.rollout_log import log_rollouts
 
 SMALL = (
@@ -36,6 +41,9 @@ SMALL = (
     ),
     *("self_teacher.max_hint_tokens=200", "self_teacher.views=[answer]", "kd.kind=k1"),
 )
+TAUGHT = ("self_teacher.kind=live", "self_teacher.views=[answer]", "kd.kind=k1")
+WEIGHTED = ("self_teacher.kind=live", "self_teacher.views=[answer]", "credit.magnitude=teacher")
+UNREWARDED = ("stages=[distill]", *(f"reward.{name}=0" for name in ("alpha", "beta", "eta", "delta")))
 HINTS = {"reasoning": "It moves to the right and stops at the edge.", "cue": "The edge on the right.", "window": [1, 2]}
 RATE = 0.3
 
@@ -275,7 +283,8 @@ def test_steps_without_the_teacher_equal_plain_steps_bit_for_bit(trained, materi
         with_settings(state, "ema", ["answer"], {"credit.magnitude": "teacher", "kd.kind": "none"}, *others)
         state.timer.take()
         _, metrics, gradients = step_gradients(state, prompts, monkeypatch)
-        assert metrics["self_teacher/gap"] is None and metrics["self_teacher/hinted_share"] == 0
+        assert [metrics[f"self_teacher/{name}"] for name in ("gap", "gap_size", "hinted_share")] == [None] * 3
+        assert metrics["credit/clipped_share"] is None
         assert "seconds/teacher" not in state.timer.take()
         assert all(torch.equal(gradients[name], gradient) for name, gradient in expected.items())
     # Without any hint, the passes of the teacher run for the other processes, and change nothing.
@@ -290,8 +299,10 @@ def test_steps_without_the_teacher_equal_plain_steps_bit_for_bit(trained, materi
 def test_unusable_hints_are_counted_or_refused(trained, material, world, caplog):
     state = trained[0]
 
-    def read(*overrides):
+    def read(*overrides, rewards=True):
         settings = tiny_settings(state.settings.made.folder, *SMALL, "self_teacher.kind=live", *overrides)
+        if not rewards:
+            settings.reward = RewardConfig(alpha=0, beta=0, eta=0, delta=0)
         return read_hints(material, state.builder, state.targets, settings, world)
 
     with pytest.raises(
@@ -305,6 +316,44 @@ def test_unusable_hints_are_counted_or_refused(trained, material, world, caplog)
     most = max(len(state.builder.encode_hint(text, max_tokens=99)) for (text,) in answers.values())
     views = ["self_teacher.views=[reasoning,answer]", "kd.kind=avsd", f"self_teacher.max_hint_tokens={most}"]
     assert read(*views, "data.max_bad_share=1") == answers
+    # A quarter of the questions has no cue. Rewards teach them something; without rewards, nothing does.
+    caplog.clear()
+    hints = read("self_teacher.views=[cue]", "data.max_bad_share=0.1")
+    asked = f"self-teacher: {sum(map(bool, hints.values()))} of {len(hints)} questions have hints"
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [("WARNING", asked)]
+    with pytest.raises(SettingsError, match=r"hints of all training questions .*data.max_bad_share=0.1 .* without any"):
+        read("self_teacher.views=[cue]", "data.max_bad_share=0.1", rewards=False)
+    assert read("self_teacher.views=[cue]", "data.max_bad_share=0.5", rewards=False) == hints
+
+
+def test_times_of_late_parts_need_a_student_that_knows_times(trained, material, world, monkeypatch):
+    state = trained[0]
+    settings = tiny_settings(
+        state.settings.made.folder, *SMALL, "self_teacher.kind=live", "self_teacher.views=[window]"
+    )
+    late = [replace(q, hints=HINTS, spans=((5.0, 8.0),)) for q in material.train]
+    assert state.builder.states_times
+    read_hints(replace(material, train=late), state.builder, state.targets, settings, world)
+    monkeypatch.setattr(state.builder, "_family", QWEN2_5_VL)
+    with pytest.raises(DataError, match="expected no window, since the part shown starts at 5 s of the file"):
+        read_hints(replace(material, train=late), state.builder, state.targets, settings, world)
+    early = [replace(q, hints=HINTS, spans=((0.0, 8.0),)) for q in material.train]
+    read_hints(replace(material, train=early), state.builder, state.targets, settings, world)
+
+
+def test_missing_hints_are_reported_before_stage_1(folder, material, world):
+    settings = tiny_settings(folder, *SMALL, "self_teacher.kind=live", "self_teacher.views=[feedback]")
+    with pytest.raises(SettingsError, match="of which no question has any"):
+        build_imitation(material.model_path, settings, world, material, stage="sft")
+    train = folder / "questions.jsonl"
+    write_questions(train, material.train, media_root=folder)
+    paths = [f"data.train={train}", f"data.media_root={folder}", "data.heldout=", f"model.path={material.model_path}"]
+    text, ready = describe_plan(load_settings("opsd", [*paths, "self_teacher.views=[feedback]"]))
+    assert not ready and "MISSING: self_teacher.views: expected hints that the training questions have" in text
+    text, ready = describe_plan(load_settings("opsd", paths))
+    hinted = sum(q.answer is not None for q in material.train)
+    assert f"self-teacher: {hinted} of {len(material.train)} questions have hints" in text
+    assert "  no rewards" in text and "tau=" not in text
 
 
 @pytest.mark.parametrize(
@@ -350,12 +399,75 @@ def test_unusable_hints_are_counted_or_refused(trained, material, world, caplog)
             ["self_teacher.kind=live", "kd.kind=k1", "self_teacher.views=[cue]", "self_teacher.ema_rate=0.1"],
             "self_teacher.ema_rate has no effect: self_teacher.kind=live has no average",
         ),
+        (
+            ["rollout.n=1"],
+            "rollout.n: expected 2 or more if a reward has a weight, since the advantage of a single rollout is 0, got",
+        ),
+        (["rollout.n=1", *TAUGHT], "rollout.n: expected 2 or more"),
+        (["rollout.n=1", *UNREWARDED, *TAUGHT, "reward.kl_in_reward=0.1"], "rollout.n: expected 2 or more"),
+        (UNREWARDED, "kd.kind: expected k1 or avsd if no reward has a weight"),
+        ([*UNREWARDED, "credit.position=sigmoid"], "kd.kind: expected k1 or avsd if no reward has a weight"),
+        ([*UNREWARDED, "reward.kl_in_reward=0.1"], "kd.kind: expected k1 or avsd if no reward has a weight"),
+        (
+            [*UNREWARDED, *TAUGHT, "distill.steps=20", "self_teacher.until_step=10"],
+            "self_teacher.until_step: expected 0 if no reward has a weight, .* got 10 of distill.steps=20",
+        ),
+        (
+            [*TAUGHT, "rollout.engine=replay", "rollout.replay=dumps/first"],
+            "rollout.engine: expected hf, vllm or vllm_server with a self-teacher, .* self_teacher.kind=live",
+        ),
+        ([*UNREWARDED, *TAUGHT, "reward.normalization=sum_then_gn"], "reward.normalization has no effect: no reward"),
+        (["credit.position=sigmoid", "credit.position_least=1"], "credit.position has no effect: .* all weights are 1"),
+        (
+            [*TAUGHT, "self_teacher.kind=ema", "distill.steps=20", "self_teacher.ema_every=20"],
+            "self_teacher.ema_every has no effect: the average is used for 20 steps",
+        ),
+        (
+            [*TAUGHT, "self_teacher.kind=ema", "self_teacher.until_step=5", "self_teacher.ema_every=5"],
+            "self_teacher.ema_every has no effect: the average is used for 5 steps",
+        ),
+        (
+            [*TAUGHT, "distill.steps=20", "self_teacher.until_step=20"],
+            "self_teacher.until_step has no effect: stage 2 ends after distill.steps=20",
+        ),
+        (
+            [*WEIGHTED, "distill.steps=20", "credit.magnitude_steps=10", "self_teacher.until_step=10"],
+            "self_teacher.until_step has no effect: credit.magnitude_steps=10 ends the use of the self-teacher",
+        ),
         (["stages=[sft]", "credit.position=sigmoid"], "credit.position has no effect: stage distill is not in stages"),
     ],
 )
 def test_conflicting_settings_are_refused(overrides, says):
     with pytest.raises(SettingsError, match=says):
         load_settings("quickstart", overrides)
+
+
+@pytest.mark.parametrize("name", ["min_quality=0.7", "responses=2", "filter=none", "max_unanswered_share=0.1"])
+def test_settings_of_the_pool_need_a_pool(name):
+    with pytest.raises(SettingsError, match="has no effect: there is no teacher pool; set teacher.pool"):
+        load_settings("opsd", [f"teacher.{name}"])
+    # Those that say how to score answers also score rollouts.
+    load_settings("visd", ["teacher.ocr_metric=anls"])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides"),
+    [
+        # The best answer of the pool is one that can be matched.
+        ("rmsd_visd", ["reward.alpha=0", "stages=[distill]", "teacher.filter=matching"]),
+        ("rmsd_visd", ["reward.alpha=0", "stages=[distill]", "teacher.weighting=uniform"]),
+        ("opsd", ["distill.steps=10", "credit.position=sigmoid"]),
+        ("visd", ["distill.steps=20", "self_teacher.until_step=10", "self_teacher.ema_every=9"]),
+    ],
+)
+def test_useful_settings_are_accepted(recipe, overrides):
+    load_settings(recipe, overrides)
+
+
+def test_programs_that_do_not_train_need_no_room_for_hints():
+    with pytest.raises(SettingsError, match="micro_tokens: expected room for .* a hint"):
+        load_settings("opsd", ["micro_tokens=9500"])
+    assert load_settings("opsd", ["micro_tokens=9500"], trains=False).micro_tokens == 9500
 
 
 TINY = (
@@ -415,9 +527,53 @@ def test_recipes_train_a_tiny_student(folder, material, world, monkeypatch, reci
     for rollout in record["rollouts"]:
         assert "".join(text for text, _ in rollout["token_credit"]) == rollout["text"]
     assert any(value for rollout in record["rollouts"] for _, value in rollout["token_credit"])
+    # The template of a Thinking model opens the response, so its text begins with tokens that were not sampled.
+    with monkeypatch.context() as patched:
+        patched.setattr(state.builder, "opening", "<think>")
+        group = result.groups[0]
+        opened = [replace(r, text=state.builder.decode_response(r.token_ids)) for r in group.rollouts]
+        log = JsonLines(folder / f"{recipe}-opened.jsonl")
+        (record, *_) = log_rollouts(
+            *(log, [replace(group, rollouts=opened)], settings.rollout),
+            **{"builder": state.builder, "stage": "distill", "step": 1, "total": 2},
+        )
+        log.close()
+    for rollout in record["rollouts"]:
+        assert rollout["token_credit"][0] == ["<think>", 0.0]
+        assert "".join(text for text, _ in rollout["token_credit"]) == rollout["text"]
     if state.average is not None:
         masters = zip(state.average.values, state.policy.masters(), strict=True)
         assert any(not torch.equal(average, master) for average, master in masters)
+
+
+class _Living(TorchDispatchMode):
+    """Record the largest number of bytes that results of operators hold at the same time."""
+
+    def __init__(self):
+        super().__init__()
+        self.living, self.peak = weakref.WeakValueDictionary(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, list | tuple) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                # Views share a storage, and Python objects of one storage differ.
+                self.living[storage.data_ptr()] = storage
+        self.peak = max(self.peak, sum(storage.nbytes() for storage in self.living.values()))
+        return result
+
+
+def test_a_pass_holds_one_copy_of_the_average(world):
+    layers = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(8)))
+    engine = Engine(layers, lr=0.0, zero_stage=2, dtype="bfloat16", world=world)
+    average = MovingAverage(engine, 0.5)
+    size = 2 * sum(value.numel() for value in average.values)
+    with _Living() as living, average.in_place():
+        pass
+    # The plan of the memory counts one copy. Reading the engine's own shards adds no storage of this size.
+    assert size <= living.peak < 1.5 * size, (living.peak, size)
+    engine.close()
 
 
 def test_a_bfloat16_average_would_hardly_move(world):
