@@ -6,18 +6,22 @@ import copy
 import math
 import weakref
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from material import tiny_material, tiny_settings
 from torch.utils._python_dispatch import TorchDispatchMode
+from train_runs import only_run, run_train
 
 from rmsd_fast.config import RewardConfig, SettingsError
 from rmsd_fast.data.errors import DataError
 from rmsd_fast.data.preprocess import video_patches
 from rmsd_fast.data.records import write_questions
+from rmsd_fast.losses import linear_logprob
 from rmsd_fast.models.families.qwen2_5_vl import QWEN2_5_VL
 from rmsd_fast.models.shared_prefix import disable_shared_prefix
+from rmsd_fast.rollout.base import Rollout
 from rmsd_fast.runtime.engine import Engine
 from rmsd_fast.runtime.json_lines import JsonLines
 from rmsd_fast.runtime.moving_average import MovingAverage
@@ -27,6 +31,7 @@ from rmsd_fast.stages import distill
 from rmsd_fast.stages.build import build_distillation, build_imitation
 from rmsd_fast.stages.hints import read_hints
 from rmsd_fast.stages.material import prepare_material
+from rmsd_fast.stages.passes import passes
 from rmsd_fast.stages.plan import describe_plan
 from rmsd_fast.stages.rollout_log import log_rollouts
 
@@ -483,6 +488,36 @@ SHOWN = {
 }
 
 
+class WrittenRollouts:
+    """A rollout engine whose rollouts are right and wrong answers in turn, with the log-probs of the policy."""
+
+    runs_policy = True
+
+    def __init__(self, state):
+        self.state = state
+
+    def update(self, policy, version):
+        """Do nothing, since the policy itself computes the log-probs."""
+
+    @torch.no_grad()
+    def generate(self, model, prompts, sampling, *, features=None, policy_version=0):
+        state, truths = self.state, [prompt.question.answer or "a cube" for prompt in prompts]
+        texts = [
+            [f"<think>It moves.</think><answer>{(truth, 'nothing')[r % 2]}</answer>" for r in range(sampling.n)]
+            for truth in truths
+        ]
+        ids = [[state.builder.encode_response(text) for text in of_prompt] for of_prompt in texts]
+        score = partial(linear_logprob, temperature=sampling.temperature, ignore_index=None)
+        rollouts = [[None] * sampling.n for _ in prompts]
+        for read in passes(state, prompts, ids, features):
+            logp = state.policy(read.prompts, read.rows, read.features, score).split(read.rows.lengths_list)
+            pairs = zip(read.batch.prompts, read.batch.responses, strict=True)
+            for (i, r), of_rollout in zip([(i, r) for i, chosen in pairs for r in chosen], logp, strict=True):
+                text, question = texts[i][r], prompts[i].question
+                rollouts[i][r] = Rollout(question.id, r, ids[i][r], text, of_rollout, False, policy_version)
+        return rollouts
+
+
 @pytest.mark.parametrize("recipe", SHOWN)
 def test_recipes_train_a_tiny_student(folder, material, world, monkeypatch, recipe):
     hints = HINTS | {"feedback": "Look at the end.", "keyframes": [1, 1.5]}
@@ -494,14 +529,8 @@ def test_recipes_train_a_tiny_student(folder, material, world, monkeypatch, reci
     inputs = prepare_material(settings, world)
     state = build_distillation(material.model_path, settings, world, inputs)
     prompts = [state.builder.build(question) for question in inputs.train[:3]]
-    make = distill.make_group
-
-    def rewarded(*arguments, **options):
-        # The answers of the tiny student to closed questions are never right.
-        group = make(*arguments, **options)
-        return replace(group, content=torch.arange(len(group.rollouts)) / len(group.rollouts))
-
-    monkeypatch.setattr(distill, "make_group", rewarded)
+    # The answers of the tiny student to closed questions are never right.
+    state.rollouts = WrittenRollouts(state)
     before = {name: p.detach().clone() for name, p in state.policy.module.named_parameters()}
     for number in range(2):
         state.policy.set_lr(1e-3)
@@ -509,6 +538,9 @@ def test_recipes_train_a_tiny_student(folder, material, world, monkeypatch, reci
         assert not result.skipped and result.metrics["policy/grad_norm"] > 0
     assert any(not torch.equal(p, before[name]) for name, p in state.policy.module.named_parameters())
     metrics = result.metrics
+    if settings.rollout.n > 1:
+        assert 0 < metrics["reward/content/raw"] < 1 and metrics["advantage/zero_share"] < 1
+    assert abs(metrics["policy/engine_kl"]) < 1e-5
     assert metrics["self_teacher/hinted_share"] == 1 and metrics["self_teacher/gap_size"] > 0
     every = {
         "kd/clipped_share",
@@ -544,6 +576,25 @@ def test_recipes_train_a_tiny_student(folder, material, world, monkeypatch, reci
     if state.average is not None:
         masters = zip(state.average.values, state.policy.masters(), strict=True)
         assert any(not torch.equal(average, master) for average, master in masters)
+
+
+def test_a_run_without_a_pool_has_a_report_about_what_it_has(folder, material):
+    train = folder / "asked.jsonl"
+    write_questions(train, material.train, media_root=folder)
+    paths = [f"data.train={train}", f"data.media_root={folder}", f"model.path={material.model_path}"]
+    sizes = ["distill.steps=2", "rollout.log_every_steps=1", f"output={folder / 'poolless'}"]
+    done = run_train(["opsd", *paths, *TINY, *sizes])
+    assert done.returncode == 0, done.stderr[-3000:]
+    page = (only_run(folder / "poolless") / "report.html").read_text()
+    assert "Gap of the self-teacher" in page and "Rewards, raw: format and content" in page
+    for title in (
+        "Reward, raw: discriminator",
+        "Rewards, weighted",
+        "Pair accuracy",
+        "Teacher responses<",
+        "best of K",
+    ):
+        assert title not in page, title
 
 
 class _Living(TorchDispatchMode):
