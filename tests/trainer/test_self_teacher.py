@@ -591,7 +591,7 @@ def test_a_run_without_a_pool_has_a_report_about_what_it_has(folder, material):
         "Reward, raw: discriminator",
         "Rewards, weighted",
         "Pair accuracy",
-        "Teacher responses<",
+        "Questions without a teacher",
         "best of K",
     ):
         assert title not in page, title
