@@ -477,9 +477,10 @@ class SelfTeacherConfig:
     (2605.06094)."""
     views: list[str] = field(default_factory=list)
     """What the self-teacher is told: some of [answer, reasoning, half_reasoning, window, keyframes, cue, feedback,
-    best_answer]. `answer` is `hints.answer` of the question, or else its ground truth, `best_answer` the best usable
-    response of the pool (T_best), `half_reasoning` the first half of `hints.reasoning`, and the others are `hints` of
-    the question. One teacher reads all views together, except with `kd.kind=avsd`, where each view is a teacher."""
+    best_answer]. `answer` is `hints.answer` of the question or, if it has none, its ground truth, `best_answer` the
+    best usable response of the pool (T_best), `half_reasoning` the first half of `hints.reasoning`, and the others are
+    `hints` of the question. One teacher reads all views together, except with `kd.kind=avsd`, where each view is a
+    teacher."""
     max_hint_tokens: int = number(512, least=1)
     """Longest hint in tokens. Longer hints, and hints with special tokens, are left out, and their number is limited by
     `data.max_bad_share`."""

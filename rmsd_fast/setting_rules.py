@@ -32,6 +32,11 @@ _EVALUATED = (
     *("teacher.unlabeled", "teacher.numeric_metric", "teacher.numeric_eps", "teacher.ocr_metric"),
     *("rollout.temperature", "rollout.cuda_graphs"),
 )
+# Settings of `teacher` that are about the answers of the pool. The others say how to score answers of any kind.
+_OF_POOLS = (
+    *("responses", "hinted", "parse", "max_unanswered_share", "min_quality", "filter", "empty_pools", "weighting"),
+    *("weight_power", "open_quality"),
+)
 # Settings of these sections that only matter in training.
 _NOT_EVALUATED = ("evaluate.every_steps", "evaluate.samples", "made.label_share")
 # What an evaluation has in place of settings of training.
@@ -97,6 +102,18 @@ def teaches(settings: RunConfig, step: int) -> bool:
     return teacher.kind != "none" and in_time and (weighted or settings.kd.kind != "none")
 
 
+def teaching_steps(settings: RunConfig) -> int:
+    """Return the number of steps of stage 2 that use the self-teacher. They are the first ones."""
+    steps = settings.distill.steps if "distill" in settings.stages else 0
+    return next((step for step in range(steps) if not teaches(settings, step)), steps)
+
+
+def quotes_pool(settings: RunConfig) -> bool:
+    """Return whether the self-teacher is told answers of the teacher pool."""
+    teacher = settings.self_teacher
+    return "distill" in settings.stages and teacher.kind != "none" and "best_answer" in teacher.views
+
+
 def has_pool(settings: RunConfig) -> bool:
     """Return whether the run has a teacher pool, which may be generated."""
     return bool(settings.teacher.pool) or settings.made.enabled
@@ -106,8 +123,7 @@ def uses_pool(settings: RunConfig) -> bool:
     """Return whether the run cannot do without a teacher pool."""
     imitates = bool({"sft", "control"} & set(settings.stages))
     chosen = settings.reward.unlabeled == "teacher" or settings.teacher.empty_pools == "drop"
-    quoted = settings.self_teacher.kind != "none" and "best_answer" in settings.self_teacher.views
-    return imitates or chosen or quoted or uses_discriminator(settings)
+    return imitates or chosen or quotes_pool(settings) or uses_discriminator(settings)
 
 
 def weights_tokens(settings: RunConfig) -> bool:
@@ -116,9 +132,12 @@ def weights_tokens(settings: RunConfig) -> bool:
 
 
 def rewards_rollouts(settings: RunConfig) -> bool:
-    """Return whether any reward has a weight, that is, whether rollouts can have advantages of their own."""
+    """Return whether any component of the reward has a weight, so that rollouts can have advantages of their own.
+
+    The KL penalty of the reward does not count: it only keeps the policy where it is.
+    """
     reward = settings.reward
-    return max(reward.alpha, reward.beta, reward.eta, reward.delta, reward.kl_in_reward) > 0
+    return max(reward.alpha, reward.beta, reward.eta, reward.delta) > 0
 
 
 def uses_discriminator(settings: RunConfig) -> bool:
@@ -245,7 +264,7 @@ def _check_training(settings: RunConfig) -> None:
         check_room(
             settings, settings.rollout.max_new_tokens + 1, "a rollout of rollout.max_new_tokens and its end token"
         )
-        _check_replay(settings.rollout)
+        _check_replay(settings)
         _check_servers(settings.rollout)
     if (uses_vllm(settings) or uses_servers(settings)) and settings.model.quantize != "none":
         raise SettingsError(
@@ -254,6 +273,8 @@ def _check_training(settings: RunConfig) -> None:
             "rollout.engine=hf or model.quantize=none"
         )
     _check_self_teacher(settings)
+    if "distill" in settings.stages:
+        _check_gradient(settings)
     _check_adapter(settings)
     _check_export(settings)
     if settings.made.label_share < 1 and settings.teacher.unlabeled == "refuse":
@@ -279,6 +300,30 @@ def _check_training(settings: RunConfig) -> None:
         )
     if not settings.name or "/" in settings.name:
         raise SettingsError(f"name: expected a folder name without '/', got {settings.name!r}")
+
+
+def _check_gradient(settings: RunConfig) -> None:
+    """Raise SettingsError if stage 2 has steps without a gradient other than that of the KL."""
+    teacher, kd, steps = settings.self_teacher, settings.kd, settings.distill.steps
+    rewarded = rewards_rollouts(settings)
+    if (rewarded or settings.reward.kl_in_reward > 0) and settings.rollout.n < 2:
+        raise SettingsError(
+            "rollout.n: expected 2 or more if a reward has a weight, since the advantage of a single rollout is 0, "
+            f"got {settings.rollout.n}; set e.g. rollout.n=8, or all weights of reward to 0 with kd.kind=k1"
+        )
+    if rewarded:
+        return
+    if kd.kind == "none":
+        raise SettingsError(
+            "kd.kind: expected k1 or avsd if no reward has a weight, since stage 2 has nothing else to learn from, got "
+            "none; give a reward a weight, e.g. reward.delta=0.4, or set kd.kind=k1"
+        )
+    if 0 < teacher.until_step < steps:
+        raise SettingsError(
+            "self_teacher.until_step: expected 0 if no reward has a weight, since steps without the self-teacher learn "
+            f"nothing then, got {teacher.until_step} of distill.steps={steps}; set self_teacher.until_step=0, or lower "
+            "distill.steps"
+        )
 
 
 def _check_self_teacher(settings: RunConfig) -> None:
@@ -324,8 +369,15 @@ def _check_self_teacher(settings: RunConfig) -> None:
         check_room(settings, longest, "a hint of self_teacher.max_hint_tokens and a rollout of rollout.max_new_tokens")
 
 
-def _check_replay(rollout: RolloutConfig) -> None:
+def _check_replay(settings: RunConfig) -> None:
+    rollout, teacher = settings.rollout, settings.self_teacher
     replays = rollout.engine == "replay"
+    if replays and "distill" in settings.stages and teacher.kind != "none":
+        raise SettingsError(
+            "rollout.engine: expected hf, vllm or vllm_server with a self-teacher, whose log-probs are compared with "
+            "those of the policy, while a dump has those of the run that wrote it, got replay with "
+            f"self_teacher.kind={teacher.kind}; set rollout.engine=hf, or self_teacher.kind=none"
+        )
     if replays and not rollout.replay:
         raise SettingsError(
             "rollout.replay: expected the folder of a dump with rollout.engine=replay, got nothing; set rollout.replay "
@@ -551,6 +603,12 @@ def refuse_useless(settings: RunConfig, written_keys: list[str], where: str, *, 
     drops = settings.teacher.empty_pools == "drop" and (rolls_out or control)
     warm_up, judged = "warm_up" in stages, uses_discriminator(settings)
     matched = judged or drops or settings.reward.unlabeled == "teacher"
+    # The best answer is chosen among those that can be matched.
+    chosen = matched or quotes_pool(settings)
+    # If a pool is needed, its absence is the fault.
+    poolless = not has_pool(settings) and not uses_pool(settings)
+    teacher, credit = settings.self_teacher, settings.credit
+    only_magnitude = credit.magnitude == "teacher" and settings.kd.kind == "none"
     own_clips = settings.made.enabled and settings.made.source == "clips"
     needles = settings.made.enabled and settings.made.source == "needles"
     # Evaluations decode with rollout.cuda_graphs, and sample at rollout.temperature.
@@ -575,6 +633,11 @@ def refuse_useless(settings: RunConfig, written_keys: list[str], where: str, *, 
             ["reward."],
             rolls_out and "distill" not in stages,
             "the warm-up does not compute rewards; add distill to stages",
+        ),
+        (
+            ["reward.normalization"],
+            not rewards_rollouts(settings) and settings.reward.kl_in_reward == 0,
+            "no reward has a weight; give one a weight, e.g. reward.delta=0.4",
         ),
         (
             ["reward.score_clip", "reward.score_sd_offset", "reward.score_groups"],
@@ -613,10 +676,15 @@ def refuse_useless(settings: RunConfig, written_keys: list[str], where: str, *, 
         ),
         (
             ["teacher.min_quality", "teacher.filter"],
-            settings.teacher.filter == "matching" and not matched,
+            settings.teacher.filter == "matching" and not chosen,
             "teacher.filter=matching only applies when a discriminator is trained; set teacher.filter=both",
         ),
-        (["teacher.weighting"], not matched, "no discriminator is trained; add warm_up and set reward.alpha > 0"),
+        (
+            [f"teacher.{name}" for name in _OF_POOLS],
+            poolless,
+            "there is no teacher pool; set teacher.pool",
+        ),
+        (["teacher.weighting"], not chosen, "no discriminator is trained; add warm_up and set reward.alpha > 0"),
         (
             ["teacher.weight_power"],
             not matched or settings.teacher.weighting == "uniform",
@@ -698,6 +766,26 @@ def refuse_useless(settings: RunConfig, written_keys: list[str], where: str, *, 
             ["credit.position_least", "credit.position_start", "credit.position_width"],
             settings.credit.position == "none",
             "credit.position is none; set credit.position=sigmoid",
+        ),
+        (
+            ["credit.position", "credit.position_least", "credit.position_start", "credit.position_width"],
+            credit.position_least == 1,
+            "with credit.position_least=1, all weights are 1; set a lower value",
+        ),
+        (
+            ["self_teacher.ema_every"],
+            teacher.ema_every >= teaching_steps(settings),
+            f"the average is used for {teaching_steps(settings)} steps, before its first update; set a lower value",
+        ),
+        (
+            ["self_teacher.until_step"],
+            teacher.until_step >= distill.steps,
+            f"stage 2 ends after distill.steps={distill.steps}; set a lower value",
+        ),
+        (
+            ["self_teacher.until_step"],
+            only_magnitude and 0 < credit.magnitude_steps <= teacher.until_step,
+            f"credit.magnitude_steps={credit.magnitude_steps} ends the use of the self-teacher; set a lower value",
         ),
         (["kd.coef", "kd.gap_clip"], settings.kd.kind == "none", "kd.kind is none; set kd.kind=k1"),
         (

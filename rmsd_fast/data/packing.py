@@ -109,9 +109,10 @@ def pack(
     flat, _ = _flatten(prompts, responses, leads)
     segments = _segments(responses, leads)
     # A single response continues its prompt's segment: plain causal attention, in one call instead of three.
-    heads = [of_prompt if len(of_prompt) == 1 else [] for of_prompt in segments]
+    continuations = [of_prompt if len(of_prompt) == 1 else [] for of_prompt in segments]
     tails = [of_prompt if len(of_prompt) != 1 else [] for of_prompt in segments]
-    prefix_lengths = [len(prompt.input_ids) + sum(map(len, head)) for prompt, head in zip(prompts, heads, strict=True)]
+    pairs = zip(prompts, continuations, strict=True)
+    prefix_lengths = [len(prompt.input_ids) + sum(map(len, of_prompt)) for prompt, of_prompt in pairs]
     ids, positions, tail_ids, tail_positions, predicts, last, forks = [], [], [], [], [], [], []
     row, tail_row = 0, sum(prefix_lengths)
     for prompt, answers, of_prompt, length in zip(prompts, responses, segments, prefix_lengths, strict=True):
@@ -259,7 +260,7 @@ def _segments(responses: list[list[torch.Tensor]], leads: list[list[torch.Tensor
     if leads is None:
         return responses
     pairs = zip(leads, responses, strict=True)
-    return [[torch.cat(pair) for pair in zip(stems, answers, strict=True)] for stems, answers in pairs]
+    return [[torch.cat(pair) for pair in zip(of_prompt, answers, strict=True)] for of_prompt, answers in pairs]
 
 
 def _flatten(
@@ -271,10 +272,10 @@ def _flatten(
             f"expected at least one prompt, and a list of responses for each prompt, got {len(responses)} lists "
             f"and {len(prompts)} prompts"
         )
-    if leads is not None and [len(stems) for stems in leads] != [len(answers) for answers in responses]:
+    if leads is not None and [len(of_prompt) for of_prompt in leads] != [len(answers) for answers in responses]:
         raise ValueError(
             f"leads: expected one per response, {[len(answers) for answers in responses]} for the prompts, got "
-            f"{[len(stems) for stems in leads]}"
+            f"{[len(of_prompt) for of_prompt in leads]}"
         )
     vision_ids = {index for prompt in prompts for index in prompt.vision_ids}
     for kind, lists in (("response", responses), ("lead", leads or [])):

@@ -242,6 +242,11 @@ class PromptBuilder:
                 "leave the response out",
             )
 
+    @property
+    def states_times(self) -> bool:
+        """Whether prompts state the times of videos. If not, the student counts them from the first frame."""
+        return self._family.time_stamps
+
     def split(self, prompt: Prompt) -> tuple[Prompt, torch.Tensor]:
         """Return the prompt up to the end of the user's text, and the tokens after it, int64.
 

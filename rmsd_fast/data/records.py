@@ -282,6 +282,8 @@ def parse_question(
             _check_times(parse_answer_body(answer, task), duration, spans or (None,) * len(videos))
         except GroundTruthError as error:
             raise fail("answer", "an interval of the video", raw["answer"], str(error)) from None
+    hints = read_hints(raw.get("hints"), fail)
+    _check_hint_times(hints, duration, spans or (None,) * len(videos), fail)
     meta = raw.get("meta")
     if meta is not None and not isinstance(meta, dict):
         raise fail("meta", "a JSON object", meta, "write {…} or leave it out")
@@ -318,7 +320,7 @@ def parse_question(
         answer=answer,
         system=system,
         duration=duration,
-        hints=read_hints(raw.get("hints"), fail),
+        hints=hints,
         meta=meta or {},
     )
 
@@ -420,6 +422,19 @@ def _check_times(interval: tuple[float, float], duration: float | None, spans: S
             faults.append(error)
     if len(faults) == len(spans):
         raise faults[0]
+
+
+def _check_hint_times(hints: dict[str, Any], duration: float | None, spans: Sequence[Span], fail) -> None:
+    """Reject times of hints that none of the videos can contain."""
+    intervals = [("window", *hints["window"])] if "window" in hints else []
+    intervals += [("keyframes", time, time) for time in hints.get("keyframes", ())]
+    for name, start, end in intervals:
+        if not spans:
+            raise fail(f"hints.{name}", "a video, since hints of this kind are times in one", hints[name], "remove it")
+        try:
+            _check_times((start, end), duration, spans)
+        except GroundTruthError as error:
+            raise fail(f"hints.{name}", "times in the video", hints[name], str(error)) from None
 
 
 def _duration(value: object, fail) -> float | None:

@@ -3,6 +3,7 @@
 A view is one kind of hint. The text of each view is fixed here; what it says comes from the question and the pool.
 """
 
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,9 +32,8 @@ def view_text(view: str, facts: Mapping[str, Any]) -> str | None:
     if view == "keyframes":
         return f"Frames that show the answer, in seconds: {', '.join(f'{time:g}' for time in fact)}."
     if view == "half_reasoning":
-        # Half of the words, with the white space between them.
-        words = fact.split()
-        return f"A correct solution begins: {' '.join(words[: (len(words) + 1) // 2])}"
+        half = first_half(fact)
+        return half and f"A correct solution begins: {half}"
     opening = {
         "answer": "The correct answer: ",
         "reasoning": "A correct solution: ",
@@ -42,6 +42,21 @@ def view_text(view: str, facts: Mapping[str, Any]) -> str | None:
         "best_answer": "A good response: ",
     }
     return opening[view] + fact
+
+
+def first_half(text: str) -> str | None:
+    """Return the first half of a text, up to the white space nearest to its middle; None for a single character.
+
+    Without white space in the second and third quarter, as in Chinese or Japanese, the text is cut at its middle.
+    """
+    text = text.strip()
+    middle = len(text) / 2
+    spaces = [i for i, character in enumerate(text) if character.isspace() and abs(i - middle) <= len(text) / 4]
+    cut = min(spaces, key=lambda i: abs(i - middle), default=len(text) // 2)
+    # A letter keeps its accents and vowel signs.
+    while cut > 0 and unicodedata.category(text[cut])[0] == "M":
+        cut -= 1
+    return text[:cut].rstrip() or None
 
 
 def hint_texts(views: Sequence[str], facts: Mapping[str, Any], *, together: bool) -> list[str]:

@@ -11,7 +11,6 @@ from rmsd_fast.report_page.svg import Series, curve_chart, stacked_chart
 from rmsd_fast.runtime.alarms import (
     CLIPPED_CREDIT,
     ENGINE_KL,
-    LEAST_GAP,
     LENGTH_BIAS,
     LENGTH_RATIO,
     REPETITION,
@@ -33,7 +32,8 @@ MAX_PHASES = 6
 class Chart:
     """One chart: title, a line on how to read it, (metric key, name) of its curves, and its axis.
 
-    Counts and settings are not `smoothed`, because they have no noise. `skip_zero` omits the chart if all values are 0.
+    A line of `warn` above 0 is an upper bound of all curves, one below 0 a lower bound. Counts and settings are not
+    `smoothed`, because they have no noise. `skip_zero` omits the chart if all values are 0.
     """
 
     title: str
@@ -130,10 +130,11 @@ GROUPS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
                     ("reward/content/weighted", "content"),
                 ),
                 include=(0.0,),
+                skip_zero=True,
             ),
             Chart(
                 "Quality of closed questions",
-                "of the rollouts, of the teacher mixture that the discriminator leads to, and of the best answer",
+                "of the rollouts, and with a teacher pool of its best answers and of what a discriminator leads to",
                 (
                     ("rollout/quality", "rollouts"),
                     ("teacher/target_quality", "discriminator's target"),
@@ -153,7 +154,12 @@ GROUPS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
                 (("rollout/signal_share", "groups"),),
                 include=(0.0, 1.0),
             ),
-            Chart("Total reward", "an increase alone does not show a better student", (("reward/total", "total"),)),
+            Chart(
+                "Total reward",
+                "an increase alone does not show a better student",
+                (("reward/total", "total"),),
+                skip_zero=True,
+            ),
             Chart(
                 "Groups without a signal",
                 "share of questions whose rollouts all had the same reward",
@@ -220,7 +226,6 @@ GROUPS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
                 "log-prob under the self-teacher minus that under the student, nats per token; size: absolute value",
                 (("self_teacher/gap", "mean"), ("self_teacher/gap_size", "size")),
                 include=(0.0,),
-                warn=((LEAST_GAP, f"{LEAST_GAP:g}"),),
             ),
             Chart(
                 "Rollouts with a hint",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rmsd_fast.config import MEASURES
+from rmsd_fast.config import MEASURES, ModelConfig
 from rmsd_fast.data.option_lists import MOST_OPTIONS
 from rmsd_fast.report_page.svg import Series
 from rmsd_fast.runtime.alarms import Alarm, find_alarms
@@ -78,7 +79,7 @@ def load_run(folder: str | Path) -> ReportedRun:
         settings=settings,
         settings_text=text,
         metrics=curves(logged, folder / "metrics.jsonl"),
-        alarms=find_alarms((row for _, row in logged), _totals(settings)),
+        alarms=find_alarms((row for _, row in logged), _totals(settings), _dtype(settings)),
         rollouts=_rollouts(folder / "rollouts.jsonl", notes),
         evaluation=_evaluation(folder / "evaluation.json"),
         samples=_samples(folder / "samples.jsonl", notes),
@@ -109,6 +110,12 @@ def _totals(settings: dict[str, Any]) -> dict[str, int]:
     keys["control"] = keys["distill"]
     totals = {stage: (settings.get(section) or {}).get(key) for stage, (section, key) in keys.items()}
     return {stage: total for stage, total in totals.items() if isinstance(total, int)}
+
+
+def _dtype(settings: dict[str, Any]) -> str:
+    """Return `model.dtype`, or its default if a file of another version lacks it."""
+    model = settings.get("model")
+    return str(model.get("dtype", ModelConfig.dtype)) if isinstance(model, Mapping) else ModelConfig.dtype
 
 
 def _object(path: Path) -> dict[str, Any] | None:

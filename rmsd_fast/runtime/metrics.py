@@ -49,6 +49,7 @@ class MetricsLog:
             points are hidden. None means a new run.
         resume_waiting: `waiting` from the checkpoint.
         totals: number of steps of each stage, for alarms that are checked only late in a stage.
+        dtype: `model.dtype` of the run, for alarms about differences of log-probs.
         trackers: names of the trackers that also get the metrics, see `runtime.trackers`.
         project: name of the project in the trackers.
         config: settings of the run, for the trackers.
@@ -63,6 +64,7 @@ class MetricsLog:
         resume_lines: int | None = None,
         resume_waiting: Sequence[str] = (),
         totals: Mapping[str, int] | None = None,
+        dtype: str = "float32",
         trackers: Sequence[str] = ("tensorboard",),
         project: str = "",
         config: Mapping[str, Any] | None = None,
@@ -72,7 +74,7 @@ class MetricsLog:
         self._folder = Path(run_folder)
         self._stream = stream or sys.stderr
         self._live = self._on and self._stream.isatty()
-        self._alarms = AlarmWatch(totals or {})
+        self._alarms = AlarmWatch(totals or {}, dtype)
         self._total, self._stage = 0, ""
         self._parts: list[str] = []
         self._ends: deque[tuple[int, float]] = deque(maxlen=21)

@@ -49,23 +49,27 @@ class MovingAverage:
         params = [trained[name] for name in engine.names]
         # What this rank holds of each parameter.
         held = [param.ds_tensor for param in params] if engine.zero_stage == 3 else params
-        own = [part.data for part in held]
+        current = [shard.data for shard in held]
         with engine.replaced_parts():
-            values, start = self._held_values(own[0]), 0
-            for part, numel in zip(held, [data.numel() for data in own], strict=True):
-                part.data = values[start : start + numel].view(part.shape)
+            values, start = self._held_values(current[0]), 0
+            for shard in held:
+                numel = shard.numel()
+                shard.data = values[start : start + numel].view(shard.shape)
                 start += numel
             try:
                 with engine.full_weights():
                     yield
             finally:
-                for part, data in zip(held, own, strict=True):
-                    part.data = data
+                for shard, data in zip(held, current, strict=True):
+                    shard.data = data
 
     def _held_values(self, like: Tensor) -> Tensor:
         """Return the values of what this rank holds of each parameter, one after the other, in dtype and on the device
         of `like`."""
-        part = torch.cat([value.to(like.device, like.dtype).flatten() for value in self.values])
+        part = like.new_empty(sum(value.numel() for value in self.values))
+        # Converting one value after the other needs no second copy of all values.
+        for slot, value in zip(part.split([value.numel() for value in self.values]), self.values, strict=True):
+            slot.copy_(value.flatten())
         engine = self.engine
         if engine.zero_stage in (0, 3) or engine.world.size == 1:
             return part

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from rmsd_fast.config import ModelError, RunConfig, SettingsError
+from rmsd_fast.config import ModelError, RunConfig
 from rmsd_fast.data.errors import DataError, counted
 from rmsd_fast.data.media import MediaReader
 from rmsd_fast.data.media_cache import ByteLru
-from rmsd_fast.data.prompts import HintError, PromptBuilder, ResponseError
+from rmsd_fast.data.prompts import PromptBuilder, ResponseError
 from rmsd_fast.method.natural import REASONS
 from rmsd_fast.models.adapters import DISCRIMINATOR, POLICY, add_adapter, add_start, check_base, read_quantized_base
 from rmsd_fast.models.discriminator import Discriminator
@@ -32,10 +32,10 @@ from rmsd_fast.runtime.metrics import PhaseTimer
 from rmsd_fast.runtime.moving_average import MovingAverage
 from rmsd_fast.runtime.process_group import World
 from rmsd_fast.setting_rules import check_room, uses_discriminator, uses_ema, uses_reference
+from rmsd_fast.stages.hints import read_hints
 from rmsd_fast.stages.material import Material
 from rmsd_fast.stages.rollout_servers import connect
 from rmsd_fast.stages.state import StageState
-from rmsd_fast.teacher.hints import build_hints
 from rmsd_fast.teacher.targets import Targets, build_targets
 
 log = logging.getLogger("rmsd_fast")
@@ -113,6 +113,9 @@ def build_imitation(
     student = load(path, settings, world)
     builder = PromptBuilder(student, settings.video, media)
     targets = read_targets(material, builder, settings, world)
+    taught = "distill" in settings.stages and settings.self_teacher.kind != "none"
+    # Faults of hints, which only stage 2 uses, must not appear after hours of stage 1.
+    hints = read_hints(material, builder, targets, settings, world) if taught else {}
     if settings.model.adapter == "lora":
         add_adapter(student.model, POLICY, settings.model, seed=settings.seed)
     policy = make_policy(student, settings, training.train_vision)
@@ -128,6 +131,7 @@ def build_imitation(
         PhaseTimer(world.device),
         policy,
         train_vision=training.train_vision,
+        hints=hints,
         features=features,
     )
 
@@ -181,51 +185,6 @@ def read_targets(material: Material, builder: PromptBuilder, settings: RunConfig
     return targets
 
 
-def read_hints(
-    material: Material, builder: PromptBuilder, targets: dict[str, Targets], settings: RunConfig, world: World
-) -> dict[str, tuple[str, ...]]:
-    """Return the texts that the self-teacher is told about each training question.
-
-    Raises:
-        SettingsError: no question has any of `self_teacher.views`.
-        DataError: more than `data.max_bad_share` of the hints cannot be used.
-    """
-    teacher = settings.self_teacher
-    refused: dict[str, list[str]] = {}
-    asked = 0
-
-    def refuse(text: str) -> bool:
-        nonlocal asked
-        asked += 1
-        try:
-            builder.check_hint(text, max_tokens=teacher.max_hint_tokens)
-        except HintError as error:
-            refused.setdefault(error.reason, []).append(str(error))
-            return True
-        return False
-
-    together = settings.kd.kind != "avsd"
-    hints = build_hints(material.train, targets, teacher.views, refuse, together=together, seed=settings.seed)
-    number = sum(map(len, refused.values()))
-    if number > settings.data.max_bad_share * asked:
-        reasons = ", ".join(f"{reason} {len(faults):,}" for reason, faults in refused.items())
-        most = max(refused, key=lambda reason: len(refused[reason]))
-        raise DataError(
-            f"hints: {number:,} of {counted(asked, 'hint')} for the self-teacher cannot be used: {reasons}, first: "
-            f"{refused[most][0]}; or raise data.max_bad_share"
-        )
-    hinted = sum(map(bool, hints.values()))
-    if not hinted:
-        raise SettingsError(
-            f"self_teacher.views: expected hints that the training questions have, got {teacher.views}, of which no "
-            "question has any; add the field hints to data.train, or set self_teacher.views=[answer]"
-        )
-    if world.is_main:
-        left_out = f", {counted(number, 'hint')} left out" if number else ""
-        log.info("self-teacher: %s of %s have hints%s", f"{hinted:,}", counted(len(hints), "question"), left_out)
-    return hints
-
-
 def build_distillation(
     path: str, settings: RunConfig, world: World, material: Material, media: MediaReader | None = None
 ) -> StageState:
@@ -241,8 +200,6 @@ def build_distillation(
         # It runs in the policy's engine, which gathers its weights under ZeRO-3.
         without = partial(state.policy, adapted=False)
         state.reference = without if lora else make_reference(load(path, settings, world))
-    if "distill" in settings.stages and settings.self_teacher.kind != "none":
-        state.hints = read_hints(material, state.builder, state.targets, settings, world)
     if uses_ema(settings):
         state.average = MovingAverage(state.policy, settings.self_teacher.ema_rate)
     if uses_discriminator(settings):

@@ -145,7 +145,9 @@ def step(state: StageState, prompts: list[Prompt], number: int) -> StepResult:
         trained, trained_tokens = _policy_pass(state, groups, policy_passes, counts)
     with state.timer("optimizer"):
         norms, skipped = apply_or_discard(engines)
-        if state.average is not None and not skipped and (number + 1) % settings.self_teacher.ema_every == 0:
+        # After the last step with the self-teacher, nothing reads the average.
+        due = (number + 1) % settings.self_teacher.ema_every == 0 and teaches(settings, number + 1)
+        if state.average is not None and due and not skipped:
             state.average.update()
     work = {"tokens": tokens, "tokens_computed": computed + trained_tokens}
     described = {**group_record(groups, settings), **degeneration_record(groups, state.builder)}
@@ -220,7 +222,7 @@ def _reference_pass(state: StageState, groups: list[RolloutGroup], features: Med
     responses = [[rollout.token_ids for rollout in group.rollouts] for group in groups]
     policy_passes = []
     for read in passes(state, [group.prompt for group in groups], responses, features):
-        logp = torch.cat([groups[i].rollouts[r].logp for i, r in _places(read)])
+        logp = torch.cat([groups[i].rollouts[r].logp for i, r in _rollout_indices(read)])
         (rollout_logp,) = to_device([logp], state.world.device)
         ref_features = read.features
         if state.reference is not None and ref_features is None:
@@ -229,7 +231,7 @@ def _reference_pass(state: StageState, groups: list[RolloutGroup], features: Med
         keep_features = distill.kl_coef and distill.kl == "full"
         policy_pass = _PolicyPass(read, ref_features if keep_features else None, rollout_logp)
         if samples_reference(state.settings) and scored:
-            logp = torch.cat([groups[i].ref_logp[r] for i, r in _places(read)])
+            logp = torch.cat([groups[i].ref_logp[r] for i, r in _rollout_indices(read)])
             (policy_pass.ref_logp,) = to_device([logp], state.world.device)
         elif samples_reference(state.settings):
             policy_pass.ref_logp = state.reference(read.prompts, read.rows, ref_features, score)
@@ -239,7 +241,7 @@ def _reference_pass(state: StageState, groups: list[RolloutGroup], features: Med
     return policy_passes
 
 
-def _places(read: Pass) -> list[tuple[int, int]]:
+def _rollout_indices(read: Pass) -> list[tuple[int, int]]:
     """Return the group and the index in it of each rollout of a pass, in the order of its rows."""
     pairs = zip(read.batch.prompts, read.batch.responses, strict=True)
     return [(i, r) for i, chosen in pairs for r in chosen]
@@ -255,7 +257,7 @@ def _set_log_ratios(groups: list[RolloutGroup], policy_passes: list[_PolicyPass]
     for group in groups:
         group.log_ratio = torch.zeros(len(group.rollouts))
     for policy_pass in policy_passes:
-        for i, rollout in _places(policy_pass.read):
+        for i, rollout in _rollout_indices(policy_pass.read):
             groups[i].log_ratio[rollout] = next(every_mean)
 
 
@@ -284,10 +286,10 @@ def _policy_pass(
         read, rows = policy_pass.read, policy_pass.read.rows
         each_token = partial(torch.repeat_interleave, repeats=rows.lengths, output_size=len(rows.targets))
         if weights_tokens(state.settings):
-            advantages = torch.cat([groups[i].token_advantages[r] for i, r in _places(read)])
+            advantages = torch.cat([groups[i].token_advantages[r] for i, r in _rollout_indices(read)])
             (advantages,) = to_device([advantages], state.world.device)
         else:
-            advantages = torch.stack([groups[i].advantages[r] for i, r in _places(read)])
+            advantages = torch.stack([groups[i].advantages[r] for i, r in _rollout_indices(read)])
             (advantages,) = to_device([advantages], state.world.device)
             advantages = each_token(advantages)
         reference = {} if policy_pass.ref_logp is None else {"ref_logp": policy_pass.ref_logp}

@@ -280,8 +280,9 @@ def group_record(groups: list[RolloutGroup], settings: RunConfig) -> dict[str, M
             record["advantage/zero_share"] = (mean, flat, len(groups))
         record["reward/total"] = (mean, sum(float(group.reward.sum()) for group in groups), len(rollouts))
     weights = settings.reward
+    judged = (("discriminator", "d_score", weights.alpha),) if uses_discriminator(settings) else ()
     for name, component, weight in (
-        ("discriminator", "d_score", weights.alpha),
+        *judged,
         ("outer", "outer", weights.beta),
         ("task", "task", weights.eta),
         ("content", "content", weights.delta),

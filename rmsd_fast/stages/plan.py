@@ -13,7 +13,16 @@ from rmsd_fast.data.errors import counted
 from rmsd_fast.files import file_digest
 from rmsd_fast.models.folders import find_folder
 from rmsd_fast.runtime.trackers import missing_trackers
-from rmsd_fast.setting_rules import refuse_evaluation_only, uses_discriminator, uses_pool, uses_servers
+from rmsd_fast.setting_rules import (
+    has_pool,
+    quotes_pool,
+    refuse_evaluation_only,
+    rewards_rollouts,
+    uses_discriminator,
+    uses_pool,
+    uses_servers,
+)
+from rmsd_fast.stages.hints import plan_hints
 from rmsd_fast.stages.inputs import read_inputs
 from rmsd_fast.stages.material import check_batches, check_model, check_packages
 from rmsd_fast.stages.memory import GIB, plan_memory
@@ -111,7 +120,8 @@ def _stage_lines(settings: RunConfig) -> list[str]:
         lines.append(f"  {stage}: {what}")
     if "distill" in settings.stages:
         rewarded_by = "with a discriminator" if uses_discriminator(settings) else "without a discriminator"
-        lines.append(f"  reward {rewarded_by}, K={settings.teacher.responses}, tau={settings.teacher.min_quality}")
+        pool = f", K={settings.teacher.responses}, tau={settings.teacher.min_quality}" if has_pool(settings) else ""
+        lines.append(f"  reward {rewarded_by}{pool}" if rewards_rollouts(settings) else "  no rewards")
         teacher, kd, credit = settings.self_teacher, settings.kd, settings.credit
         if teacher.kind != "none":
             told = f"told {', '.join(teacher.views)}; hints of at most {teacher.max_hint_tokens} tokens"
@@ -147,6 +157,13 @@ def _inputs(settings: RunConfig) -> tuple[list[str], list[str]]:
     if files:
         inputs = read_inputs(settings, files, dict.fromkeys(files, settings.data.media_root))
         present += inputs.summary.text().splitlines()
+        taught = "distill" in settings.stages and settings.self_teacher.kind != "none"
+        # A missing pool is listed above, and the best answers come from it.
+        if taught and inputs.train and ("pool" in files or not quotes_pool(settings)):
+            try:
+                present.append(plan_hints(inputs, settings))
+            except SettingsError as error:
+                missing.append(str(error))
         media = {path for q in (*inputs.train, *inputs.heldout) for path in (*q.videos, *q.images)}
         absent = sorted(path for path in media if not os.path.exists(path))
         if media:

@@ -35,7 +35,8 @@ def log_rollouts(
         log: file to append to.
         groups: groups of this process. Their tensors are on the CPU, so logging does not wait for the device.
         settings: rollout settings of the run.
-        builder: splits rollouts into tokens, whose advantages are then logged if they differ; None leaves them out.
+        builder: splits rollouts into pieces of text, which are logged with the advantages of their tokens if the step
+            has token credit; None leaves them out.
         stage: name of the stage.
         step: step within the stage, counted from 1.
         total: number of steps of the stage.
@@ -119,8 +120,12 @@ def _rollout(group: RolloutGroup, index: int, builder: PromptBuilder | None) -> 
 
 
 def _token_credit(group: RolloutGroup, index: int, builder: PromptBuilder) -> list[list[Any]]:
-    """Return the text of a rollout in pieces, each with the mean advantage of its tokens."""
-    advantages, credit, start = group.token_advantages[index].double(), [], 0
+    """Return the text of a rollout in pieces, each with the mean advantage of its tokens.
+
+    The opening of a response by the chat template is a piece with advantage 0, because it was not sampled.
+    """
+    credit: list[list[Any]] = [[builder.opening, 0.0]] if builder.opening else []
+    advantages, start = group.token_advantages[index].double(), 0
     for text, tokens in builder.pieces(group.rollouts[index].token_ids):
         value = float(advantages[start : start + tokens].mean())
         credit += [[text, float(f"{value:.4g}")]] if text else []

@@ -52,9 +52,9 @@ from rmsd_kernels import native
 log = logging.getLogger("rmsd_fast")
 
 LOGS = ("rollouts", "bad_media", "skipped")
-# A stage's step takes the state, this process's prompts, and the step within the stage, counted from 0.
 # What a checkpoint contains of each model, by name. Only engines have a learning rate.
 Saved = Engine | MovingAverage
+# A stage's step takes the state, this process's prompts, and the step within the stage, counted from 0.
 Step = Callable[[StageState, list[Prompt], int], StepResult]
 PACKAGES = (
     *("rmsd-fast", "torch", "triton", "transformers", "peft", "bitsandbytes", "liger-kernel", "deepspeed"),
@@ -154,6 +154,7 @@ def open_run(
             resume_lines=saved.get("metrics_lines", 0),
             resume_waiting=waiting.get("metrics", ()),
             totals=totals,
+            dtype=settings.model.dtype,
             trackers=settings.runtime.trackers,
             project=settings.name,
             config=fingerprints["settings"],

@@ -12,6 +12,7 @@ from functools import partial
 
 import torch
 
+from rmsd_fast.data.prompts import Prompt
 from rmsd_fast.losses import linear_logprob
 from rmsd_fast.models.students import MediaFeatures
 from rmsd_fast.setting_rules import samples_reference
@@ -34,17 +35,17 @@ def teach(state: StageState, groups: list[RolloutGroup], features: MediaFeatures
     frozen = state.settings.self_teacher.kind == "frozen"
     with_reference = frozen and samples_reference(state.settings)
     most = state.settings.self_teacher.max_hint_tokens
-    bodies, stems = [], []
+    bodies, leads = [], []
     for group in groups:
         body, tail = state.builder.split(group.prompt)
         hints = [state.builder.encode_hint(text, max_tokens=most) for text in state.hints[body.question.id]]
         bodies.append(body)
-        stems.append([tail] * with_reference + [torch.cat([hint, tail]) for hint in hints])
-    if not any(stems):
+        leads.append([tail] * with_reference + [torch.cat([hint, tail]) for hint in hints])
+    if not any(leads):
         # All processes run the same passes, and this one has no hints. The result is not used.
-        stems[0] = [state.builder.split(groups[0].prompt)[1]]
+        leads[0] = [state.builder.split(groups[0].prompt)[1]]
     drawn = [[rollout.token_ids for rollout in group.rollouts] for group in groups]
-    scores = _score(state, bodies, features, stems, drawn)
+    scores = _score(state, bodies, features, leads, drawn)
     for group, of_group in zip(groups, scores, strict=True):
         # Views come first, then rollouts.
         count = len(group.rollouts)
@@ -54,23 +55,29 @@ def teach(state: StageState, groups: list[RolloutGroup], features: MediaFeatures
         group.teacher_logp = [torch.stack(of_rollout) for of_rollout in zip(*views, strict=True)]
 
 
-def _score(state, bodies, features, stems, drawn) -> list[list[torch.Tensor]]:
+def _score(
+    state: StageState,
+    bodies: list[Prompt],
+    features: MediaFeatures | None,
+    leads: list[list[torch.Tensor]],
+    drawn: list[list[torch.Tensor]],
+) -> list[list[torch.Tensor]]:
     """Return the log-probs of each prompt's rollouts after each of its leads, float32 [R] on the CPU, lead by lead."""
-    leads = [[lead for lead in of_prompt for _ in ids] for of_prompt, ids in zip(stems, drawn, strict=True)]
-    responses = [ids * len(of_prompt) for of_prompt, ids in zip(stems, drawn, strict=True)]
+    lead_of_each = [[lead for lead in of_prompt for _ in ids] for of_prompt, ids in zip(leads, drawn, strict=True)]
+    responses = [ids * len(of_prompt) for of_prompt, ids in zip(leads, drawn, strict=True)]
     score = partial(linear_logprob, temperature=state.settings.rollout.temperature, ignore_index=None)
     kind = state.settings.self_teacher.kind
     model = state.reference if kind == "frozen" else state.policy
-    places, logp, lengths = [], [], []
+    indices, logp, lengths = [], [], []
     with state.average.in_place() if kind == "ema" else nullcontext():
-        for read in passes(state, bodies, responses, features, leads):
+        for read in passes(state, bodies, responses, features, lead_of_each):
             of_pass = model(read.prompts, read.rows, read.features, score)
             if not read.filler:
                 pairs = zip(read.batch.prompts, read.batch.responses, strict=True)
-                places += [(i, r) for i, chosen in pairs for r in chosen]
+                indices += [(i, r) for i, chosen in pairs for r in chosen]
                 logp.append(of_pass)
                 lengths += read.rows.lengths_list
     scores: list[list[torch.Tensor]] = [[torch.empty(0)] * len(ids) for ids in responses]
-    for (i, r), values in zip(places, torch.cat(logp).cpu().split(lengths), strict=True):
+    for (i, r), values in zip(indices, torch.cat(logp).cpu().split(lengths), strict=True):
         scores[i][r] = values
     return scores

@@ -12,6 +12,7 @@ from rmsd_fast.method.credit import (
     magnitude_weights,
     position_weights,
 )
+from rmsd_fast.setting_rules import teaches
 from rmsd_fast.stages.groups import RolloutGroup
 from rmsd_fast.stages.step_metrics import Metric, mean
 
@@ -29,8 +30,9 @@ def set_token_advantages(groups: list[RolloutGroup], settings: RunConfig, *, ste
         This process's part of the metrics. Those of the self-teacher are means over the tokens that it has scored.
     """
     credit, kd = settings.credit, settings.kd
-    weighs = credit.magnitude == "teacher"
     mix = magnitude_mix(step, mix=credit.magnitude_mix, steps=credit.magnitude_steps)
+    # With a share of 0, all weights are 1, clipped or not.
+    weighs = credit.magnitude == "teacher" and mix > 0
     totals = dict.fromkeys(("gap", "size", "clipped", "weighted", "limited", "tokens", "hinted"), 0.0)
     for group in groups:
         group.token_advantages = []
@@ -64,17 +66,19 @@ def set_token_advantages(groups: list[RolloutGroup], settings: RunConfig, *, ste
                     width=credit.position_width,
                 ).to(advantage.dtype)
             group.token_advantages.append(advantage)
-    return _record(totals, sum(len(group.rollouts) for group in groups), settings)
+    # A step without the self-teacher has no share of hinted rollouts.
+    asked = sum(len(group.rollouts) for group in groups) if teaches(settings, step) else 0
+    return _record(totals, asked, settings)
 
 
-def _record(totals: dict[str, float], rollouts: int, settings: RunConfig) -> dict[str, Metric]:
+def _record(totals: dict[str, float], asked: int, settings: RunConfig) -> dict[str, Metric]:
     if settings.self_teacher.kind == "none":
         return {}
     tokens = totals["tokens"]
     record: dict[str, Metric] = {
         "self_teacher/gap": (mean, totals["gap"], tokens),
         "self_teacher/gap_size": (mean, totals["size"], tokens),
-        "self_teacher/hinted_share": (mean, totals["hinted"], rollouts),
+        "self_teacher/hinted_share": (mean, totals["hinted"], asked),
     }
     if settings.credit.magnitude == "teacher":
         record["credit/clipped_share"] = (mean, totals["clipped"], totals["weighted"])

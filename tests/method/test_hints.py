@@ -33,7 +33,7 @@ def test_texts_of_views() -> None:
     expected = {
         "answer": "The correct answer: a red cube",
         "reasoning": "A correct solution: It moves  left and stops there.",
-        "half_reasoning": "A correct solution begins: It moves left",
+        "half_reasoning": "A correct solution begins: It moves  left",
         "window": "The answer is visible from 1.5 to 4 seconds.",
         "keyframes": "Frames that show the answer, in seconds: 2, 3.25.",
         "cue": "What to look at: The cube at the left edge.",
@@ -51,6 +51,28 @@ def test_texts_of_views() -> None:
     assert hint_texts(views, without, together=False) == [expected["answer"], expected["cue"]]
     assert hint_texts(views, without, together=True) == [f"{expected['answer']}\n{expected['cue']}"]
     assert hint_texts(["window"], without, together=True) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "half"),
+    [
+        # The white space nearest to the middle, 6 of 14 characters, and not half of the words.
+        ("aaaaaa b c d e", "aaaaaa"),
+        ("First line.\n\nThen more.", "First line."),
+        # Without spaces between words, half of the characters.
+        ("物体向右移动并停止", "物体向右"),
+        ("物体向右移动。 停", "物体向右"),
+        ("ไปทางขวา", "ไปทา"),
+        ("ab", "a"),
+        # An accent stays with its letter, and nothing is left of a single character.
+        ("xe\u0301y", "x"),
+        ("e\u0301", None),
+        ("x", None),
+    ],
+)
+def test_half_of_the_reasoning(text, half) -> None:
+    expected = None if half is None else f"A correct solution begins: {half}"
+    assert view_text("half_reasoning", {"reasoning": text}) == expected
 
 
 def test_hints_of_question_files(tmp_path) -> None:
@@ -86,6 +108,31 @@ def test_damaged_hints_are_refused(tmp_path, hints, says) -> None:
     path.write_text(json.dumps(_question(hints=hints)))
     with pytest.raises(DataError, match=says):
         load_questions(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (
+            {
+                "videos": [{"path": "a.mp4", "start": 0, "end": 8}],
+                "duration": 8,
+                "hints": {"window": [100, 200]},
+            },
+            r"'hints\.window': expected times in the video, got .*the part shown is 0 s to 8 s",
+        ),
+        ({"duration": 8, "hints": {"keyframes": [2, 30]}}, r"'hints\.keyframes': .*the video has a duration of 8 s"),
+        ({"videos": [], "images": ["a.png"], "hints": {"window": [1, 2]}}, r"'hints\.window': expected a video"),
+    ],
+)
+def test_times_that_no_video_contains_are_refused(tmp_path, changes, says) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_text(json.dumps(_question(**changes)))
+    with pytest.raises(DataError, match=says):
+        load_questions(path)
+    # Any of several videos may contain them, and so may a video of unknown duration.
+    path.write_text(json.dumps(_question(videos=["a.mp4", "b.mp4"], hints={"window": [100, 200], "keyframes": [150]})))
+    assert load_questions(path)[0].hints["keyframes"] == [150]
 
 
 def _targets(*qualities: float) -> Targets:

@@ -39,6 +39,7 @@ def raised(*args, totals=None, **options) -> list[tuple[str, int, float]]:
         ("teacher/headroom", -0.05, 0.01, 40),
         ("policy/kl", 1.5, 0.5, 20),
         ("self_teacher/gap_size", 0.0005, 0.01, 20),
+        ("self_teacher/hinted_share", 0.3, 0.6, 40),
         ("credit/clipped_share", 0.95, 0.8, 20),
         ("kd/clipped_share", 0.95, 0.8, 20),
         ("policy/importance_ratio", 1.2, 1.05, 20),
@@ -73,6 +74,20 @@ def test_accuracy_is_compared_with_chance_late_in_warm_up_and_in_stage_2():
     # D learns by the end of a warm-up of 40 steps: the mean of steps 21 to 30 is 0.65.
     learns = [0.5] * 20 + [0.56 + 0.02 * i for i in range(20)]
     assert raised(ACCURACY, learns, stage="warm_up", totals={"warm_up": 40}) == []
+
+
+def test_equal_rewards_are_no_alarm_while_the_self_teacher_adds_advantages():
+    flat = rows("advantage/zero_share", [0.9] * 200)
+    taught = [row | {"kd/clipped_share": 0.0 if row["step"] <= 100 else None} for row in flat]
+    assert [(a.condition.metric, a.step) for a in find_alarms(flat, {})] == [("advantage/zero_share", 40)]
+    assert [(a.condition.metric, a.step) for a in find_alarms(taught, {})] == [("advantage/zero_share", 140)]
+
+
+def test_the_least_gap_is_above_the_rounding_of_the_dtype():
+    # In bfloat16, an empty hint had a gap of 0.0029.
+    for gap, dtypes in ((0.0005, ["float32", "bfloat16"]), (0.003, ["bfloat16"]), (0.02, [])):
+        silent = rows("self_teacher/gap_size", [gap] * 20)
+        assert [dtype for dtype in ("float32", "bfloat16") if find_alarms(silent, {}, dtype)] == dtypes
 
 
 def test_accuracy_below_chance_is_no_alarm_once_the_rollouts_are_better():

@@ -8,10 +8,12 @@ import re
 import pytest
 from report_files import Page
 
+from rmsd_fast.report_page.curves import GROUPS, stage_section
 from rmsd_fast.report_page.evaluation import difference_name, interval, verdict
 from rmsd_fast.report_page.samples import response_html, visible
 from rmsd_fast.report_page.style import DARK, LIGHT, SERIES_COLORS
 from rmsd_fast.report_page.svg import Series, curve_chart, number, smooth, stacked_chart, thin, ticks, value_range
+from rmsd_fast.runtime.alarms import CONDITIONS
 
 
 def test_colors_have_contrast() -> None:
@@ -44,6 +46,33 @@ def test_smoothing_by_hand() -> None:
     assert out[1] == pytest.approx(1 / 3) and out[2] == pytest.approx(2 / 3)
     values[10] = math.nan
     assert smooth(values)[10] == pytest.approx((values[9] + values[11]) / 2)
+
+
+def test_warning_lines_are_bounds_of_alarms() -> None:
+    """A line above 0 is an upper bound of every curve of its chart, and one below 0 a lower bound."""
+    for chart in (chart for _, charts in GROUPS for chart in charts):
+        for value, _ in chart.warn:
+            for key, _ in chart.keys:
+                bounds = [c.high if value > 0 else c.low for c in CONDITIONS if c.metric == key]
+                assert value in bounds, (chart.title, key)
+
+
+def test_only_a_broken_run_has_warnings() -> None:
+    steps = tuple(range(1, 41))
+    healthy = {
+        "self_teacher/gap": Series("", steps, (-0.05,) * 40),
+        "self_teacher/gap_size": Series("", steps, (0.3,) * 40),
+        "self_teacher/hinted_share": Series("", steps, (1.0,) * 40),
+        "kd/clipped_share": Series("", steps, (0.1,) * 40),
+    }
+    page = stage_section("distill", healthy)
+    assert "Gap of the self-teacher" in page and "Warning:" not in page
+    page = stage_section("distill", healthy | {"kd/clipped_share": Series("", steps, (0.95,) * 40)})
+    assert page.count("Warning:") == 1 and "distillation is above 0.9 on 40 of 40 steps" in page
+    # A run without a pool and without rewards has no charts of them.
+    zeros = {f"reward/{name}/weighted": Series("", steps, (0.0,) * 40) for name in ("outer", "task", "content")}
+    page = stage_section("distill", healthy | zeros | {"reward/total": Series("", steps, (0.0,) * 40)})
+    assert "Rewards, weighted" not in page and "Total reward" not in page
 
 
 def test_thinning_keeps_spikes() -> None:

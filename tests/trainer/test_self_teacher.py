@@ -4,25 +4,35 @@ from __future__ import annotations
 
 import copy
 import math
+import weakref
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from material import tiny_material, tiny_settings
+from torch.utils._python_dispatch import TorchDispatchMode
+from train_runs import only_run, run_train
 
-from rmsd_fast.config import SettingsError
+from rmsd_fast.config import RewardConfig, SettingsError
 from rmsd_fast.data.errors import DataError
 from rmsd_fast.data.preprocess import video_patches
 from rmsd_fast.data.records import write_questions
+from rmsd_fast.losses import linear_logprob
+from rmsd_fast.models.families.qwen2_5_vl import QWEN2_5_VL
 from rmsd_fast.models.shared_prefix import disable_shared_prefix
+from rmsd_fast.rollout.base import Rollout
 from rmsd_fast.runtime.engine import Engine
 from rmsd_fast.runtime.json_lines import JsonLines
 from rmsd_fast.runtime.moving_average import MovingAverage
 from rmsd_fast.runtime.process_group import start, stop
 from rmsd_fast.settings import load_settings
 from rmsd_fast.stages import distill
-from rmsd_fast.stages.build import build_distillation, read_hints
+from rmsd_fast.stages.build import build_distillation, build_imitation
+from rmsd_fast.stages.hints import read_hints
 from rmsd_fast.stages.material import prepare_material
+from rmsd_fast.stages.passes import passes
+from rmsd_fast.stages.plan import describe_plan
 from rmsd_fast.stages.rollout_log import log_rollouts
 
 SMALL = (
@@ -36,6 +46,9 @@ SMALL = (
     ),
     *("self_teacher.max_hint_tokens=200", "self_teacher.views=[answer]", "kd.kind=k1"),
 )
+TAUGHT = ("self_teacher.kind=live", "self_teacher.views=[answer]", "kd.kind=k1")
+WEIGHTED = ("self_teacher.kind=live", "self_teacher.views=[answer]", "credit.magnitude=teacher")
+UNREWARDED = ("stages=[distill]", *(f"reward.{name}=0" for name in ("alpha", "beta", "eta", "delta")))
 HINTS = {"reasoning": "It moves to the right and stops at the edge.", "cue": "The edge on the right.", "window": [1, 2]}
 RATE = 0.3
 
@@ -275,7 +288,8 @@ def test_steps_without_the_teacher_equal_plain_steps_bit_for_bit(trained, materi
         with_settings(state, "ema", ["answer"], {"credit.magnitude": "teacher", "kd.kind": "none"}, *others)
         state.timer.take()
         _, metrics, gradients = step_gradients(state, prompts, monkeypatch)
-        assert metrics["self_teacher/gap"] is None and metrics["self_teacher/hinted_share"] == 0
+        assert [metrics[f"self_teacher/{name}"] for name in ("gap", "gap_size", "hinted_share")] == [None] * 3
+        assert metrics["credit/clipped_share"] is None
         assert "seconds/teacher" not in state.timer.take()
         assert all(torch.equal(gradients[name], gradient) for name, gradient in expected.items())
     # Without any hint, the passes of the teacher run for the other processes, and change nothing.
@@ -290,8 +304,10 @@ def test_steps_without_the_teacher_equal_plain_steps_bit_for_bit(trained, materi
 def test_unusable_hints_are_counted_or_refused(trained, material, world, caplog):
     state = trained[0]
 
-    def read(*overrides):
+    def read(*overrides, rewards=True):
         settings = tiny_settings(state.settings.made.folder, *SMALL, "self_teacher.kind=live", *overrides)
+        if not rewards:
+            settings.reward = RewardConfig(alpha=0, beta=0, eta=0, delta=0)
         return read_hints(material, state.builder, state.targets, settings, world)
 
     with pytest.raises(
@@ -305,6 +321,44 @@ def test_unusable_hints_are_counted_or_refused(trained, material, world, caplog)
     most = max(len(state.builder.encode_hint(text, max_tokens=99)) for (text,) in answers.values())
     views = ["self_teacher.views=[reasoning,answer]", "kd.kind=avsd", f"self_teacher.max_hint_tokens={most}"]
     assert read(*views, "data.max_bad_share=1") == answers
+    # A quarter of the questions has no cue. Rewards teach them something; without rewards, nothing does.
+    caplog.clear()
+    hints = read("self_teacher.views=[cue]", "data.max_bad_share=0.1")
+    asked = f"self-teacher: {sum(map(bool, hints.values()))} of {len(hints)} questions have hints"
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [("WARNING", asked)]
+    with pytest.raises(SettingsError, match=r"hints of all training questions .*data.max_bad_share=0.1 .* without any"):
+        read("self_teacher.views=[cue]", "data.max_bad_share=0.1", rewards=False)
+    assert read("self_teacher.views=[cue]", "data.max_bad_share=0.5", rewards=False) == hints
+
+
+def test_times_of_late_parts_need_a_student_that_knows_times(trained, material, world, monkeypatch):
+    state = trained[0]
+    settings = tiny_settings(
+        state.settings.made.folder, *SMALL, "self_teacher.kind=live", "self_teacher.views=[window]"
+    )
+    late = [replace(q, hints=HINTS, spans=((5.0, 8.0),)) for q in material.train]
+    assert state.builder.states_times
+    read_hints(replace(material, train=late), state.builder, state.targets, settings, world)
+    monkeypatch.setattr(state.builder, "_family", QWEN2_5_VL)
+    with pytest.raises(DataError, match="expected no window, since the part shown starts at 5 s of the file"):
+        read_hints(replace(material, train=late), state.builder, state.targets, settings, world)
+    early = [replace(q, hints=HINTS, spans=((0.0, 8.0),)) for q in material.train]
+    read_hints(replace(material, train=early), state.builder, state.targets, settings, world)
+
+
+def test_missing_hints_are_reported_before_stage_1(folder, material, world):
+    settings = tiny_settings(folder, *SMALL, "self_teacher.kind=live", "self_teacher.views=[feedback]")
+    with pytest.raises(SettingsError, match="of which no question has any"):
+        build_imitation(material.model_path, settings, world, material, stage="sft")
+    train = folder / "questions.jsonl"
+    write_questions(train, material.train, media_root=folder)
+    paths = [f"data.train={train}", f"data.media_root={folder}", "data.heldout=", f"model.path={material.model_path}"]
+    text, ready = describe_plan(load_settings("opsd", [*paths, "self_teacher.views=[feedback]"]))
+    assert not ready and "MISSING: self_teacher.views: expected hints that the training questions have" in text
+    text, ready = describe_plan(load_settings("opsd", paths))
+    hinted = sum(q.answer is not None for q in material.train)
+    assert f"self-teacher: {hinted} of {len(material.train)} questions have hints" in text
+    assert "  no rewards" in text and "tau=" not in text
 
 
 @pytest.mark.parametrize(
@@ -350,12 +404,75 @@ def test_unusable_hints_are_counted_or_refused(trained, material, world, caplog)
             ["self_teacher.kind=live", "kd.kind=k1", "self_teacher.views=[cue]", "self_teacher.ema_rate=0.1"],
             "self_teacher.ema_rate has no effect: self_teacher.kind=live has no average",
         ),
+        (
+            ["rollout.n=1"],
+            "rollout.n: expected 2 or more if a reward has a weight, since the advantage of a single rollout is 0, got",
+        ),
+        (["rollout.n=1", *TAUGHT], "rollout.n: expected 2 or more"),
+        (["rollout.n=1", *UNREWARDED, *TAUGHT, "reward.kl_in_reward=0.1"], "rollout.n: expected 2 or more"),
+        (UNREWARDED, "kd.kind: expected k1 or avsd if no reward has a weight"),
+        ([*UNREWARDED, "credit.position=sigmoid"], "kd.kind: expected k1 or avsd if no reward has a weight"),
+        ([*UNREWARDED, "reward.kl_in_reward=0.1"], "kd.kind: expected k1 or avsd if no reward has a weight"),
+        (
+            [*UNREWARDED, *TAUGHT, "distill.steps=20", "self_teacher.until_step=10"],
+            "self_teacher.until_step: expected 0 if no reward has a weight, .* got 10 of distill.steps=20",
+        ),
+        (
+            [*TAUGHT, "rollout.engine=replay", "rollout.replay=dumps/first"],
+            "rollout.engine: expected hf, vllm or vllm_server with a self-teacher, .* self_teacher.kind=live",
+        ),
+        ([*UNREWARDED, *TAUGHT, "reward.normalization=sum_then_gn"], "reward.normalization has no effect: no reward"),
+        (["credit.position=sigmoid", "credit.position_least=1"], "credit.position has no effect: .* all weights are 1"),
+        (
+            [*TAUGHT, "self_teacher.kind=ema", "distill.steps=20", "self_teacher.ema_every=20"],
+            "self_teacher.ema_every has no effect: the average is used for 20 steps",
+        ),
+        (
+            [*TAUGHT, "self_teacher.kind=ema", "self_teacher.until_step=5", "self_teacher.ema_every=5"],
+            "self_teacher.ema_every has no effect: the average is used for 5 steps",
+        ),
+        (
+            [*TAUGHT, "distill.steps=20", "self_teacher.until_step=20"],
+            "self_teacher.until_step has no effect: stage 2 ends after distill.steps=20",
+        ),
+        (
+            [*WEIGHTED, "distill.steps=20", "credit.magnitude_steps=10", "self_teacher.until_step=10"],
+            "self_teacher.until_step has no effect: credit.magnitude_steps=10 ends the use of the self-teacher",
+        ),
         (["stages=[sft]", "credit.position=sigmoid"], "credit.position has no effect: stage distill is not in stages"),
     ],
 )
 def test_conflicting_settings_are_refused(overrides, says):
     with pytest.raises(SettingsError, match=says):
         load_settings("quickstart", overrides)
+
+
+@pytest.mark.parametrize("name", ["min_quality=0.7", "responses=2", "filter=none", "max_unanswered_share=0.1"])
+def test_settings_of_the_pool_need_a_pool(name):
+    with pytest.raises(SettingsError, match="has no effect: there is no teacher pool; set teacher.pool"):
+        load_settings("opsd", [f"teacher.{name}"])
+    # Those that say how to score answers also score rollouts.
+    load_settings("visd", ["teacher.ocr_metric=anls"])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides"),
+    [
+        # The best answer of the pool is one that can be matched.
+        ("rmsd_visd", ["reward.alpha=0", "stages=[distill]", "teacher.filter=matching"]),
+        ("rmsd_visd", ["reward.alpha=0", "stages=[distill]", "teacher.weighting=uniform"]),
+        ("opsd", ["distill.steps=10", "credit.position=sigmoid"]),
+        ("visd", ["distill.steps=20", "self_teacher.until_step=10", "self_teacher.ema_every=9"]),
+    ],
+)
+def test_useful_settings_are_accepted(recipe, overrides):
+    load_settings(recipe, overrides)
+
+
+def test_programs_that_do_not_train_need_no_room_for_hints():
+    with pytest.raises(SettingsError, match="micro_tokens: expected room for .* a hint"):
+        load_settings("opsd", ["micro_tokens=9500"])
+    assert load_settings("opsd", ["micro_tokens=9500"], trains=False).micro_tokens == 9500
 
 
 TINY = (
@@ -371,6 +488,36 @@ SHOWN = {
 }
 
 
+class WrittenRollouts:
+    """A rollout engine whose rollouts are right and wrong answers in turn, with the log-probs of the policy."""
+
+    runs_policy = True
+
+    def __init__(self, state):
+        self.state = state
+
+    def update(self, policy, version):
+        """Do nothing, since the policy itself computes the log-probs."""
+
+    @torch.no_grad()
+    def generate(self, model, prompts, sampling, *, features=None, policy_version=0):
+        state, truths = self.state, [prompt.question.answer or "a cube" for prompt in prompts]
+        texts = [
+            [f"<think>It moves.</think><answer>{(truth, 'nothing')[r % 2]}</answer>" for r in range(sampling.n)]
+            for truth in truths
+        ]
+        ids = [[state.builder.encode_response(text) for text in of_prompt] for of_prompt in texts]
+        score = partial(linear_logprob, temperature=sampling.temperature, ignore_index=None)
+        rollouts = [[None] * sampling.n for _ in prompts]
+        for read in passes(state, prompts, ids, features):
+            logp = state.policy(read.prompts, read.rows, read.features, score).split(read.rows.lengths_list)
+            pairs = zip(read.batch.prompts, read.batch.responses, strict=True)
+            for (i, r), of_rollout in zip([(i, r) for i, chosen in pairs for r in chosen], logp, strict=True):
+                text, question = texts[i][r], prompts[i].question
+                rollouts[i][r] = Rollout(question.id, r, ids[i][r], text, of_rollout, False, policy_version)
+        return rollouts
+
+
 @pytest.mark.parametrize("recipe", SHOWN)
 def test_recipes_train_a_tiny_student(folder, material, world, monkeypatch, recipe):
     hints = HINTS | {"feedback": "Look at the end.", "keyframes": [1, 1.5]}
@@ -382,14 +529,8 @@ def test_recipes_train_a_tiny_student(folder, material, world, monkeypatch, reci
     inputs = prepare_material(settings, world)
     state = build_distillation(material.model_path, settings, world, inputs)
     prompts = [state.builder.build(question) for question in inputs.train[:3]]
-    make = distill.make_group
-
-    def rewarded(*arguments, **options):
-        # The answers of the tiny student to closed questions are never right.
-        group = make(*arguments, **options)
-        return replace(group, content=torch.arange(len(group.rollouts)) / len(group.rollouts))
-
-    monkeypatch.setattr(distill, "make_group", rewarded)
+    # The answers of the tiny student to closed questions are never right.
+    state.rollouts = WrittenRollouts(state)
     before = {name: p.detach().clone() for name, p in state.policy.module.named_parameters()}
     for number in range(2):
         state.policy.set_lr(1e-3)
@@ -397,6 +538,9 @@ def test_recipes_train_a_tiny_student(folder, material, world, monkeypatch, reci
         assert not result.skipped and result.metrics["policy/grad_norm"] > 0
     assert any(not torch.equal(p, before[name]) for name, p in state.policy.module.named_parameters())
     metrics = result.metrics
+    if settings.rollout.n > 1:
+        assert 0 < metrics["reward/content/raw"] < 1 and metrics["advantage/zero_share"] < 1
+    assert abs(metrics["policy/engine_kl"]) < 1e-5
     assert metrics["self_teacher/hinted_share"] == 1 and metrics["self_teacher/gap_size"] > 0
     every = {
         "kd/clipped_share",
@@ -415,9 +559,73 @@ def test_recipes_train_a_tiny_student(folder, material, world, monkeypatch, reci
     for rollout in record["rollouts"]:
         assert "".join(text for text, _ in rollout["token_credit"]) == rollout["text"]
     assert any(value for rollout in record["rollouts"] for _, value in rollout["token_credit"])
+    # The template of a Thinking model opens the response, so its text begins with tokens that were not sampled.
+    with monkeypatch.context() as patched:
+        patched.setattr(state.builder, "opening", "<think>")
+        group = result.groups[0]
+        opened = [replace(r, text=state.builder.decode_response(r.token_ids)) for r in group.rollouts]
+        log = JsonLines(folder / f"{recipe}-opened.jsonl")
+        (record, *_) = log_rollouts(
+            *(log, [replace(group, rollouts=opened)], settings.rollout),
+            **{"builder": state.builder, "stage": "distill", "step": 1, "total": 2},
+        )
+        log.close()
+    for rollout in record["rollouts"]:
+        assert rollout["token_credit"][0] == ["<think>", 0.0]
+        assert "".join(text for text, _ in rollout["token_credit"]) == rollout["text"]
     if state.average is not None:
         masters = zip(state.average.values, state.policy.masters(), strict=True)
         assert any(not torch.equal(average, master) for average, master in masters)
+
+
+def test_a_run_without_a_pool_has_a_report_about_what_it_has(folder, material):
+    train = folder / "asked.jsonl"
+    write_questions(train, material.train, media_root=folder)
+    paths = [f"data.train={train}", f"data.media_root={folder}", f"model.path={material.model_path}"]
+    sizes = ["distill.steps=2", "rollout.log_every_steps=1", f"output={folder / 'poolless'}"]
+    done = run_train(["opsd", *paths, *TINY, *sizes])
+    assert done.returncode == 0, done.stderr[-3000:]
+    page = (only_run(folder / "poolless") / "report.html").read_text()
+    assert "Gap of the self-teacher" in page and "Rewards, raw: format and content" in page
+    for title in (
+        "Reward, raw: discriminator",
+        "Rewards, weighted",
+        "Pair accuracy",
+        "Questions without a teacher",
+        "best of K",
+    ):
+        assert title not in page, title
+
+
+class _Living(TorchDispatchMode):
+    """Record the largest number of bytes that results of operators hold at the same time, besides `known` tensors."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.known = {tensor.untyped_storage().data_ptr() for tensor in known}
+        self.living, self.peak = weakref.WeakValueDictionary(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, list | tuple) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in self.known:
+                    self.living[storage.data_ptr()] = storage
+        self.peak = max(self.peak, sum(storage.nbytes() for storage in self.living.values()))
+        return result
+
+
+def test_a_pass_holds_one_copy_of_the_average(world):
+    layers = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(8)))
+    engine = Engine(layers, lr=0.0, zero_stage=2, dtype="bfloat16", world=world)
+    average = MovingAverage(engine, 0.5)
+    size = 2 * sum(value.numel() for value in average.values)
+    with _Living([*average.values, *layers.parameters()]) as living, average.in_place():
+        pass
+    # The plan of the memory counts one copy.
+    assert size <= living.peak < 1.5 * size, (living.peak, size)
+    engine.close()
 
 
 def test_a_bfloat16_average_would_hardly_move(world):

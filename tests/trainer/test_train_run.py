@@ -43,7 +43,9 @@ def made(tmp_path_factory) -> Path:
 # A self-teacher with weights of its own, which checkpoints must contain and processes share.
 TAUGHT = (
     *("self_teacher.kind=ema", "self_teacher.ema_rate=0.3", "self_teacher.views=[answer]"),
-    *("self_teacher.max_hint_tokens=80", "kd.kind=k1", "credit.magnitude=teacher"),
+    *("kd.kind=k1", "credit.magnitude=teacher"),
+    # The answers to a third of the questions are longer, so some rollouts of a step, and of a process, have no hint.
+    *("self_teacher.max_hint_tokens=20", "data.max_bad_share=0.5"),
 )
 
 
@@ -167,6 +169,7 @@ def test_two_processes_give_the_metrics_of_one(whole, made, tmp_path, zero_stage
     assert done.returncode == 0, done.stderr[-3000:]
     run = only_run(tmp_path)
     compare_metrics(whole, run)
+    assert any(0 < line["self_teacher/hinted_share"] < 1 for line in metrics(run) if line["stage"] == "distill")
     # The main process has the first half of the questions of a step, which are those that one process logs.
     for one, two in zip(logged_rollouts(whole), logged_rollouts(run), strict=True):
         assert [one[key] for key in ("stage", "step", "id")] == [two[key] for key in ("stage", "step", "id")]
