@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import threading
@@ -749,8 +750,10 @@ def test_the_program_keeps_answers_if_the_judge_fails_and_continues(tmp_path, mo
     with TeacherServer(script) as server:
         ours = [*settings, f"evaluate.judge.endpoint={server.url}", "evaluate.judge.model=m"]
         arguments = ["quickstart", *ours, "evaluate.judge.max_concurrency=1", "--output", str(output)]
-        monkeypatch.chdir(Path(__file__).parents[1] / "helpers")
-        failed = run_program("judge_program", arguments, environment(), processes=2, timeout_s=300)
+        monkeypatch.chdir(tmp_path)
+        helpers = [str(Path(__file__).parents[1] / "helpers"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        variables = environment() | {"PYTHONPATH": os.pathsep.join(helpers)}
+        failed = run_program("judge_program", arguments, variables, processes=2, timeout_s=300)
         assert failed.returncode != 0 and not output.exists(), failed.stdout
         assert failed.stderr.count("reply about 2 of 3 answers, for instance refused: status") == 1, failed.stderr[
             -3000:
