@@ -146,7 +146,11 @@ def settings_of(
     """
     room = 512 if sizes is SMALL else 0
     budget = 40 * (prefix + room + response) if sizes is SMALL else groups * (prefix + (k + n) * response)
-    changes = [f"rollout.n={n}", f"rollout.max_new_tokens={response}", f"data.max_prompt_tokens={prefix + room}"]
+    changes = [
+        f"rollout.n={max(2, n)}",
+        f"rollout.max_new_tokens={response}",
+        f"data.max_prompt_tokens={prefix + room}",
+    ]
     # Given rollouts have the log-probs of no model.
     changes.append("rollout.parity_every=0")
     changes += [f"packing={packing}", f"micro_tokens={budget}"]
@@ -154,7 +158,10 @@ def settings_of(
     # Random weights give equal content rewards, so only scores that differ from the start give advantages.
     scored = not any(o.startswith("reward.alpha=") and float(o.partition("=")[2]) == 0 for o in overrides)
     changes += ["discriminator.head=random"] if scored else []
-    return load_settings("quickstart" if sizes is SMALL else "rmsd_qwen3vl_4b", [*changes, *overrides])
+    settings = load_settings("quickstart" if sizes is SMALL else "rmsd_qwen3vl_4b", [*changes, *overrides])
+    # A run needs two, because the advantage of a single rollout is 0. Here, N = 1 shows what a rollout costs.
+    settings.rollout.n = n
+    return settings
 
 
 class Passes:

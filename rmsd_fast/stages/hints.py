@@ -96,11 +96,12 @@ def describe_hints(hints: Mapping[str, tuple[str, ...]], settings: RunConfig) ->
         )
     most = settings.data.max_bad_share
     if not rewards_rollouts(settings) and without > most * len(hints):
+        first = next(name for name, texts in hints.items() if not texts)
         raise SettingsError(
-            f"self_teacher.views: expected hints of all training questions but a share of data.max_bad_share={most:g} "
-            "if no reward has a weight, since nothing is learned from a question without hints, got "
-            f"{without:,} of {len(hints):,} without any of {views}; remove these questions, add their hints to "
-            "data.train, or raise data.max_bad_share"
+            f"self_teacher.views: expected at most {most:g} of the training questions (data.max_bad_share) without a "
+            "hint if no reward has a weight, since nothing is learned from them, got "
+            f"{without:,} of {len(hints):,} without any of {views}, first {first!r}; remove these questions, add their "
+            "hints to data.train, or raise data.max_bad_share"
         )
     return f"self-teacher: {hinted:,} of {counted(len(hints), 'question')} have hints"
 

@@ -175,7 +175,8 @@ def test_missing_files_are_counted_and_named(tmp_path, caplog):
     damaged = write(tmp_path / "subtitle" / "a.srt", SRT + "\n4\n00:00:09 -->\nbad\n")
     questions = videomme(tmp_path, "a", "b", "c")
     lost = [str(tmp_path / "subtitle" / f"{name}.srt") for name in "bc"]
-    assert f"2 of 3 subtitle files are missing, so 2 questions have no subtitles: {lost[0]}, {lost[1]}" in caplog.text
+    text = f"without subtitles: 2 questions, because 2 of 3 subtitle files are missing: {lost[0]}, {lost[1]}"
+    assert text in caplog.text
     assert f"1 damaged cue in subtitles, which are left out: {damaged}, line 15: expected times" in caplog.text
     assert [question.meta.get("subtitles_missing") for question in questions] == [None, *lost]
     assert "<subtitles>" in questions[0].prompt and "below: \nNo subtitles available\nSelect" in questions[1].prompt

@@ -167,10 +167,10 @@ def _check_subtitles(root: Path, media: MediaFolder, questions: list[Question]) 
     if lost:
         asked = sum("subtitles_missing" in question.meta for question in questions)
         log.warning(
-            "%d of %s are missing, so %s have no subtitles: %s",
+            "without subtitles: %s, because %d of %s are missing: %s",
+            counted(asked, "question"),
             len(lost),
             counted(len(media.subtitle_files), "subtitle file"),
-            counted(asked, "question"),
             ", ".join(lost[:MOST_NAMED]) + (", …" if len(lost) > MOST_NAMED else ""),
         )
     if faults := media.subtitle_faults:
