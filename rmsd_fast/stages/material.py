@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from rmsd_fast.config import NotInstalled, RunConfig, SettingsError
+from rmsd_fast.config import MadeConfig, NotInstalled, RunConfig, SettingsError
 from rmsd_fast.data.benchmarks import benchmark_files
 from rmsd_fast.data.question_text import question_text
 from rmsd_fast.data.records import load_questions
@@ -244,7 +244,7 @@ def _make(settings: RunConfig) -> dict[str, str]:
     if made.label_share < 1:
         train = write_label_share(train, questions, share=made.label_share, seed=made.seed, media_root=root)
     # Students of the first family keep the name that earlier versions gave them.
-    family = "" if made.student_family == "qwen3_vl" else f"{made.student_family}-"
+    family = "" if made.student_family == MadeConfig.student_family else f"{made.student_family}-"
     student = folder / f"student-{family}{made.student_hidden}x{made.student_layers}-{pool_path.stem}"
     build_tiny_student(
         student,

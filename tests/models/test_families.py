@@ -115,9 +115,10 @@ def test_a_pass_without_media_runs_the_tower_without_effect(tmp_path: Path, name
     assert all(p.grad is None for path, p in student.model.named_parameters() if ".visual." in path)
 
 
-# Other places that name families: students made for tests; the two rules of preprocessing, which decoder processes read
-# without transformers; and the packed op, which supports more families than the trainer.
+# Other places that name families: students made for tests, and their setting; the two rules of preprocessing, which
+# decoder processes read without transformers; and the packed op, which supports more families than the trainer.
 NAMED = {
+    "config.py",
     "made/student.py",
     "data/preprocess.py",
     "models/shared_prefix.py",
