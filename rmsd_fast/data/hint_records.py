@@ -10,7 +10,7 @@ from rmsd_fast.data.marks import SPECIAL_TOKEN, is_unicode
 from rmsd_fast.data.media_paths import is_number
 from rmsd_fast.method.hints import FILE_HINTS
 
-_TODO = "fix it or leave it out"
+_ADVICE = "fix it or leave it out"
 
 
 def read_hints(value: object, fail: Callable[[str, str, object, str], DataError]) -> dict[str, Any]:
@@ -30,9 +30,9 @@ def read_hints(value: object, fail: Callable[[str, str, object, str], DataError]
     for name, hint in hints.items():
         if name in ("window", "keyframes"):
             if not isinstance(hint, list) or not hint or not all(is_number(time) and time >= 0 for time in hint):
-                raise fail(f"hints.{name}", "a list of times in seconds", hint, _TODO)
+                raise fail(f"hints.{name}", "a list of times in seconds", hint, _ADVICE)
             if name == "window" and (len(hint) != 2 or hint[1] <= hint[0]):
-                raise fail("hints.window", "[start, end] with an end after the start", hint, _TODO)
+                raise fail("hints.window", "[start, end] with an end after the start", hint, _ADVICE)
         elif not isinstance(hint, str) or not hint.strip() or not is_unicode(hint) or SPECIAL_TOKEN.search(hint):
-            raise fail(f"hints.{name}", "non-empty plain text", hint, _TODO)
+            raise fail(f"hints.{name}", "non-empty plain text", hint, _ADVICE)
     return hints
