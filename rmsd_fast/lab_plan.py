@@ -16,7 +16,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from rmsd_fast.config import STUDENTS, RunConfig, SettingsError
-from rmsd_fast.setting_rules import refuse_useless
+from rmsd_fast.setting_rules.useless import refuse_useless
 from rmsd_fast.settings import load_settings, settings_as_dict
 
 PLANS = Path(__file__).parent / "plans"

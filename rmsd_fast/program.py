@@ -16,7 +16,7 @@ from rmsd_fast.process import lenient_output
 from rmsd_fast.runtime.ends import Ends, is_lost_peer
 from rmsd_fast.runtime.process_group import World, start, stop
 from rmsd_fast.runtime.stop_signal import Stopped, StopSignal
-from rmsd_fast.setting_rules import uses_vllm
+from rmsd_fast.setting_rules.uses import uses_vllm
 
 
 def run_program(name: str, settings: RunConfig, work: Callable[[World, StopSignal], None], *, trains: bool) -> int:

@@ -21,7 +21,8 @@ from yaml import YAMLError
 
 from rmsd_fast.config import RECIPES, RunConfig, SettingsError
 from rmsd_fast.files import write_text_atomic
-from rmsd_fast.setting_rules import check_together, is_evaluated, refuse_training_settings, refuse_useless
+from rmsd_fast.setting_rules.training import check_together
+from rmsd_fast.setting_rules.useless import is_evaluated, refuse_training_settings, refuse_useless
 
 # Settings of earlier versions, and their replacements.
 RENAMED = {

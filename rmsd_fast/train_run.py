@@ -26,7 +26,7 @@ from rmsd_fast.report import ReportError, write_report
 from rmsd_fast.runtime.engine import release_memory
 from rmsd_fast.runtime.process_group import World, on_main
 from rmsd_fast.runtime.stop_signal import Stopped, StopSignal
-from rmsd_fast.setting_rules import has_pool, uses_discriminator
+from rmsd_fast.setting_rules.uses import has_pool, uses_discriminator
 from rmsd_fast.stages import distill, sft
 from rmsd_fast.stages.build import build_distillation, build_imitation
 from rmsd_fast.stages.held_out import evaluate

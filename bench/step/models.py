@@ -41,7 +41,7 @@ from rmsd_fast.rollout.hf import HfRollout
 from rmsd_fast.runtime.engine import Engine
 from rmsd_fast.runtime.metrics import PhaseTimer
 from rmsd_fast.runtime.process_group import World, start, stop
-from rmsd_fast.setting_rules import uses_discriminator
+from rmsd_fast.setting_rules.uses import uses_discriminator
 from rmsd_fast.settings import load_settings
 from rmsd_fast.stages.build import load, make_discriminator, make_engine, make_policy, make_reference, prepare
 from rmsd_fast.stages.state import StageState

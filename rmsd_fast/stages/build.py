@@ -31,7 +31,8 @@ from rmsd_fast.runtime.engine import Engine
 from rmsd_fast.runtime.metrics import PhaseTimer
 from rmsd_fast.runtime.moving_average import MovingAverage
 from rmsd_fast.runtime.process_group import World
-from rmsd_fast.setting_rules import check_room, uses_discriminator, uses_ema, uses_reference
+from rmsd_fast.setting_rules.evaluation import check_room
+from rmsd_fast.setting_rules.uses import uses_discriminator, uses_ema, uses_reference
 from rmsd_fast.stages.hints import read_hints
 from rmsd_fast.stages.material import Material
 from rmsd_fast.stages.rollout_servers import connect

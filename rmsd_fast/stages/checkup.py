@@ -27,7 +27,7 @@ from rmsd_fast.models.folders import resolve_folder
 from rmsd_fast.rollout.vllm_process import PACKAGES as VLLM_PACKAGES
 from rmsd_fast.runtime.engine import release_memory
 from rmsd_fast.runtime.process_group import World, global_max, global_sum, on_main
-from rmsd_fast.setting_rules import makes_rollouts, uses_servers
+from rmsd_fast.setting_rules.uses import makes_rollouts, uses_servers
 from rmsd_fast.stages.build import build_distillation, build_imitation
 from rmsd_fast.stages.evaluation_forecast import duration
 from rmsd_fast.stages.findings import Finding, Sample, Show

@@ -19,13 +19,7 @@ from rmsd_fast.losses import linear_logprob, linear_policy_loss
 from rmsd_fast.models.students import MediaFeatures, encode_media
 from rmsd_fast.rollout.base import Rollout, Sampling
 from rmsd_fast.runtime.process_group import any_rank, global_sum
-from rmsd_fast.setting_rules import (
-    samples_reference,
-    teaches,
-    uses_discriminator,
-    warm_up_steps,
-    weights_tokens,
-)
+from rmsd_fast.setting_rules.uses import samples_reference, teaches, uses_discriminator, warm_up_steps, weights_tokens
 from rmsd_fast.stages.degeneration import degeneration_record
 from rmsd_fast.stages.discriminator_pass import discriminator_pass
 from rmsd_fast.stages.groups import RolloutGroup, group_record, make_group, quality_record, set_advantages

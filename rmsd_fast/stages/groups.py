@@ -15,7 +15,7 @@ from rmsd_fast.method.matching import Pairs, expected_pairs, order_pairs, sample
 from rmsd_fast.method.quality import quality_against, quality_score
 from rmsd_fast.method.rewards import RewardWeights, composite_advantages, composite_reward
 from rmsd_fast.rollout.base import Rollout
-from rmsd_fast.setting_rules import has_pool, rewards_rollouts, uses_discriminator
+from rmsd_fast.setting_rules.uses import has_pool, rewards_rollouts, uses_discriminator
 from rmsd_fast.stages.step_metrics import Metric, mean
 from rmsd_fast.teacher.scores import quality_settings
 from rmsd_fast.teacher.targets import Targets

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rmsd_fast.models.students import Student
 from rmsd_fast.runtime.process_group import on_main
-from rmsd_fast.setting_rules import uses_discriminator
+from rmsd_fast.setting_rules.uses import uses_discriminator
 from rmsd_fast.stages.answer_store import AnswerStore, delete_parts
 from rmsd_fast.stages.build import load
 from rmsd_fast.stages.evaluation import answer_questions

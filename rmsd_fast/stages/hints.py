@@ -10,7 +10,7 @@ from rmsd_fast.data.errors import DataError, counted
 from rmsd_fast.data.prompts import HintError, PromptBuilder
 from rmsd_fast.data.records import Question
 from rmsd_fast.runtime.process_group import World
-from rmsd_fast.setting_rules import rewards_rollouts
+from rmsd_fast.setting_rules.uses import rewards_rollouts
 from rmsd_fast.stages.inputs import Inputs
 from rmsd_fast.teacher.hints import build_hints
 from rmsd_fast.teacher.targets import Targets, build_targets

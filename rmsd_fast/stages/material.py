@@ -33,7 +33,8 @@ from rmsd_fast.rollout.vllm_process import check_vllm
 from rmsd_fast.runtime.engine import import_adamw_8bit
 from rmsd_fast.runtime.process_group import World, on_main
 from rmsd_fast.runtime.trackers import check_trackers
-from rmsd_fast.setting_rules import makes_rollouts, refuse_evaluation_only, uses_pool, uses_servers, uses_vllm
+from rmsd_fast.setting_rules.evaluation import refuse_evaluation_only
+from rmsd_fast.setting_rules.uses import makes_rollouts, uses_pool, uses_servers, uses_vllm
 from rmsd_fast.stages.inputs import Inputs, read_inputs
 from rmsd_fast.teacher.pool import load_pool
 from rmsd_kernels.implementations import resolve_impl

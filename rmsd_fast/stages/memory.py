@@ -34,7 +34,7 @@ from rmsd_fast.rollout.shared_cache import BLOCK, PrefixCache
 from rmsd_fast.rollout.vllm import batch_tokens
 from rmsd_fast.runtime.engine import LARGEST_BUCKET
 from rmsd_fast.runtime.engine_memory import EngineMemory, engine_memory
-from rmsd_fast.setting_rules import (
+from rmsd_fast.setting_rules.uses import (
     samples_reference,
     uses_discriminator,
     uses_ema,

@@ -11,7 +11,8 @@ import torch
 import yaml
 
 from rmsd_fast.config import RunConfig, SettingsError
-from rmsd_fast.setting_rules import check_together, uses_discriminator
+from rmsd_fast.setting_rules.training import check_together
+from rmsd_fast.setting_rules.uses import uses_discriminator
 from rmsd_fast.stages.memory import CONTEXT_BYTES, GIB, MemoryPlan, plan_memory
 
 log = logging.getLogger("rmsd_fast")

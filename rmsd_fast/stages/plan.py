@@ -13,10 +13,10 @@ from rmsd_fast.data.errors import counted
 from rmsd_fast.files import file_digest
 from rmsd_fast.models.folders import find_folder
 from rmsd_fast.runtime.trackers import missing_trackers
-from rmsd_fast.setting_rules import (
+from rmsd_fast.setting_rules.evaluation import refuse_evaluation_only
+from rmsd_fast.setting_rules.uses import (
     has_pool,
     quotes_pool,
-    refuse_evaluation_only,
     rewards_rollouts,
     uses_discriminator,
     uses_pool,

@@ -29,7 +29,7 @@ from rmsd_fast.rollout.dump import (
     write_step,
 )
 from rmsd_fast.runtime.process_group import World, all_gather_objects, on_main
-from rmsd_fast.setting_rules import makes_rollouts, rollout_steps, warm_up_steps
+from rmsd_fast.setting_rules.uses import makes_rollouts, rollout_steps, warm_up_steps
 from rmsd_fast.stages.material import Material
 
 log = logging.getLogger("rmsd_fast")

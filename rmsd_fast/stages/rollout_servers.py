@@ -23,7 +23,7 @@ from rmsd_fast.rollout.service import EngineLoop, Service
 from rmsd_fast.rollout.vllm import VllmSampler, check_family, check_length
 from rmsd_fast.rollout.vllm_process import check_vllm
 from rmsd_fast.runtime.process_group import World
-from rmsd_fast.setting_rules import uses_servers
+from rmsd_fast.setting_rules.uses import uses_servers
 from rmsd_fast.stages.material import model_path_of
 
 log = logging.getLogger("rmsd_fast")

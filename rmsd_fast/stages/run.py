@@ -39,7 +39,7 @@ from rmsd_fast.runtime.metrics import MetricsLog, PhaseTimer, peak_mib
 from rmsd_fast.runtime.moving_average import MovingAverage
 from rmsd_fast.runtime.process_group import World, all_gather_objects, any_rank, global_max, global_sum, on_main
 from rmsd_fast.runtime.stop_signal import StopSignal
-from rmsd_fast.setting_rules import uses_vllm
+from rmsd_fast.setting_rules.uses import uses_vllm
 from rmsd_fast.settings import settings_as_dict
 from rmsd_fast.stages import held_out
 from rmsd_fast.stages.material import Material, losses_of

@@ -15,7 +15,7 @@ import torch
 from rmsd_fast.data.prompts import Prompt
 from rmsd_fast.losses import linear_logprob
 from rmsd_fast.models.students import MediaFeatures
-from rmsd_fast.setting_rules import samples_reference
+from rmsd_fast.setting_rules.uses import samples_reference
 from rmsd_fast.stages.groups import RolloutGroup
 from rmsd_fast.stages.passes import passes
 from rmsd_fast.stages.state import StageState

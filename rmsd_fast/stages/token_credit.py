@@ -12,7 +12,7 @@ from rmsd_fast.method.credit import (
     magnitude_weights,
     position_weights,
 )
-from rmsd_fast.setting_rules import teaches
+from rmsd_fast.setting_rules.uses import teaches
 from rmsd_fast.stages.groups import RolloutGroup
 from rmsd_fast.stages.step_metrics import Metric, mean
 

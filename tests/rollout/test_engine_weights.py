@@ -20,7 +20,7 @@ from rmsd_fast.rollout.samples import request_seed
 from rmsd_fast.rollout.weights import bit_sum, group_sums, source_weights, stream, weight_group
 from rmsd_fast.runtime.engine import Engine
 from rmsd_fast.runtime.process_group import start, stop
-from rmsd_fast.setting_rules import check_together
+from rmsd_fast.setting_rules.training import check_together
 from rmsd_fast.settings import load_settings
 from rmsd_fast.stages.material import prepare_material
 from rmsd_fast.stages.plan import describe_plan

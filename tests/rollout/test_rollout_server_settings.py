@@ -10,7 +10,7 @@ import pytest
 from train_runs import environment
 
 from rmsd_fast.config import SettingsError
-from rmsd_fast.setting_rules import check_together
+from rmsd_fast.setting_rules.training import check_together
 from rmsd_fast.settings import load_settings
 
 

@@ -17,13 +17,13 @@ import torch
 from material import WORLD, tiny_settings
 from train_runs import SIX_TASKS, environment
 
-from rmsd_fast import setting_rules
 from rmsd_fast.config import RunConfig, SettingsError
 from rmsd_fast.data.media import MediaReader
 from rmsd_fast.data.prompts import PromptBuilder
 from rmsd_fast.data.records import Question
 from rmsd_fast.made.student import build_tiny_student
-from rmsd_fast.setting_rules import is_evaluated
+from rmsd_fast.setting_rules import evaluation
+from rmsd_fast.setting_rules.useless import is_evaluated
 from rmsd_fast.settings import load_settings, save_settings, settings_as_dict
 from rmsd_fast.stages import evaluation_forecast
 from rmsd_fast.stages.build import load
@@ -411,7 +411,7 @@ def test_conflicts_of_training_do_not_matter(conflict: str, tmp_path: Path) -> N
 
 def test_advice_names_settings_of_evaluations() -> None:
     # All settings that the messages of check_evaluated and of the functions that it calls name.
-    functions = {node.name: node for node in ast.parse(inspect.getsource(setting_rules)).body if hasattr(node, "name")}
+    functions = {node.name: node for node in ast.parse(inspect.getsource(evaluation)).body if hasattr(node, "name")}
     reached, todo = set(), ["check_evaluated"]
     while todo:
         name = todo.pop()

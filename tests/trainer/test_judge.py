@@ -27,7 +27,7 @@ from rmsd_fast.method.exact import is_decided
 from rmsd_fast.method.lenient import lenient_response, stated_letter
 from rmsd_fast.runtime import stop_signal
 from rmsd_fast.runtime.stop_signal import Stopped, StopSignal
-from rmsd_fast.setting_rules import refuse_evaluation_only
+from rmsd_fast.setting_rules.evaluation import refuse_evaluation_only
 from rmsd_fast.settings import load_settings
 from rmsd_fast.stages import build
 from rmsd_fast.stages.answer_records import answer_record

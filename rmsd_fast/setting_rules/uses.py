@@ -1,0 +1,108 @@
+"""What a run uses, which follows from several settings: models, stages of a step, engines and the pool."""
+
+from __future__ import annotations
+
+from rmsd_fast.config import RunConfig
+
+
+def uses_reference(settings: RunConfig) -> bool:
+    """Return whether stage 2 computes log-probs of its rollouts under the stage-1 student."""
+    compared = settings.distill.kl_coef > 0 or settings.reward.kl_in_reward > 0
+    return "distill" in settings.stages and (compared or settings.self_teacher.kind == "frozen")
+
+
+def samples_reference(settings: RunConfig) -> bool:
+    """Return whether stage 2 needs the reference's log-probs of the sampled tokens, and not only its hidden states."""
+    in_loss = settings.distill.kl_coef > 0 and settings.distill.kl != "full"
+    return in_loss or settings.reward.kl_in_reward > 0
+
+
+def uses_ema(settings: RunConfig) -> bool:
+    """Return whether stage 2 keeps a moving average of the policy's weights."""
+    return "distill" in settings.stages and settings.self_teacher.kind == "ema"
+
+
+def teaches(settings: RunConfig, step: int) -> bool:
+    """Return whether a step of stage 2, counted from 0, uses the self-teacher."""
+    teacher, credit = settings.self_teacher, settings.credit
+    weighted = credit.magnitude == "teacher" and (not credit.magnitude_steps or step < credit.magnitude_steps)
+    in_time = not teacher.until_step or step < teacher.until_step
+    return teacher.kind != "none" and in_time and (weighted or settings.kd.kind != "none")
+
+
+def teaching_steps(settings: RunConfig) -> int:
+    """Return the number of steps of stage 2 that use the self-teacher. They are the first ones."""
+    steps = settings.distill.steps if "distill" in settings.stages else 0
+    return next((step for step in range(steps) if not teaches(settings, step)), steps)
+
+
+def quotes_pool(settings: RunConfig) -> bool:
+    """Return whether the self-teacher is told answers of the teacher pool."""
+    teacher = settings.self_teacher
+    return "distill" in settings.stages and teacher.kind != "none" and "best_answer" in teacher.views
+
+
+def has_pool(settings: RunConfig) -> bool:
+    """Return whether the run has a teacher pool, which may be generated."""
+    return bool(settings.teacher.pool) or settings.made.enabled
+
+
+def uses_pool(settings: RunConfig) -> bool:
+    """Return whether the run cannot do without a teacher pool."""
+    imitates = bool({"sft", "control"} & set(settings.stages))
+    chosen = settings.reward.unlabeled == "teacher" or settings.teacher.empty_pools == "drop"
+    return imitates or chosen or quotes_pool(settings) or uses_discriminator(settings)
+
+
+def weights_tokens(settings: RunConfig) -> bool:
+    """Return whether the tokens of a rollout may have different advantages."""
+    return settings.kd.kind != "none" or settings.credit.magnitude != "none" or settings.credit.position != "none"
+
+
+def rewards_rollouts(settings: RunConfig) -> bool:
+    """Return whether any component of the reward has a weight, so that rollouts can have advantages of their own.
+
+    The KL penalty of the reward does not count: it only keeps the policy where it is.
+    """
+    reward = settings.reward
+    return max(reward.alpha, reward.beta, reward.eta, reward.delta) > 0
+
+
+def uses_discriminator(settings: RunConfig) -> bool:
+    """Return whether this run trains a discriminator, that is, whether its score has a weight in the reward."""
+    return makes_rollouts(settings) and settings.reward.alpha > 0
+
+
+def makes_rollouts(settings: RunConfig) -> bool:
+    """Return whether any stage samples rollouts."""
+    return "warm_up" in settings.stages or "distill" in settings.stages
+
+
+def uses_vllm(settings: RunConfig) -> bool:
+    """Return whether any stage samples its rollouts with vLLM in the training process."""
+    return makes_rollouts(settings) and settings.rollout.engine == "vllm"
+
+
+def uses_servers(settings: RunConfig) -> bool:
+    """Return whether any stage samples its rollouts with servers."""
+    return makes_rollouts(settings) and settings.rollout.engine == "vllm_server"
+
+
+def warm_up_steps(settings: RunConfig) -> int:
+    """Return the number of steps of the warm-up, 0 without one. Stage 2 continues to count rollout steps from there."""
+    return settings.discriminator.warm_up_steps if "warm_up" in settings.stages else 0
+
+
+def rollout_steps(settings: RunConfig) -> range:
+    """Return the rollout steps of a run, counted from 0 over warm-up and stage 2."""
+    return range(warm_up_steps(settings) + (settings.distill.steps if "distill" in settings.stages else 0))
+
+
+def uses_frozen_tower(settings: RunConfig) -> bool:
+    """Return whether any stage encodes media outside of the training passes, with a frozen vision tower."""
+    imitation = {"sft": settings.sft, "control": settings.distill}
+    if settings.runtime.zero_stage < 3 and any(
+        stage in settings.stages and not training.train_vision for stage, training in imitation.items()
+    ):
+        return True
+    return makes_rollouts(settings) and not settings.distill.train_vision
