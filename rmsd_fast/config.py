@@ -275,6 +275,10 @@ class TeacherConfig:
     empty_pools: str = choice("keep", of=("keep", "drop"))
     """Questions with no response to match: `keep` = they stay in stage 2, with the rewards for format and content
     (open), or `drop` = stage 2 and its control leave them out."""
+    selection: str = choice("quality", of=("quality", "aligned"))
+    """T_sel, the imitated one among the responses of highest quality that pass `teacher.filter`: `quality` = a seeded
+    uniform choice, or `aligned` = the one with the largest share of tokens among the student's 16 most probable
+    (2605.09725). It applies to `distill.sft_coef`, and to `sft.responses=best` in stage 1 and the control."""
     weighting: str = choice("quality", of=("quality", "uniform"))
     """Matching probabilities and weights in the discriminator loss: `quality` = q_k of closed questions, and equal for
     open ones (2603.11423), or `uniform` = equal for all (GAD 2511.10643)."""
@@ -462,6 +466,10 @@ class DistillConfig:
     """Exclude responses whose mean trainer/engine probability ratio is above this, e.g. 3.0; null = none (open)."""
     aggregation: str = choice("token_mean", of=("token_mean", "sequence_mean"))
     """Average of the loss: `token_mean` over all response tokens of the global batch, or `sequence_mean` (open)."""
+    sft_coef: float = number(0.0, least=0)
+    """Weight of the cross entropy of one teacher response per question, T_sel of `teacher.selection`, in the loss of
+    stage 2; 0 = none (2605.09725: 0.05). It is the mean over the tokens of these responses in the global batch, at
+    temperature 1."""
 
 
 @dataclass

@@ -42,6 +42,17 @@ def quotes_pool(settings: RunConfig) -> bool:
     return "distill" in settings.stages and teacher.kind != "none" and "best_answer" in teacher.views
 
 
+def imitates_in_stage2(settings: RunConfig) -> bool:
+    """Return whether the loss of stage 2 contains the cross entropy of teacher responses."""
+    return "distill" in settings.stages and settings.distill.sft_coef > 0
+
+
+def aligns_imitation(settings: RunConfig) -> bool:
+    """Return whether stage 1 and the control choose the imitated responses by their overlap with the student."""
+    imitates = bool({"sft", "control"} & set(settings.stages))
+    return imitates and settings.sft.responses == "best" and settings.teacher.selection == "aligned"
+
+
 def has_pool(settings: RunConfig) -> bool:
     """Return whether the run has a teacher pool, which may be generated."""
     return bool(settings.teacher.pool) or settings.made.enabled
@@ -51,7 +62,8 @@ def uses_pool(settings: RunConfig) -> bool:
     """Return whether the run cannot do without a teacher pool."""
     imitates = bool({"sft", "control"} & set(settings.stages))
     chosen = settings.reward.unlabeled == "teacher" or settings.teacher.empty_pools == "drop"
-    return imitates or chosen or quotes_pool(settings) or uses_discriminator(settings)
+    read = imitates_in_stage2(settings) or quotes_pool(settings)
+    return imitates or chosen or read or uses_discriminator(settings)
 
 
 def weights_tokens(settings: RunConfig) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from rmsd_fast.config import ModelError, RunConfig
+from rmsd_fast.config import ModelError, RunConfig, SettingsError
 from rmsd_fast.data.errors import DataError, counted
 from rmsd_fast.data.media import MediaReader
 from rmsd_fast.data.media_cache import ByteLru
@@ -32,7 +32,7 @@ from rmsd_fast.runtime.metrics import PhaseTimer
 from rmsd_fast.runtime.moving_average import MovingAverage
 from rmsd_fast.runtime.process_group import World
 from rmsd_fast.setting_rules.evaluation import check_room
-from rmsd_fast.setting_rules.uses import uses_discriminator, uses_ema, uses_reference
+from rmsd_fast.setting_rules.uses import imitates_in_stage2, uses_discriminator, uses_ema, uses_reference
 from rmsd_fast.stages.hints import read_hints
 from rmsd_fast.stages.material import Material
 from rmsd_fast.stages.rollout_servers import connect
@@ -195,6 +195,12 @@ def build_distillation(
     See `build_imitation` for the arguments.
     """
     state = build_imitation(path, settings, world, material, media, stage="distill")
+    if imitates_in_stage2(settings) and not any(targets.top for targets in state.targets.values()):
+        raise SettingsError(
+            "distill.sft_coef: expected questions with a usable response, got none that passes "
+            f"teacher.filter={settings.teacher.filter} with teacher.min_quality={settings.teacher.min_quality:g}; "
+            "check the pool with python -m rmsd_fast.pool check, or set distill.sft_coef=0"
+        )
     state.rollouts = make_rollouts(state, path, settings, world)
     if uses_reference(settings):
         lora = settings.model.adapter == "lora"

@@ -45,6 +45,7 @@ class RolloutGroup:
         teacher_logp: the self-teacher's log-probs of each rollout's tokens with each hint, [M, R] each; empty without
             hints.
         token_advantages: advantage of each rollout's tokens, [R] each; empty if all tokens have that of the rollout.
+        imitated: token ids of the teacher response that the policy also imitates, int64 [R]; None if there is none.
     """
 
     prompt: Prompt
@@ -64,6 +65,7 @@ class RolloutGroup:
     ref_logp: list[torch.Tensor] = field(default_factory=list)
     teacher_logp: list[torch.Tensor] = field(default_factory=list)
     token_advantages: list[torch.Tensor] = field(default_factory=list)
+    imitated: torch.Tensor | None = None
 
 
 def make_group(
