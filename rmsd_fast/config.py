@@ -520,6 +520,13 @@ class CreditConfig:
     """Part of the rollout after which the weights have risen by half (2605.21606: 0.3)."""
     position_width: float = number(0.1, above=0, most=10)
     """Width of the rise as a part of the rollout (2605.21606: 0.1)."""
+    uncertainty: str = choice("none", of=("none", "task", "instance"))
+    """Weights of the terms of stage 2's loss: `none` = as set, or learned: exp(-s) / 2 with one s per term (`task`), or
+    exp(-s) with one s per term and question, by a network on the question's vision features (`instance`) (2603.21426).
+    The terms are the policy gradient of the rewards, `kd.*`, and `distill.sft_coef`; two or more are needed."""
+    uncertainty_lr_factor: float | None = number(None, above=0)
+    """Learning rate of s, as a multiple of `distill.lr`; null = 1000 for `task` and 10 for `instance`
+    (2603.21426)."""
 
 
 @dataclass

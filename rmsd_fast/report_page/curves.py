@@ -239,6 +239,12 @@ GROUPS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
                 include=(0.0, 1.0),
             ),
             Chart(
+                "Log-variances of the terms of the loss",
+                "s of rewards, distillation and imitation; the weight of a term falls as its s rises",
+                (("uncertainty/pg", "rewards"), ("uncertainty/kd", "distillation"), ("uncertainty/sft", "imitation")),
+                include=(0.0,),
+            ),
+            Chart(
                 "Clipped token credit",
                 "share of tokens whose magnitude weight, or distillation advantage, is at its bound",
                 (("credit/clipped_share", "weights"), ("kd/clipped_share", "distillation")),

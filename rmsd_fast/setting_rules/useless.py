@@ -239,6 +239,11 @@ def _of_self_teacher(settings: RunConfig) -> list[_Rule]:
             "credit.position is none; set credit.position=sigmoid",
         ),
         (
+            ["credit.uncertainty_lr_factor"],
+            settings.credit.uncertainty == "none",
+            "credit.uncertainty is none; set credit.uncertainty=task",
+        ),
+        (
             ["credit.position", "credit.position_least", "credit.position_start", "credit.position_width"],
             credit.position_least == 1,
             "with credit.position_least=1, all weights are 1; set a lower value",

@@ -68,7 +68,24 @@ def uses_pool(settings: RunConfig) -> bool:
 
 def weights_tokens(settings: RunConfig) -> bool:
     """Return whether the tokens of a rollout may have different advantages."""
-    return settings.kd.kind != "none" or settings.credit.magnitude != "none" or settings.credit.position != "none"
+    credit = settings.credit
+    return settings.kd.kind != "none" or (credit.magnitude, credit.position, credit.uncertainty) != ("none",) * 3
+
+
+def loss_terms(settings: RunConfig) -> list[str]:
+    """Return the terms of stage 2's loss that `credit.uncertainty` weighs: some of pg, kd and sft, in this order."""
+    used = {
+        "pg": rewards_rollouts(settings) or settings.reward.kl_in_reward > 0,
+        "kd": settings.kd.kind != "none",
+        "sft": imitates_in_stage2(settings),
+    }
+    return [name for name, is_used in used.items() if is_used]
+
+
+def uncertainty_lr_factor(settings: RunConfig) -> float:
+    """Return the learning rate of log-variances as a multiple of that of the policy (defaults: arXiv 2603.21426)."""
+    credit = settings.credit
+    return credit.uncertainty_lr_factor or {"task": 1000.0, "instance": 10.0}[credit.uncertainty]
 
 
 def rewards_rollouts(settings: RunConfig) -> bool:

@@ -31,8 +31,9 @@ from rmsd_fast.runtime.engine import Engine
 from rmsd_fast.runtime.metrics import PhaseTimer
 from rmsd_fast.runtime.moving_average import MovingAverage
 from rmsd_fast.runtime.process_group import World
+from rmsd_fast.runtime.term_weights import TermWeights
 from rmsd_fast.setting_rules.evaluation import check_room
-from rmsd_fast.setting_rules.uses import imitates_in_stage2, uses_discriminator, uses_ema, uses_reference
+from rmsd_fast.setting_rules.uses import imitates_in_stage2, loss_terms, uses_discriminator, uses_ema, uses_reference
 from rmsd_fast.stages.hints import read_hints
 from rmsd_fast.stages.material import Material
 from rmsd_fast.stages.rollout_servers import connect
@@ -209,6 +210,10 @@ def build_distillation(
         state.reference = without if lora else make_reference(load(path, settings, world))
     if uses_ema(settings):
         state.average = MovingAverage(state.policy, settings.self_teacher.ema_rate)
+    if settings.credit.uncertainty != "none" and "distill" in settings.stages:
+        features = state.student.model.config.text_config.hidden_size
+        terms = {"features": features, "seed": settings.seed, "world": world}
+        state.term_weights = TermWeights(settings.credit.uncertainty, loss_terms(settings), **terms)
     if uses_discriminator(settings):
         discriminator = _discriminator(state, path)
         state.discriminator = make_engine(discriminator, settings, world, settings.discriminator.lr)

@@ -39,6 +39,7 @@ from rmsd_fast.stages.state import StageState, StepResult, apply_or_discard, enc
 from rmsd_fast.stages.step_metrics import Metric, global_metrics, mean
 from rmsd_fast.stages.teach import teach
 from rmsd_fast.stages.token_credit import set_token_advantages
+from rmsd_fast.stages.uncertainty import WeighedStep, add_answer_values, learn_weights, weigh_terms
 
 
 def warm_up_step(state: StageState, prompts: list[Prompt], number: int) -> StepResult:
@@ -147,17 +148,22 @@ def step(state: StageState, prompts: list[Prompt], number: int) -> StepResult:
     for group in groups:
         set_advantages(group, settings)
     credited = set_token_advantages(groups, settings, step=number) if weights_tokens(settings) else {}
+    weighed = None if state.term_weights is None else weigh_terms(state, groups, features, counts)
     with state.timer("policy"):
-        trained, trained_tokens = _policy_pass(state, groups, policy_passes, counts)
+        trained, trained_tokens = _policy_pass(state, groups, policy_passes, counts, weighed)
     with state.timer("optimizer"):
         norms, skipped = apply_or_discard(engines)
+        if weighed is not None and not skipped:
+            learn_weights(state, weighed)
         # After the last step with the self-teacher, nothing reads the average.
         due = (number + 1) % settings.self_teacher.ema_every == 0 and teaches(settings, number + 1)
         if state.average is not None and due and not skipped:
             state.average.update()
     work = {"tokens": tokens, "tokens_computed": computed + trained_tokens}
     described = {**group_record(groups, settings), **degeneration_record(groups, state.builder)}
-    metrics = global_metrics({**described, **trained, **credited, **selected, **work, **scored}, state.world)
+    learned = {} if weighed is None else weighed.record
+    record = {**described, **trained, **credited, **selected, **learned, **work, **scored}
+    metrics = global_metrics(record, state.world)
     metrics["policy/grad_norm"] = norms[0]
     if scored:
         metrics["discriminator/grad_norm"] = norms[1]
@@ -314,7 +320,11 @@ def _set_log_ratios(groups: list[RolloutGroup], policy_passes: list[_PolicyPass]
 
 
 def _policy_pass(
-    state: StageState, groups: list[RolloutGroup], policy_passes: list[_PolicyPass], counts: dict[str, float]
+    state: StageState,
+    groups: list[RolloutGroup],
+    policy_passes: list[_PolicyPass],
+    counts: dict[str, float],
+    weighed: WeighedStep | None,
 ) -> tuple[dict[str, Metric], int]:
     """Run forward and backward of the policy loss. The gradients are then complete but not applied.
 
@@ -324,6 +334,7 @@ def _policy_pass(
         policy_passes: passes over these groups.
         counts: tokens and sequences of the rollouts, and tokens of the imitated responses, in the global batch: the
             normalizers of the loss.
+        weighed: terms of the loss to which the imitated responses are added; None without `credit.uncertainty`.
     Returns:
         This process's part of the metrics, and the number of tokens that the model processed.
     """
@@ -335,6 +346,7 @@ def _policy_pass(
     kl = {} if distill.kl == "full" and not exact_kl else {"kl": distill.kl, "kl_coef": distill.kl_coef}
     totals: dict[str, torch.Tensor] = {}
     tokens, imitated, sft_loss = 0, 0, 0.0
+    owners, parts = [], []
     for policy_pass in policy_passes:
         read, rows = policy_pass.read, policy_pass.read.rows
         indices, sampled = _rollout_indices(read, groups), len(policy_pass.rollout_logp)
@@ -369,8 +381,12 @@ def _policy_pass(
         )
         head = policy_pass.of_rollouts(_own_head(head) if exact_kl and lora else head)
         if policy_pass.imitated is not None:
-            loss = head if sampled else None
-            head = with_imitation(loss, policy_pass.imitated, distill.sft_coef, normalizer=counts["imitated"])
+            loss, more = head if sampled else None, {}
+            answered = [i for i, r in _response_indices(read) if r >= len(groups[i].rollouts)]
+            if weighed is not None:
+                each = [torch.full(groups[i].imitated.shape, groups[i].sft_weight) for i in answered]
+                (more["weights"],) = to_device([torch.cat(each)], state.world.device)
+            head = with_imitation(loss, policy_pass.imitated, distill.sft_coef, normalizer=counts["imitated"], **more)
         result = state.policy(read.prompts, rows, read.features, head)
         read.backward(state.policy, result.loss)
         if read.filler:
@@ -378,6 +394,9 @@ def _policy_pass(
         if policy_pass.imitated is not None:
             imitated += len(policy_pass.imitated)
             sft_loss = sft_loss + result.metrics["sft_loss"]
+            if weighed is not None:
+                owners += [i for i in answered for _ in groups[i].imitated]
+                parts.append(result.metrics["sft_parts"])
         if not sampled:
             continue
         tokens += sampled
@@ -385,6 +404,8 @@ def _policy_pass(
         totals["engine_logp"] = totals.get("engine_logp", 0) + policy_pass.rollout_logp.sum()
         for name in _MEANS & result.metrics.keys():
             totals[name] = totals.get(name, 0) + result.metrics[name] * sampled
+    if weighed is not None:
+        add_answer_values(state, weighed, owners, parts)
     # The expected importance ratio is 1 for any engine that reports its own probabilities. The KL is 0 only if engine
     # and trainer agree.
     drift = totals.pop("engine_logp") - totals["logp"]

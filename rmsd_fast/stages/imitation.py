@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 
 from rmsd_fast.data.prompts import Prompt
-from rmsd_fast.losses import PolicyLoss, linear_cross_entropy
+from rmsd_fast.losses import PolicyLoss, linear_cross_entropy, linear_logprob
 from rmsd_fast.method.matching import aligned_response, draw_response, overlap
 from rmsd_fast.models.students import MediaFeatures
 from rmsd_fast.runtime.process_group import any_rank
@@ -40,7 +40,14 @@ def imitated_tokens(groups: list[RolloutGroup]) -> int:
     return sum(len(group.prompt.input_ids) + len(group.imitated) for group in imitated)
 
 
-def with_imitation(loss: PolicyHead | None, rows: torch.Tensor, coef: float, *, normalizer: float) -> PolicyHead:
+def with_imitation(
+    loss: PolicyHead | None,
+    rows: torch.Tensor,
+    coef: float,
+    *,
+    normalizer: float,
+    weights: torch.Tensor | None = None,
+) -> PolicyHead:
     """Return a head that computes a policy loss and adds the cross entropy of imitated responses.
 
     Args:
@@ -48,14 +55,22 @@ def with_imitation(loss: PolicyHead | None, rows: torch.Tensor, coef: float, *, 
         rows: places of the imitated tokens among the scored tokens, int64 on the device.
         coef: weight of the cross entropy.
         normalizer: number of imitated tokens in the global batch.
+        weights: learned weight of each imitated token, float32 on the device; None = 1.
     Returns:
         The head. Its metrics are those of the policy loss, the loss itself as `policy_loss`, and `sft_loss`, this
-        pass's part of the mean cross entropy over the imitated tokens.
+        pass's part of the mean cross entropy over the imitated tokens, without weights. With weights, there are also
+        the parts of the tokens, `sft_parts`.
     """
 
     def head(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> PolicyLoss:
-        entropy = linear_cross_entropy(hidden[rows], weight, targets[rows], normalizer=normalizer, ignore_index=None)
+        read, ids = hidden[rows], targets[rows]
+        common = {"normalizer": normalizer, "ignore_index": None}
+        entropy = linear_cross_entropy(read, weight, ids, token_weights=weights, **common)
         metrics = {"sft_loss": entropy.detach()}
+        if weights is not None:
+            logp = linear_logprob(read.detach(), weight.detach(), ids, ignore_index=None)
+            metrics["sft_parts"] = -logp / normalizer
+            metrics["sft_loss"] = metrics["sft_parts"].sum()
         if loss is None:
             return PolicyLoss(coef * entropy, metrics)
         policy = loss(hidden, weight, targets)

@@ -18,6 +18,7 @@ from rmsd_fast.setting_rules.uses import (
     aligns_imitation,
     has_pool,
     imitates_in_stage2,
+    loss_terms,
     quotes_pool,
     rewards_rollouts,
     uses_discriminator,
@@ -129,6 +130,9 @@ def _stage_lines(settings: RunConfig) -> list[str]:
             coef, selection = settings.distill.sft_coef, settings.teacher.selection
             lines.append(f"  imitates one best answer per question, selected by {selection}, with weight {coef:g}")
         teacher, kd, credit = settings.self_teacher, settings.kd, settings.credit
+        if credit.uncertainty != "none":
+            terms = ", ".join(loss_terms(settings))
+            lines.append(f"  learned weights of the terms {terms}, by {credit.uncertainty}")
         if teacher.kind != "none":
             told = f"told {', '.join(teacher.views)}; hints of at most {teacher.max_hint_tokens} tokens"
             until = f", for {teacher.until_step} steps" if teacher.until_step else ""

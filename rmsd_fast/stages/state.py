@@ -18,6 +18,7 @@ from rmsd_fast.runtime.engine import Engine, gradients_finite
 from rmsd_fast.runtime.metrics import PhaseTimer
 from rmsd_fast.runtime.moving_average import MovingAverage
 from rmsd_fast.runtime.process_group import World
+from rmsd_fast.runtime.term_weights import TermWeights
 from rmsd_fast.stages.groups import RolloutGroup
 from rmsd_fast.stages.rollout_dump import RolloutDump
 from rmsd_fast.teacher.targets import Targets
@@ -37,6 +38,7 @@ class StageState:
         parity_checked: whether this process has compared log-probs of rollout engine and trainer.
         hints: texts that the self-teacher is told about each training question, by id; empty without a self-teacher.
         average: weights of the self-teacher with `self_teacher.kind=ema`.
+        term_weights: log-variances of the terms of the loss, with `credit.uncertainty`.
         accuracies: pair accuracies of the latest steps of the warm-up, for `discriminator.warm_up_accuracy`.
     """
 
@@ -55,6 +57,7 @@ class StageState:
     skipped_in_a_row: int = 0
     hints: dict[str, tuple[str, ...]] = field(default_factory=dict)
     average: MovingAverage | None = None
+    term_weights: TermWeights | None = None
     features: ByteLru[list[torch.Tensor]] | None = None
     accuracies: list[float] = field(default_factory=list)
     parity_checked: bool = False
