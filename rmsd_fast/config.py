@@ -319,8 +319,8 @@ class SftConfig:
     train_vision: bool = False
     """Also train vision tower and mergers."""
     responses: str = choice("best", of=("best", "all", "random"))
-    """`best` = T_best, the response of highest quality, with a seeded uniform choice for ties and open questions; `all`
-    = every response; `random` = one response. They choose among the complete responses that pass `teacher.filter`."""
+    """`best` = T_best, the response of highest quality, with `teacher.selection` for ties and open questions; `all` =
+    every response; `random` = one response. They choose among the complete responses that pass `teacher.filter`."""
 
 
 @dataclass
