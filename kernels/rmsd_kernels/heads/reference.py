@@ -133,6 +133,7 @@ def linear_divergence(
     teacher_topk: tuple[Tensor, Tensor] | None = None,
     kind: str = "forward_kl",
     alpha: float | None = None,
+    vocab_clip: float | None = None,
     temperature: float | Tensor = 1.0,
     token_weights: Tensor | None = None,
     normalizer: float | Tensor | None = None,
@@ -156,7 +157,7 @@ def linear_divergence(
     else:
         teacher_z = teacher_rows.to(student_z.dtype)
         teacher_z = teacher_z if scale is None else teacher_z / scale.unsqueeze(1)
-    divergence = divergence_of_rows(teacher_z.log_softmax(-1), student_z.log_softmax(-1), kind, alpha)
+    divergence = divergence_of_rows(teacher_z.log_softmax(-1), student_z.log_softmax(-1), kind, alpha, vocab_clip)
     return weighted_sum(divergence, _rows(token_weights, keep, divergence.dtype), normalizer)
 
 
