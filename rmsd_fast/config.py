@@ -26,6 +26,8 @@ DIFFERENCES = (("stage1", "untrained"), ("stage2", "stage1"), ("control", "stage
 ACCURACY_STEPS = 8
 # Benchmarks of which some answers are scored by a language model in the field.
 JUDGED = ("mathvista", "mathverse", "vstar")
+# `kd.kind` with the divergence of whole distributions, in place of an advantage for the sampled token.
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl")
 # Fields of a request to a server that settings of their own determine.
 REQUEST_FIELDS = ("messages", "model", "n", "stream", "temperature", "max_tokens", "max_completion_tokens")
 # Benchmarks about images.
@@ -494,7 +496,8 @@ class SelfTeacherConfig:
 
 @dataclass
 class CreditConfig:
-    """Weights of the tokens of a rollout in the policy gradient. The KL to the reference is not weighted."""
+    """Weights of the tokens of a rollout in the policy gradient and in the divergence of `kd.kind`. The KL to the
+    reference is not weighted."""
 
     magnitude: str = choice("none", of=("none", "teacher"))
     """`none`, or `teacher` = a token's advantage grows if the self-teacher agrees with its direction (2605.06094)."""
@@ -516,16 +519,23 @@ class CreditConfig:
 
 @dataclass
 class KdConfig:
-    """Distillation from the self-teacher on the sampled tokens, in addition to the rewards."""
+    """Distillation from the self-teacher on the student's rollouts, in addition to the rewards."""
 
-    kind: str = choice("none", of=("none", "k1", "avsd"))
-    """Advantage that is added for each token: `none`, `k1` = log-prob of the self-teacher minus that of the student
-    (2606.05718), or `avsd` = the same of several teachers, one for each view, weighted by their agreement
-    (2605.20643)."""
+    kind: str = choice("none", of=("none", "k1", "avsd", *DIVERGENCES))
+    """`none`, an advantage that is added for each sampled token, or a divergence over the whole vocabulary that is
+    added to the loss. Advantages: `k1` = log-prob of the self-teacher minus that of the student (2606.05718), or `avsd`
+    = the same of several teachers, one for each view, weighted by their agreement (2605.20643). Divergences:
+    `forward_kl` = KL(teacher, student) (2605.21606), `reverse_kl` = KL(student, teacher), `jsd` with equal shares, or
+    `skew_kl` = KL(teacher, 0.1 teacher + 0.9 student)."""
     coef: float = number(1.0, above=0)
-    """Weight of this advantage against that of the rewards (open)."""
+    """Weight of this advantage against that of the rewards, or of the divergence in the loss (open)."""
     gap_clip: float = number(10.0, above=0)
     """Largest absolute value of this advantage, in nats (2606.05718: 10)."""
+    vocab_clip: float | None = number(None, above=0)
+    """Upper bound of what each entry of the vocabulary adds to the divergence of a token, in nats; an entry at the
+    bound has no gradient; null = no bound (2605.21606: 0.05)."""
+    temperature: float | None = number(None, above=0)
+    """Temperature of both distributions in the divergence; null = `rollout.temperature` (2605.21606: 1.1)."""
 
 
 @dataclass

@@ -101,8 +101,8 @@ def _check_gradient(settings: RunConfig) -> None:
         return
     if kd.kind == "none":
         raise SettingsError(
-            "kd.kind: expected k1 or avsd if no reward has a weight, since stage 2 has nothing else to learn from, got "
-            "none; give a reward a weight, e.g. reward.delta=0.4, or set kd.kind=k1"
+            "kd.kind: expected k1 or another one if no reward has a weight, since stage 2 has nothing else to learn "
+            "from, got none; give a reward a weight, e.g. reward.delta=0.4, or set kd.kind=k1"
         )
     if 0 < teacher.until_step < steps:
         raise SettingsError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-from rmsd_fast.config import ACCURACY_STEPS, RunConfig, SettingsError
+from rmsd_fast.config import ACCURACY_STEPS, DIVERGENCES, RunConfig, SettingsError
 from rmsd_fast.setting_rules.uses import (
     has_pool,
     makes_rollouts,
@@ -255,6 +255,16 @@ def _of_self_teacher(settings: RunConfig) -> list[_Rule]:
             f"credit.magnitude_steps={credit.magnitude_steps} ends the use of the self-teacher; set a lower value",
         ),
         (["kd.coef", "kd.gap_clip"], settings.kd.kind == "none", "kd.kind is none; set kd.kind=k1"),
+        (
+            ["kd.gap_clip"],
+            settings.kd.kind in DIVERGENCES,
+            f"kd.kind={settings.kd.kind} has no advantages of its own; set kd.vocab_clip",
+        ),
+        (
+            ["kd.vocab_clip", "kd.temperature"],
+            settings.kd.kind not in DIVERGENCES,
+            f"kd.kind={settings.kd.kind} has no divergence over the vocabulary; set kd.kind=forward_kl",
+        ),
     ]
 
 

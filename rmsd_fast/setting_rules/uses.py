@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rmsd_fast.config import RunConfig
+from rmsd_fast.config import DIVERGENCES, RunConfig
 
 
 def uses_reference(settings: RunConfig) -> bool:
@@ -28,6 +28,17 @@ def teaches(settings: RunConfig, step: int) -> bool:
     weighted = credit.magnitude == "teacher" and (not credit.magnitude_steps or step < credit.magnitude_steps)
     in_time = not teacher.until_step or step < teacher.until_step
     return teacher.kind != "none" and in_time and (weighted or settings.kd.kind != "none")
+
+
+def distills_vocabulary(settings: RunConfig, step: int = 0) -> bool:
+    """Return whether a step of stage 2, counted from 0, has a divergence from the self-teacher's distributions."""
+    return settings.kd.kind in DIVERGENCES and teaches(settings, step)
+
+
+def has_policy_gradient(settings: RunConfig) -> bool:
+    """Return whether the policy loss of stage 2 can have a gradient, apart from that of the distillation."""
+    compared = settings.distill.kl_coef > 0 or settings.reward.kl_in_reward > 0
+    return rewards_rollouts(settings) or compared
 
 
 def teaching_steps(settings: RunConfig) -> int:

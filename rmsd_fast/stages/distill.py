@@ -19,7 +19,14 @@ from rmsd_fast.losses import linear_logprob, linear_policy_loss
 from rmsd_fast.models.students import MediaFeatures, encode_media
 from rmsd_fast.rollout.base import Rollout, Sampling
 from rmsd_fast.runtime.process_group import any_rank, global_sum
-from rmsd_fast.setting_rules.uses import samples_reference, teaches, uses_discriminator, warm_up_steps, weights_tokens
+from rmsd_fast.setting_rules.uses import (
+    distills_vocabulary,
+    samples_reference,
+    teaches,
+    uses_discriminator,
+    warm_up_steps,
+    weights_tokens,
+)
 from rmsd_fast.stages.degeneration import degeneration_record
 from rmsd_fast.stages.discriminator_pass import discriminator_pass
 from rmsd_fast.stages.groups import RolloutGroup, group_record, make_group, quality_record, set_advantages
@@ -29,6 +36,7 @@ from rmsd_fast.stages.state import StageState, StepResult, apply_or_discard, enc
 from rmsd_fast.stages.step_metrics import Metric, global_metrics, mean
 from rmsd_fast.stages.teach import teach
 from rmsd_fast.stages.token_credit import set_token_advantages
+from rmsd_fast.stages.vocabulary import add_divergence
 
 
 def warm_up_step(state: StageState, prompts: list[Prompt], number: int) -> StepResult:
@@ -127,16 +135,19 @@ def step(state: StageState, prompts: list[Prompt], number: int) -> StepResult:
         # The discriminator reads the rollouts again.
         tokens += _rollout_tokens(groups) + teacher_tokens
         engines.append(state.discriminator)
+    teacher_head, distills = None, distills_vocabulary(settings, number)
     if teaches(settings, number):
         with state.timer("teacher"):
-            teach(state, groups, features)
+            teacher_head = teach(state, groups, features)
     with state.timer("reference"):
         policy_passes = _reference_pass(state, groups, features)
     for group in groups:
         set_advantages(group, settings)
     credited = set_token_advantages(groups, settings, step=number) if weights_tokens(settings) else {}
     with state.timer("policy"):
-        trained, trained_tokens = _policy_pass(state, groups, policy_passes, counts)
+        trained, trained_tokens = _policy_pass(
+            state, groups, policy_passes, counts, distills=distills, teacher_head=teacher_head
+        )
     with state.timer("optimizer"):
         norms, skipped = apply_or_discard(engines)
         # After the last step with the self-teacher, nothing reads the average.
@@ -256,7 +267,13 @@ def _set_log_ratios(groups: list[RolloutGroup], policy_passes: list[_PolicyPass]
 
 
 def _policy_pass(
-    state: StageState, groups: list[RolloutGroup], policy_passes: list[_PolicyPass], counts: dict[str, float]
+    state: StageState,
+    groups: list[RolloutGroup],
+    policy_passes: list[_PolicyPass],
+    counts: dict[str, float],
+    *,
+    distills: bool = False,
+    teacher_head: torch.Tensor | None = None,
 ) -> tuple[dict[str, Metric], int]:
     """Run forward and backward of the policy loss. The gradients are then complete but not applied.
 
@@ -265,6 +282,8 @@ def _policy_pass(
         groups: groups of this process, with their advantages.
         policy_passes: passes over these groups.
         counts: tokens and sequences of the rollouts in the global batch, the normalizers of the loss.
+        distills: whether to add a divergence from the self-teacher's distributions, see `stages.vocabulary`.
+        teacher_head: the self-teacher's head for this divergence; None = the policy's.
     Returns:
         This process's part of the metrics, and the number of tokens that the model processed.
     """
@@ -274,7 +293,9 @@ def _policy_pass(
     # With kl_coef = 0, the KL is measured only if the reward needs the reference's log-probs anyway. "full" would need
     # the reference's hidden states, so k3 is used instead.
     kl = {} if distill.kl == "full" and not exact_kl else {"kl": distill.kl, "kl_coef": distill.kl_coef}
+    normalizer = counts["tokens"] if token_mean else counts["sequences"]
     totals: dict[str, torch.Tensor] = {}
+    distilled: list[tuple[torch.Tensor, torch.Tensor]] = []
     tokens = 0
     for policy_pass in policy_passes:
         read, rows = policy_pass.read, policy_pass.read.rows
@@ -296,7 +317,7 @@ def _policy_pass(
             linear_policy_loss,
             advantages=advantages,
             token_weights=None if token_mean else each_token(1.0 / rows.lengths),
-            normalizer=counts["tokens"] if token_mean else counts["sequences"],
+            normalizer=normalizer,
             temperature=state.settings.rollout.temperature,
             ignore_index=None,
             rollout_logp=policy_pass.rollout_logp,
@@ -306,10 +327,18 @@ def _policy_pass(
             **kl,
             **reference,
         )
-        result = state.policy(read.prompts, rows, read.features, _own_head(head) if exact_kl and lora else head)
+        head = _own_head(head) if exact_kl and lora else head
+        if distills:
+            rollouts = _rollout_indices(read)
+            head = add_divergence(state, groups, rollouts, head, teacher_head=teacher_head, normalizer=normalizer)
+        result = state.policy(read.prompts, rows, read.features, head)
+        if distills:
+            result, *sums = result
         read.backward(state.policy, result.loss)
         if read.filler:
             continue
+        if distills:
+            distilled.append(sums)
         tokens += len(rows.targets)
         totals["loss"] = totals.get("loss", 0) + result.loss.detach()
         totals["engine_logp"] = totals.get("engine_logp", 0) + policy_pass.rollout_logp.sum()
@@ -320,6 +349,10 @@ def _policy_pass(
     drift = totals.pop("engine_logp") - totals["logp"]
     record: dict[str, Metric] = {"policy/loss": totals.pop("loss"), "policy/engine_kl": (mean, drift, tokens)}
     record |= {f"policy/{name}": (mean, total, tokens) for name, total in sorted(totals.items())}
+    if distills:
+        record["kd/divergence"] = (mean, *(sum(column) for column in zip(*distilled, strict=True)))
+        for group in groups:
+            group.teacher_hidden = []
     return record, sum(policy_pass.read.rows.input_ids.numel() for policy_pass in policy_passes)
 
 

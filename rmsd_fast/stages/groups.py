@@ -44,7 +44,10 @@ class RolloutGroup:
             have computed them.
         teacher_logp: the self-teacher's log-probs of each rollout's tokens with each hint, [M, R] each; empty without
             hints.
+        teacher_hidden: the self-teacher's hidden states that predict each rollout's tokens, [R, D] each, in the dtype
+            of the model; empty without hints, unless a divergence needs them, and after the policy's passes.
         token_advantages: advantage of each rollout's tokens, [R] each; empty if all tokens have that of the rollout.
+        token_weights: weight of each rollout's tokens, [R] each; empty if all are 1.
     """
 
     prompt: Prompt
@@ -63,7 +66,9 @@ class RolloutGroup:
     advantages: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
     ref_logp: list[torch.Tensor] = field(default_factory=list)
     teacher_logp: list[torch.Tensor] = field(default_factory=list)
+    teacher_hidden: list[torch.Tensor] = field(default_factory=list)
     token_advantages: list[torch.Tensor] = field(default_factory=list)
+    token_weights: list[torch.Tensor] = field(default_factory=list)
 
 
 def make_group(

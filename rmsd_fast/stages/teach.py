@@ -8,10 +8,12 @@ self-teacher is the reference, its log-probs without a hint come from the same p
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 
+from rmsd_fast.config import DIVERGENCES
 from rmsd_fast.data.prompts import Prompt
 from rmsd_fast.losses import linear_logprob
 from rmsd_fast.models.students import MediaFeatures
@@ -22,15 +24,19 @@ from rmsd_fast.stages.state import StageState
 
 
 @torch.no_grad()
-def teach(state: StageState, groups: list[RolloutGroup], features: MediaFeatures | None) -> None:
+def teach(state: StageState, groups: list[RolloutGroup], features: MediaFeatures | None) -> torch.Tensor | None:
     """Store the self-teacher's log-probs of each rollout in `teacher_logp` of the groups.
 
     If the self-teacher is the reference, also store its log-probs without hints in `ref_logp`, if stage 2 needs them.
+    For a divergence over the vocabulary, also store its hidden states in `teacher_hidden`. They are on the CPU, so that
+    the device holds those of one pass at a time.
 
     Args:
         state: state of the stage.
         groups: groups of this process.
         features: vision features of the groups' prompts; None if each model encodes its own.
+    Returns:
+        The self-teacher's head, [V, D], for a divergence; None if it is the policy's, or if none is computed.
     """
     frozen = state.settings.self_teacher.kind == "frozen"
     with_reference = frozen and samples_reference(state.settings)
@@ -45,14 +51,31 @@ def teach(state: StageState, groups: list[RolloutGroup], features: MediaFeatures
         # All processes run the same passes, and this one has no hints. The result is not used.
         leads[0] = [state.builder.split(groups[0].prompt)[1]]
     drawn = [[rollout.token_ids for rollout in group.rollouts] for group in groups]
-    scores = _score(state, bodies, features, leads, drawn)
-    for group, of_group in zip(groups, scores, strict=True):
+    scores, kept = _score(state, bodies, features, leads, drawn)
+    for group, of_group, hidden in zip(groups, scores, kept.hidden, strict=True):
         # Views come first, then rollouts.
         count = len(group.rollouts)
         views = [of_group[start : start + count] for start in range(0, len(of_group), count)]
         group.ref_logp = views.pop(0) if with_reference else []
         views = views[: len(state.hints[group.prompt.question.id])]
         group.teacher_logp = [torch.stack(of_rollout) for of_rollout in zip(*views, strict=True)]
+        if group.teacher_logp and hidden:
+            # Without the reference's; a divergence has a single view.
+            group.teacher_hidden = hidden[-count:]
+    return kept.head
+
+
+@dataclass
+class _Kept:
+    """What a divergence needs of the self-teacher's passes, besides log-probs.
+
+    Attributes:
+        hidden: hidden states of each prompt's rollouts, lead by lead; empty lists without a divergence.
+        head: the head, if it is not the policy's.
+    """
+
+    hidden: list[list[torch.Tensor]]
+    head: torch.Tensor | None = None
 
 
 def _score(
@@ -61,23 +84,53 @@ def _score(
     features: MediaFeatures | None,
     leads: list[list[torch.Tensor]],
     drawn: list[list[torch.Tensor]],
-) -> list[list[torch.Tensor]]:
+) -> tuple[list[list[torch.Tensor]], _Kept]:
     """Return the log-probs of each prompt's rollouts after each of its leads, float32 [R] on the CPU, lead by lead."""
     lead_of_each = [[lead for lead in of_prompt for _ in ids] for of_prompt, ids in zip(leads, drawn, strict=True)]
     responses = [ids * len(of_prompt) for of_prompt, ids in zip(leads, drawn, strict=True)]
     score = partial(linear_logprob, temperature=state.settings.rollout.temperature, ignore_index=None)
     kind = state.settings.self_teacher.kind
+    keeps = state.settings.kd.kind in DIVERGENCES
+    kept = _Kept([[torch.empty(0)] * len(ids) * keeps for ids in responses])
+    read_out = partial(_score_and_keep, score, kept, None if state.settings.model.adapter == "lora" else kind)
     model = state.reference if kind == "frozen" else state.policy
     indices, logp, lengths = [], [], []
     with state.average.in_place() if kind == "ema" else nullcontext():
         for read in passes(state, bodies, responses, features, lead_of_each):
-            of_pass = model(read.prompts, read.rows, read.features, score)
+            of_pass = model(read.prompts, read.rows, read.features, read_out if keeps else score)
+            of_pass, hidden = of_pass if keeps else (of_pass, None)
             if not read.filler:
                 pairs = zip(read.batch.prompts, read.batch.responses, strict=True)
-                indices += [(i, r) for i, chosen in pairs for r in chosen]
+                of_rows = [(i, r) for i, chosen in pairs for r in chosen]
+                indices += of_rows
                 logp.append(of_pass)
                 lengths += read.rows.lengths_list
+                _keep_views(kept, of_rows, hidden, read.rows.lengths_list, drawn)
     scores: list[list[torch.Tensor]] = [[torch.empty(0)] * len(ids) for ids in responses]
     for (i, r), values in zip(indices, torch.cat(logp).cpu().split(lengths), strict=True):
         scores[i][r] = values
-    return scores
+    return scores, kept
+
+
+def _score_and_keep(score, kept: _Kept, kind: str | None, hidden, weight, targets) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return log-probs and hidden states, and keep the head of a self-teacher that has its own. kind: None = it has
+    not."""
+    if kind not in (None, "live") and kept.head is None:
+        # The average is in the place of the policy's weights only during these passes.
+        kept.head = weight.detach().clone() if kind == "ema" else weight.detach()
+    return score(hidden, weight, targets), hidden
+
+
+def _keep_views(
+    kept: _Kept,
+    of_rows: list[tuple[int, int]],
+    hidden: torch.Tensor | None,
+    lengths: list[int],
+    drawn: list[list[torch.Tensor]],
+) -> None:
+    """Copy the hidden states of a pass to the CPU, except those after the leads of the reference, which come first."""
+    if hidden is None:
+        return
+    for (i, r), states in zip(of_rows, hidden.split(lengths), strict=True):
+        if r >= len(kept.hidden[i]) - len(drawn[i]):
+            kept.hidden[i][r] = states.to("cpu", copy=True)

@@ -35,7 +35,7 @@ def set_token_advantages(groups: list[RolloutGroup], settings: RunConfig, *, ste
     weighs = credit.magnitude == "teacher" and mix > 0
     totals = dict.fromkeys(("gap", "size", "clipped", "weighted", "limited", "tokens", "hinted"), 0.0)
     for group in groups:
-        group.token_advantages = []
+        group.token_advantages, group.token_weights = [], []
         for i, rollout in enumerate(group.rollouts):
             advantage = group.advantages[i].expand(len(rollout.token_ids))
             if i < len(group.teacher_logp):
@@ -51,7 +51,7 @@ def set_token_advantages(groups: list[RolloutGroup], settings: RunConfig, *, ste
                     totals["clipped"] += float(clipped[advantage != 0].sum())
                     totals["weighted"] += float((advantage != 0).sum())
                     advantage = advantage * weights
-                if kd.kind != "none":
+                if kd.kind in ("k1", "avsd"):
                     advantage = advantage + kd.coef * added
                 totals["limited"] += float((added.abs() == kd.gap_clip).sum())
                 totals["gap"] += float(gap.double().sum())
@@ -59,12 +59,14 @@ def set_token_advantages(groups: list[RolloutGroup], settings: RunConfig, *, ste
                 totals["tokens"] += len(gap)
                 totals["hinted"] += 1
             if credit.position == "sigmoid":
-                advantage = advantage * position_weights(
+                position = position_weights(
                     len(advantage),
                     least=credit.position_least,
                     start=credit.position_start,
                     width=credit.position_width,
                 ).to(advantage.dtype)
+                advantage = advantage * position
+                group.token_weights.append(position)
             group.token_advantages.append(advantage)
     # A step without the self-teacher has no share of hinted rollouts.
     asked = sum(len(group.rollouts) for group in groups) if teaches(settings, step) else 0
@@ -82,6 +84,6 @@ def _record(totals: dict[str, float], asked: int, settings: RunConfig) -> dict[s
     }
     if settings.credit.magnitude == "teacher":
         record["credit/clipped_share"] = (mean, totals["clipped"], totals["weighted"])
-    if settings.kd.kind != "none":
+    if settings.kd.kind in ("k1", "avsd"):
         record["kd/clipped_share"] = (mean, totals["limited"], tokens)
     return record

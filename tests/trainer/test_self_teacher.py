@@ -14,7 +14,7 @@ from material import tiny_material, tiny_settings
 from torch.utils._python_dispatch import TorchDispatchMode
 from train_runs import only_run, run_train
 
-from rmsd_fast.config import RewardConfig, SettingsError
+from rmsd_fast.config import DIVERGENCES, RewardConfig, SettingsError
 from rmsd_fast.data.errors import DataError
 from rmsd_fast.data.preprocess import video_patches
 from rmsd_fast.data.records import write_questions
@@ -27,7 +27,7 @@ from rmsd_fast.runtime.json_lines import JsonLines
 from rmsd_fast.runtime.moving_average import MovingAverage
 from rmsd_fast.runtime.process_group import start, stop
 from rmsd_fast.settings import load_settings
-from rmsd_fast.stages import distill
+from rmsd_fast.stages import distill, vocabulary
 from rmsd_fast.stages.build import build_distillation, build_imitation
 from rmsd_fast.stages.hints import read_hints
 from rmsd_fast.stages.material import prepare_material
@@ -107,20 +107,42 @@ def step_gradients(state, prompts, monkeypatch, number=1):
     return result.groups, result.metrics, found
 
 
-def plain_logp(model, prompt, ids, response, temperature):
-    """Return log-probs of a response after `ids`, float64 [R], by transformers on one row with its own pixels."""
+def plain_logits(model, prompt, ids, response):
+    """Return logits that predict a response after `ids`, float64 [R, V], by transformers on one row with own pixels."""
     pixels = torch.cat([video_patches(frames.pixels, frames.preprocessor) for frames in prompt.media])
     row = torch.cat([ids, response])
     types = torch.zeros_like(row)
     types[: len(prompt.mm_token_type_ids)] = prompt.mm_token_type_ids
     types = types[: len(row)]
-    logits = model(
+    return model(
         input_ids=row[None],
         mm_token_type_ids=types[None],
         pixel_values_videos=pixels.double(),
         video_grid_thw=torch.tensor([frames.grid_thw for frames in prompt.media]),
     ).logits[0, len(ids) - 1 : -1]
+
+
+def plain_logp(model, prompt, ids, response, temperature):
+    """Return log-probs of a response after `ids`, float64 [R]."""
+    logits = plain_logits(model, prompt, ids, response)
     return torch.log_softmax(logits / temperature, -1).gather(1, response[:, None])[:, 0]
+
+
+def plain_divergence(kind, teacher, student, bound):
+    """Return the divergence of each token from logits [R, V], with clipped summands, float64 [R]."""
+    log_q, log_p = torch.log_softmax(teacher, -1), torch.log_softmax(student, -1)
+    q, p = log_q.exp(), log_p.exp()
+    if kind == "forward_kl":
+        terms = q * (log_q - log_p)
+    elif kind == "reverse_kl":
+        terms = p * (log_p - log_q)
+    else:
+        share = {"jsd": 0.5, "skew_kl": 0.1}[kind]
+        log_m = (share * q + (1 - share) * p).log()
+        terms = q * (log_q - log_m)
+        if kind == "jsd":
+            terms = 0.5 * terms + 0.5 * p * (log_p - log_m)
+    return torch.where(terms > bound, torch.full_like(terms, bound), terms).sum(-1)
 
 
 def hint_of(question, views):
@@ -143,6 +165,14 @@ METHODS = {
     "k1": ("frozen", ["cue"], {"kd.kind": "k1", "kd.coef": 0.7}),
     "avsd": ("frozen", ["reasoning", "half_reasoning", "answer"], {"kd.kind": "avsd", "kd.gap_clip": 2.0}),
     "position": ("live", ["answer"], {"kd.kind": "k1", "credit.position": "sigmoid"}),
+    "pw_opsd": (
+        *("frozen", ["reasoning", "answer"]),
+        {"kd.kind": "forward_kl", "kd.vocab_clip": 0.01, "kd.temperature": 1.1, "kd.coef": 2.0}
+        | {"credit.position": "sigmoid", "distill.aggregation": "sequence_mean"},
+    ),
+    "reverse_kl": ("ema", ["cue"], {"kd.kind": "reverse_kl"}),
+    "jsd": ("live", ["answer"], {"kd.kind": "jsd", "kd.coef": 5.0, "credit.position": "sigmoid"}),
+    "skew_kl": ("ema", ["answer"], {"kd.kind": "skew_kl", "kd.vocab_clip": 0.02, "credit.magnitude": "teacher"}),
 }
 
 
@@ -170,6 +200,7 @@ def test_gradients_equal_separate_rows_in_float64(trained, material, world, monk
     policy, temperature = models["live"], state.settings.rollout.temperature
     credit, kd = state.settings.credit, state.settings.kd
     total, tokens, gaps = 0.0, sum(len(r.token_ids) for group in groups for r in group.rollouts), []
+    by_sequence, divergences, shares = state.settings.distill.aggregation == "sequence_mean", 0.0, 0.0
     for group in groups:
         ids = group.prompt.input_ids
         end = int((ids == state.builder.eos_id).nonzero()[-1])
@@ -183,7 +214,7 @@ def test_gradients_equal_separate_rows_in_float64(trained, material, world, monk
                 hints = [torch.tensor(state.student.tokenizer("\n" + text)["input_ids"]) for text in texts]
                 led = [torch.cat([ids[:end], hint, ids[end:]]) for hint in hints]
                 views_logp = [plain_logp(models[kind], group.prompt, i, rollout.token_ids, temperature) for i in led]
-            weights = []
+            weights, positions = [], []
             for t, p in enumerate(own.tolist()):
                 u, g, w = 1.0, 0.0, 1.0
                 if views_logp:
@@ -205,15 +236,31 @@ def test_gradients_equal_separate_rows_in_float64(trained, material, world, monk
                     place = (t + 0.5) / len(own)
                     w = 0.25 + 0.75 / (1 + math.exp(-(place - 0.3) / 0.1))
                 weights.append(w * (advantage * u + kd.coef * g))
+                positions.append(w)
             d = reference - own
             kl = torch.exp(d) - d - 1
-            total = total + (-(torch.tensor(weights, dtype=torch.float64) * own) + 1e-3 * kl).sum()
-    loss = total / tokens
+            of_rollout = -(torch.tensor(weights, dtype=torch.float64) * own) + 1e-3 * kl
+            share = 1 / len(own) if by_sequence else 1.0
+            if kd.kind in DIVERGENCES and views_logp:
+                heat, bound = kd.temperature or temperature, kd.vocab_clip or math.inf
+                with torch.no_grad():
+                    told = plain_logits(models[kind], group.prompt, led[0], rollout.token_ids)
+                untold = plain_logits(policy, group.prompt, ids, rollout.token_ids)
+                divergence = plain_divergence(kd.kind, told / heat, untold / heat, bound)
+                positions = torch.tensor(positions, dtype=torch.float64)
+                of_rollout = of_rollout + kd.coef * positions * divergence
+                divergences += share * float((positions * divergence.detach()).sum())
+                shares += share * float(positions.sum())
+            total = total + share * of_rollout.sum()
+    loss = total / (sum(len(group.rollouts) for group in groups) if by_sequence else tokens)
     names, params = zip(*((n, p) for n, p in policy.named_parameters() if n in gradients), strict=True)
     expected = dict(zip(names, torch.autograd.grad(loss, params), strict=True))
     assert metrics["self_teacher/gap"] == pytest.approx(sum(gaps) / len(gaps), rel=1e-3, abs=1e-5)
     assert metrics["self_teacher/gap_size"] > 1e-3
-    hinted = 1.0 if method in ("visd", "avsd", "position") else 2 / 3
+    hinted = 2 / 3 if views == ["cue"] else 1.0
+    if kd.kind in DIVERGENCES:
+        assert metrics["kd/divergence"] == pytest.approx(divergences / shares, rel=1e-3)
+        assert "kd/clipped_share" not in metrics and not groups[0].teacher_hidden
     assert metrics["self_teacher/hinted_share"] == pytest.approx(hinted)
     # The value of an on-policy loss is that of its ratios, which are 1.
     scale = math.sqrt(sum(float(gradient.norm()) ** 2 for gradient in expected.values()))
@@ -243,6 +290,29 @@ def test_the_teacher_pass_does_not_depend_on_micro_batches(trained, material, wo
         assert float((others[name] - gradient).norm()) <= 1e-4 * float(gradient.norm()) + 1e-7, name
 
 
+def test_divergences_without_rewards_skip_the_policy_gradient(trained, material, world, monkeypatch):
+    """Their gradient is that of a policy loss with advantages of 0, in one micro-batch or in several."""
+    state, prompts, _, _ = trained
+    found = []
+    for learns, tokens in ((False, 4000), (True, 4000), (False, max(len(p.input_ids) for p in prompts) + 80)):
+        others = ["distill.kl_coef=0", "credit.position=sigmoid"]
+        with_settings(state, "ema", ["answer"], {"kd.kind": "forward_kl", "kd.vocab_clip": 0.05}, *others)
+        state.settings.micro_tokens = tokens
+        state.settings.reward = RewardConfig(alpha=0, beta=0, eta=0, delta=0)
+        state.hints = read_hints(material, state.builder, state.targets, state.settings, world)
+        with monkeypatch.context() as patched:
+            if learns:
+                patched.setattr(vocabulary, "has_policy_gradient", lambda settings: True)
+            found.append(step_gradients(state, prompts, patched)[1:])
+    (metrics, gradients), (_, whole), (others, parts) = found
+    assert metrics["kd/divergence"] == pytest.approx(others["kd/divergence"], rel=1e-4) and metrics["policy/logp"] < 0
+    assert metrics["policy/loss"] > 0 and metrics["policy/engine_kl"] == pytest.approx(0, abs=1e-5)
+    assert sum(float(gradient.norm()) for gradient in gradients.values()) > 1e-3
+    for name, gradient in gradients.items():
+        assert float((whole[name] - gradient).norm()) <= 1e-6 * float(gradient.norm()) + 1e-9, name
+        assert float((parts[name] - gradient).norm()) <= 1e-4 * float(gradient.norm()) + 1e-7, name
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -256,7 +326,7 @@ def test_all_kinds_agree_before_the_first_update(folder, material, world, monkey
     """They have the same weights then. An average of rate 1 has the policy's weights afterwards, too."""
     ema = ("self_teacher.kind=ema", "self_teacher.ema_rate=1", *overrides)
     state, prompts = build(folder, material, world, *ema)
-    seen = []
+    seen, divergences = [], []
 
     def discarded(engines):
         for engine in engines:
@@ -265,17 +335,24 @@ def test_all_kinds_agree_before_the_first_update(folder, material, world, monkey
 
     for number in range(2):
         for kind in ("frozen", "live", "ema"):
-            state.settings = tiny_settings(folder, *SMALL, *overrides, f"self_teacher.kind={kind}")
+            # A divergence needs the head of the teacher, too, and not only its log-probs.
+            taught = (f"self_teacher.kind={kind}", "kd.kind=forward_kl")
+            state.settings = tiny_settings(folder, *SMALL, *overrides, *taught)
             with monkeypatch.context() as patched:
                 patched.setattr(distill, "apply_or_discard", discarded)
-                seen.append(distill.step(state, prompts, number).metrics["self_teacher/gap_size"])
+                metrics = distill.step(state, prompts, number).metrics
+            seen.append(metrics["self_teacher/gap_size"])
+            divergences.append(metrics["kd/divergence"])
         if number == 0:
             assert seen[1:] == pytest.approx(seen[:1] * 2, rel=1e-4) and seen[0] > 1e-3
+            assert divergences[1:] == pytest.approx(divergences[:1] * 2, rel=1e-3) and divergences[0] > 1e-5
             state.settings = tiny_settings(folder, *SMALL, *ema)
             state.policy.set_lr(1e-2)
             assert not distill.step(state, prompts, 0).skipped
     frozen, live, average = seen[3:]
     assert average == pytest.approx(live, rel=1e-5) and abs(frozen - live) > 1e-3 * live
+    frozen, live, average = divergences[3:]
+    assert average == pytest.approx(live, rel=1e-4) and abs(frozen - live) > 1e-3 * live
 
 
 def test_steps_without_the_teacher_equal_plain_steps_bit_for_bit(trained, material, world, monkeypatch):
@@ -284,8 +361,13 @@ def test_steps_without_the_teacher_equal_plain_steps_bit_for_bit(trained, materi
     assert state.settings.self_teacher.kind == "none"
     _, metrics, expected = step_gradients(state, prompts, monkeypatch)
     assert not any(name.startswith(("self_teacher/", "credit/", "kd/")) for name in metrics)
-    for others in (["self_teacher.until_step=1"], ["credit.magnitude_steps=1"]):
-        with_settings(state, "ema", ["answer"], {"credit.magnitude": "teacher", "kd.kind": "none"}, *others)
+    weighted = {"credit.magnitude": "teacher", "kd.kind": "none"}
+    for changes, others in (
+        (weighted, ["self_teacher.until_step=1"]),
+        (weighted, ["credit.magnitude_steps=1"]),
+        ({"credit.magnitude": "teacher", "kd.kind": "jsd"}, ["self_teacher.until_step=1"]),
+    ):
+        with_settings(state, "ema", ["answer"], changes, *others)
         state.timer.take()
         _, metrics, gradients = step_gradients(state, prompts, monkeypatch)
         assert [metrics[f"self_teacher/{name}"] for name in ("gap", "gap_size", "hinted_share")] == [None] * 3
@@ -293,8 +375,8 @@ def test_steps_without_the_teacher_equal_plain_steps_bit_for_bit(trained, materi
         assert "seconds/teacher" not in state.timer.take()
         assert all(torch.equal(gradients[name], gradient) for name, gradient in expected.items())
     # Without any hint, the passes of the teacher run for the other processes, and change nothing.
-    for kind in ("live", "ema"):
-        with_settings(state, kind, ["answer"], {"kd.kind": "k1"})
+    for kind, distilled in (("live", "k1"), ("ema", "k1"), ("ema", "forward_kl")):
+        with_settings(state, kind, ["answer"], {"kd.kind": distilled})
         state.hints = {name: () for name in state.hints}
         _, metrics, gradients = step_gradients(state, prompts, monkeypatch)
         assert metrics["self_teacher/hinted_share"] == 0 and "seconds/teacher" in state.timer.take()
@@ -410,9 +492,9 @@ def test_missing_hints_are_reported_before_stage_1(folder, material, world):
         ),
         (["rollout.n=1", *TAUGHT], "rollout.n: expected 2 or more"),
         (["rollout.n=1", *UNREWARDED, *TAUGHT, "reward.kl_in_reward=0.1"], "rollout.n: expected 2 or more"),
-        (UNREWARDED, "kd.kind: expected k1 or avsd if no reward has a weight"),
-        ([*UNREWARDED, "credit.position=sigmoid"], "kd.kind: expected k1 or avsd if no reward has a weight"),
-        ([*UNREWARDED, "reward.kl_in_reward=0.1"], "kd.kind: expected k1 or avsd if no reward has a weight"),
+        (UNREWARDED, "kd.kind: expected k1 or another one if no reward has a weight"),
+        ([*UNREWARDED, "credit.position=sigmoid"], "kd.kind: expected k1 or another one if no reward has a weight"),
+        ([*UNREWARDED, "reward.kl_in_reward=0.1"], "kd.kind: expected k1 or another one if no reward has a weight"),
         (
             [*UNREWARDED, *TAUGHT, "distill.steps=20", "self_teacher.until_step=10"],
             "self_teacher.until_step: expected 0 if no reward has a weight, .* got 10 of distill.steps=20",
@@ -422,6 +504,14 @@ def test_missing_hints_are_reported_before_stage_1(folder, material, world):
             "rollout.engine: expected hf, vllm or vllm_server with a self-teacher, .* self_teacher.kind=live",
         ),
         ([*UNREWARDED, *TAUGHT, "reward.normalization=sum_then_gn"], "reward.normalization has no effect: no reward"),
+        ([*TAUGHT, "kd.vocab_clip=0.05"], "kd.vocab_clip has no effect: kd.kind=k1 has no divergence"),
+        ([*TAUGHT, "kd.temperature=1.1"], "kd.temperature has no effect: kd.kind=k1 has no divergence"),
+        (
+            [*TAUGHT, "kd.kind=jsd", "kd.gap_clip=5"],
+            "kd.gap_clip has no effect: kd.kind=jsd has no advantages of its own; set kd.vocab_clip",
+        ),
+        (["kd.kind=forward_kl"], "self_teacher.kind: expected frozen, live or ema, whose log-probs kd.kind=forward_kl"),
+        ([*TAUGHT, "kd.kind=forward_kl", "kd.vocab_clip=0"], "kd.vocab_clip: expected a number above 0, got 0"),
         (["credit.position=sigmoid", "credit.position_least=1"], "credit.position has no effect: .* all weights are 1"),
         (
             [*TAUGHT, "self_teacher.kind=ema", "distill.steps=20", "self_teacher.ema_every=20"],
