@@ -535,7 +535,7 @@ class KdConfig:
     """Upper bound of what each entry of the vocabulary adds to the divergence of a token, in nats; an entry at the
     bound has no gradient; null = no bound (2605.21606: 0.05)."""
     temperature: float | None = number(None, above=0)
-    """Temperature of both distributions in the divergence; null = `rollout.temperature` (2605.21606: 1.1)."""
+    """Temperature of both distributions in the divergence; null = `rollout.temperature` (open)."""
 
 
 @dataclass

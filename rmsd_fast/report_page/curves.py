@@ -234,6 +234,12 @@ GROUPS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
                 include=(0.0, 1.0),
             ),
             Chart(
+                "Divergence of the self-teacher",
+                "between the distributions of self-teacher and student, nats per token",
+                (("kd/divergence", "divergence"),),
+                include=(0.0,),
+            ),
+            Chart(
                 "Clipped token credit",
                 "share of tokens whose magnitude weight, or distillation advantage, is at its bound",
                 (("credit/clipped_share", "weights"), ("kd/clipped_share", "distillation")),

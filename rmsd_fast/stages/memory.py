@@ -35,6 +35,8 @@ from rmsd_fast.rollout.vllm import batch_tokens
 from rmsd_fast.runtime.engine import LARGEST_BUCKET
 from rmsd_fast.runtime.engine_memory import EngineMemory, engine_memory
 from rmsd_fast.setting_rules.uses import (
+    distills_vocabulary,
+    has_policy_gradient,
     samples_reference,
     uses_discriminator,
     uses_ema,
@@ -303,6 +305,10 @@ class _Planner:
         if settings.self_teacher.kind != "none":
             rows = self._pass(self._hinted(), "", adapted=settings.self_teacher.kind != "frozen")
             phases["teacher"] = self._add(held, rows, {WEIGHTS: average.step}, gradients=gradients)
+            # What the teacher's passes leave for the divergence is held from them on.
+            for name, size in self._kept_of_teacher().items():
+                held = self._add(held, {name: size})
+                phases["teacher"][name] = phases["teacher"].get(name, 0) + size
         if referenced:
             rows = self._pass(drawn, "")
             phases["reference"] = self._add(held, rows, gradients=gradients)
@@ -343,6 +349,21 @@ class _Planner:
         on_host = self.settings.runtime.offload_optimizer and self.device == "cuda"
         states = {"host" if on_host else "optimizer": 4 * part}
         return EngineMemory(step=self.width * in_pass, **states)
+
+    def _kept_of_teacher(self) -> dict[str, int]:
+        """Return the bytes on the device that the self-teacher's passes leave for a divergence over the vocabulary."""
+        if not distills_vocabulary(self.settings):
+            return {}
+        # The average's head; that of a frozen teacher is part of its model.
+        head = self.text["vocab_size"] * self.text["hidden_size"] * self.width
+        kept = {WEIGHTS: head if uses_ema(self.settings) and not self.lora else 0}
+        return kept | ({HEADS: self._teacher_hidden()} if self.device == "cpu" else {})
+
+    def _teacher_hidden(self) -> int:
+        """Return the bytes in host memory of the self-teacher's hidden states of a step's rollouts."""
+        rollout = self.settings.rollout
+        tokens = self.questions * rollout.n * rollout.max_new_tokens
+        return tokens * self.text["hidden_size"] * self.width if distills_vocabulary(self.settings) else 0
 
     def _hinted(self) -> list[int]:
         """Return the tokens after each prompt in the self-teacher's passes: hints, ends of the turn, and rollouts."""
@@ -455,6 +476,7 @@ class _Planner:
         full_kl = (
             kind == "policy" and self.stage == "distill" and settings.distill.kl == "full" and settings.distill.kl_coef
         )
+        divergence = kind == "policy" and self.stage == "distill" and distills_vocabulary(settings)
         inside = self.train_vision or (self.stage in ("sft", "control") and self._inside)
         how = PassSettings(
             device=self.device,
@@ -463,7 +485,8 @@ class _Planner:
             # The reference and a scalar head alone read the backbone without trained adapters. A frozen adapter adds as
             # much to their passes, and nothing to passes that have another one.
             adapted=bool(kind) or self.starts or adapted,
-            reference_heads=int(bool(full_kl)),
+            reference_heads=int(bool(full_kl or divergence)),
+            losses=2 if divergence and has_policy_gradient(settings) else 1,
             scores=scores,
             masked=settings.model.attention != "flash_attention_2",
         )
@@ -473,8 +496,9 @@ class _Planner:
         features = self._features(len(shape.prefixes) if inside else self.questions)
         features = 0 if self.train_vision else features
         sizes[VISION] = sizes.get(VISION, 0) + features
-        if full_kl:
-            sizes[HEADS] = sizes.get(HEADS, 0) + shape.scored * self.text["hidden_size"] * self.width
+        if full_kl or divergence:
+            others = bool(full_kl) + divergence
+            sizes[HEADS] = sizes.get(HEADS, 0) + others * shape.scored * self.text["hidden_size"] * self.width
         return sizes
 
     def _rows(self, responses: list[int]) -> RowShape:
@@ -648,6 +672,7 @@ class _Planner:
         if self.device != "cpu":
             host = sum(engine.host for engine in engines) + self._embedding_cache()
             host += 0 if self._frames_on_device else self._frames()
+            host += self._teacher_hidden() if self.stage == "distill" else 0
             if uses_vllm(self.settings) and self.stage in ("warm_up", "distill"):
                 # vLLM keeps its weights in host memory while it sleeps.
                 host += self.size.total * self.width

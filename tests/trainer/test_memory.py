@@ -19,6 +19,7 @@ from rmsd_fast.models import pass_memory
 from rmsd_fast.models.families import family_of
 from rmsd_fast.models.pass_memory import (
     ACTIVATIONS,
+    HEADS,
     PassSettings,
     RowShape,
     _with_layers,
@@ -127,6 +128,48 @@ def test_the_plan_counts_a_self_teacher():
     ):
         settings = load_settings("rmsd_qwen3vl_4b", [*taught, *more])
         assert memory._Planner(settings, CONFIG, size, 2, "cuda", "distill")._hinted() == expected
+
+
+def test_the_plan_counts_a_divergence(simple_counts, monkeypatch):
+    passes = []
+    monkeypatch.setattr(memory, "_counted_pass", lambda config, model, shape, how: passes.append(how) or {})
+    taught = ["self_teacher.views=[answer]", "reward.alpha=0", STAGES, "micro_tokens=40000", "rollout.n=2"]
+    size, width, vocabulary = count_parameters(CONFIG, ModelConfig()), 64, 512
+    unrewarded = [f"{name}=0" for name in ("distill.kl_coef", "reward.beta", "reward.eta", "reward.delta")]
+    planners = {}
+    for kind, distilled, more in (
+        ("frozen", "k1", []),
+        ("frozen", "forward_kl", []),
+        ("ema", "k1", []),
+        ("ema", "forward_kl", []),
+        ("live", "forward_kl", unrewarded),
+    ):
+        settings = load_settings(
+            "rmsd_qwen3vl_4b", [*taught, f"self_teacher.kind={kind}", f"kd.kind={distilled}", *more]
+        )
+        planners[kind, distilled] = memory._Planner(settings, CONFIG, size, 2, "cuda", "distill")
+    plans = {case: planner.distillation() for case, planner in planners.items()}
+    for kind in ("frozen", "ema"):
+        plain, whole = plans[kind, "k1"], plans[kind, "forward_kl"]
+        # Hidden states of 64 questions per process wait in host memory, in bfloat16.
+        assert whole.host - plain.host == 64 * 2 * 1024 * width * 2
+        head = vocabulary * width * 2 if kind == "ema" else 0
+        for phase in ("teacher", "policy"):
+            assert whole.phases[phase]["weights"] - plain.phases[phase]["weights"] == head
+    # The policy's passes hold logits of the teacher, its hidden states, and gradients of each loss that has any.
+    expected = {("frozen", "k1"): (0, 1), ("frozen", "forward_kl"): (1, 2), ("live", "forward_kl"): (1, 1)}
+    for case, counts in expected.items():
+        sizes = planners[case]._pass([1024] * 2, "policy")
+        how, scored = passes[-1], planners[case]._rows([1024] * 2).scored
+        assert (how.reference_heads, how.losses) == counts
+        assert sizes.get(HEADS, 0) == counts[0] * scored * width * 2
+    shape = RowShape("shared", (20,), ((8, 8),), (0,))
+    found = []
+    for how in (PassSettings("cpu", "policy"), PassSettings("cpu", "policy", reference_heads=1, losses=2)):
+        phases = pass_memory._count_with(_layers(2), ModelConfig(dtype="bfloat16"), shape, how)
+        found.append(phases["heads"][HEADS])
+    # 16 rows of logits of the teacher, gradients of 16 hidden states and the head, and the value of the second loss.
+    assert found[1] - found[0] == 16 * vocabulary * 2 + (16 + vocabulary) * width * 2 + 2
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

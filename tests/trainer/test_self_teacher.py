@@ -571,6 +571,7 @@ TINY = (
 )
 SHOWN = {
     "opsd": {"kd/clipped_share"},
+    "pw_opsd": {"kd/divergence"},
     "vicur": {"kd/clipped_share"},
     "avsd": {"kd/clipped_share"},
     "visd": {"credit/clipped_share", "advantage/zero_share"},
@@ -634,12 +635,14 @@ def test_recipes_train_a_tiny_student(folder, material, world, monkeypatch, reci
     assert metrics["self_teacher/hinted_share"] == 1 and metrics["self_teacher/gap_size"] > 0
     every = {
         "kd/clipped_share",
+        "kd/divergence",
         "credit/clipped_share",
         "advantage/zero_share",
         "teacher/quality",
         "discriminator/loss",
     }
     assert every & metrics.keys() == SHOWN[recipe]
+    distilled = "kd/divergence" in metrics
     assert len(result.groups[0].teacher_logp[0]) == (3 if recipe == "avsd" else 1)
     log = JsonLines(folder / f"{recipe}.jsonl")
     (record, *_) = log_rollouts(
@@ -648,7 +651,8 @@ def test_recipes_train_a_tiny_student(folder, material, world, monkeypatch, reci
     log.close()
     for rollout in record["rollouts"]:
         assert "".join(text for text, _ in rollout["token_credit"]) == rollout["text"]
-    assert any(value for rollout in record["rollouts"] for _, value in rollout["token_credit"])
+    # A divergence is not an advantage of the sampled tokens.
+    assert distilled != any(value for rollout in record["rollouts"] for _, value in rollout["token_credit"])
     # The template of a Thinking model opens the response, so its text begins with tokens that were not sampled.
     with monkeypatch.context() as patched:
         patched.setattr(state.builder, "opening", "<think>")
