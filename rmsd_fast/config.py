@@ -507,6 +507,10 @@ class CreditConfig:
     """Share of the teacher's factor in the first step; the rest is 1 (2605.06094: 0.5)."""
     magnitude_steps: int = number(600, least=0)
     """Steps over which this share decreases linearly to 0; 0 = it does not decrease (2605.06094: 600)."""
+    magnitude_topk: int = number(0, least=0)
+    """0 = the teacher's factor compares the log-probs of the sampled token, otherwise those after both distributions
+    are renormalized over the teacher's so many most probable tokens and the sampled one (code of 2605.06094: 16). It
+    needs a pass of the student without a gradient."""
     position: str = choice("none", of=("none", "sigmoid"))
     """`none`, or `sigmoid` = early tokens count less (2605.21606)."""
     position_least: float = number(0.25, least=0, most=1)
@@ -515,6 +519,17 @@ class CreditConfig:
     """Part of the rollout after which the weights have risen by half (2605.21606: 0.3)."""
     position_width: float = number(0.1, above=0, most=10)
     """Width of the rise as a part of the rollout (2605.21606: 0.1)."""
+    prune: str = choice("none", of=("none", "overlap"))
+    """`none`, or `overlap` = tokens count less after the most probable tokens of student and self-teacher have become
+    different (Prune-OPD). It needs a pass of the student without a gradient."""
+    prune_topk: int = number(16, least=1)
+    """Number of most probable tokens that are compared (Prune-OPD: 16)."""
+    prune_overlap: float = number(0.7, above=0, most=1)
+    """Share of common tokens below which the weights decrease (Prune-OPD: 0.7)."""
+    prune_decay: float = number(0.01, above=0, most=1)
+    """Decrease of the weight for each token below this share (Prune-OPD: 0.01)."""
+    prune_floor: float = number(0.5, least=0)
+    """Lower bound of these weights; they start at 1 + this bound (Prune-OPD: 0.5)."""
 
 
 @dataclass

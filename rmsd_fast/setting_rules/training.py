@@ -117,6 +117,7 @@ def _check_self_teacher(settings: RunConfig) -> None:
     used_by = [
         *([f"kd.kind={kd.kind}"] if kd.kind != "none" else []),
         *([f"credit.magnitude={credit.magnitude}"] if credit.magnitude != "none" else []),
+        *([f"credit.prune={credit.prune}"] if credit.prune != "none" else []),
     ]
     if used_by and teacher.kind == "none":
         raise SettingsError(
@@ -132,8 +133,8 @@ def _check_self_teacher(settings: RunConfig) -> None:
         return
     if not used_by:
         raise SettingsError(
-            f"self_teacher.kind: expected none, since neither kd.kind nor credit.magnitude uses a self-teacher, got "
-            f"{teacher.kind}; set kd.kind=k1 or credit.magnitude=teacher, or self_teacher.kind=none"
+            f"self_teacher.kind: expected none, since neither kd.kind nor credit.magnitude nor credit.prune uses a "
+            f"self-teacher, got {teacher.kind}; set kd.kind=k1 or credit.magnitude=teacher, or self_teacher.kind=none"
         )
     if not teacher.views:
         raise SettingsError(
@@ -145,6 +146,13 @@ def _check_self_teacher(settings: RunConfig) -> None:
             "self_teacher.views: expected two or more with kd.kind=avsd, which weighs teachers by their agreement, "
             f"got {teacher.views}; add a view, or set kd.kind=k1"
         )
+    for name, compares in (("prune", credit.prune != "none"), ("magnitude_topk", credit.magnitude_topk > 0)):
+        if kd.kind == "avsd" and compares:
+            raise SettingsError(
+                f"kd.kind: expected another one than avsd with credit.{name}={getattr(credit, name)}, which compares "
+                f"the most probable tokens of a single self-teacher, got avsd; set kd.kind=k1, or leave credit.{name} "
+                "out"
+            )
     if credit.magnitude == "teacher" and not rewards_rollouts(settings):
         raise SettingsError(
             "credit.magnitude: expected none if no reward has a weight, since it weights the advantages of the "

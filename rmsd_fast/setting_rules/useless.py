@@ -207,7 +207,7 @@ def _of_rollouts(settings: RunConfig, *, trains: bool) -> list[_Rule]:
 def _of_self_teacher(settings: RunConfig) -> list[_Rule]:
     """Return the rules of the self-teacher and token credit."""
     stages, distill, teacher, credit = settings.stages, settings.distill, settings.self_teacher, settings.credit
-    only_magnitude = credit.magnitude == "teacher" and settings.kd.kind == "none"
+    only_magnitude = credit.magnitude == "teacher" and settings.kd.kind == credit.prune == "none"
     return [
         (
             ["self_teacher.", "credit.", "kd."],
@@ -225,7 +225,7 @@ def _of_self_teacher(settings: RunConfig) -> list[_Rule]:
             f"self_teacher.kind={settings.self_teacher.kind} has no average; set self_teacher.kind=ema",
         ),
         (
-            ["credit.magnitude_clip", "credit.magnitude_mix", "credit.magnitude_steps"],
+            [f"credit.magnitude_{name}" for name in ("clip", "mix", "steps", "topk")],
             settings.credit.magnitude == "none",
             "credit.magnitude is none; set credit.magnitude=teacher",
         ),
@@ -233,6 +233,11 @@ def _of_self_teacher(settings: RunConfig) -> list[_Rule]:
             ["credit.position_least", "credit.position_start", "credit.position_width"],
             settings.credit.position == "none",
             "credit.position is none; set credit.position=sigmoid",
+        ),
+        (
+            [f"credit.prune_{name}" for name in ("topk", "overlap", "decay", "floor")],
+            settings.credit.prune == "none",
+            "credit.prune is none; set credit.prune=overlap",
         ),
         (
             ["credit.position", "credit.position_least", "credit.position_start", "credit.position_width"],

@@ -22,17 +22,37 @@ def uses_ema(settings: RunConfig) -> bool:
     return "distill" in settings.stages and settings.self_teacher.kind == "ema"
 
 
+def weighs_magnitude(settings: RunConfig, step: int) -> bool:
+    """Return whether the magnitude weights of a step of stage 2, counted from 0, may differ from 1."""
+    credit = settings.credit
+    return credit.magnitude == "teacher" and (not credit.magnitude_steps or step < credit.magnitude_steps)
+
+
 def teaches(settings: RunConfig, step: int) -> bool:
     """Return whether a step of stage 2, counted from 0, uses the self-teacher."""
     teacher, credit = settings.self_teacher, settings.credit
-    weighted = credit.magnitude == "teacher" and (not credit.magnitude_steps or step < credit.magnitude_steps)
+    weighted = weighs_magnitude(settings, step)
     in_time = not teacher.until_step or step < teacher.until_step
-    return teacher.kind != "none" and in_time and (weighted or settings.kd.kind != "none")
+    used = weighted or settings.kd.kind != "none" or credit.prune != "none"
+    return teacher.kind != "none" and in_time and used
 
 
 def distills_vocabulary(settings: RunConfig, step: int = 0) -> bool:
     """Return whether a step of stage 2, counted from 0, has a divergence from the self-teacher's distributions."""
     return settings.kd.kind in DIVERGENCES and teaches(settings, step)
+
+
+def compared_tokens(settings: RunConfig, step: int = 0) -> tuple[int, int]:
+    """Return how many most probable tokens of the self-teacher a step of stage 2 needs, and how many of the student.
+
+    Both are 0 unless log-probs are renormalized or the overlap is computed.
+    """
+    credit = settings.credit
+    if not teaches(settings, step):
+        return 0, 0
+    overlap = credit.prune_topk if credit.prune == "overlap" else 0
+    renormalized = credit.magnitude_topk if weighs_magnitude(settings, step) else 0
+    return max(overlap, renormalized), overlap
 
 
 def has_policy_gradient(settings: RunConfig) -> bool:
@@ -67,7 +87,8 @@ def uses_pool(settings: RunConfig) -> bool:
 
 def weights_tokens(settings: RunConfig) -> bool:
     """Return whether the tokens of a rollout may have different advantages."""
-    return settings.kd.kind != "none" or settings.credit.magnitude != "none" or settings.credit.position != "none"
+    credit = settings.credit
+    return settings.kd.kind != "none" or {credit.magnitude, credit.position, credit.prune} != {"none"}
 
 
 def rewards_rollouts(settings: RunConfig) -> bool:

@@ -37,6 +37,7 @@ from rmsd_fast.stages.hints import read_hints
 from rmsd_fast.stages.material import Material
 from rmsd_fast.stages.rollout_servers import connect
 from rmsd_fast.stages.state import StageState
+from rmsd_fast.stages.top_tokens import check_top_tokens
 from rmsd_fast.teacher.targets import Targets, build_targets
 
 log = logging.getLogger("rmsd_fast")
@@ -201,6 +202,7 @@ def build_distillation(
         # It runs in the policy's engine, which gathers its weights under ZeRO-3.
         without = partial(state.policy, adapted=False)
         state.reference = without if lora else make_reference(load(path, settings, world))
+    check_top_tokens(settings, state.student.model.config.text_config.vocab_size)
     if uses_ema(settings):
         state.average = MovingAverage(state.policy, settings.self_teacher.ema_rate)
     if uses_discriminator(settings):

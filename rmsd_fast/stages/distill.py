@@ -20,6 +20,7 @@ from rmsd_fast.models.students import MediaFeatures, encode_media
 from rmsd_fast.rollout.base import Rollout, Sampling
 from rmsd_fast.runtime.process_group import any_rank, global_sum
 from rmsd_fast.setting_rules.uses import (
+    compared_tokens,
     distills_vocabulary,
     samples_reference,
     teaches,
@@ -36,6 +37,7 @@ from rmsd_fast.stages.state import StageState, StepResult, apply_or_discard, enc
 from rmsd_fast.stages.step_metrics import Metric, global_metrics, mean
 from rmsd_fast.stages.teach import teach
 from rmsd_fast.stages.token_credit import set_token_advantages
+from rmsd_fast.stages.top_tokens import read_top_tokens
 from rmsd_fast.stages.vocabulary import add_divergence
 
 
@@ -138,7 +140,10 @@ def step(state: StageState, prompts: list[Prompt], number: int) -> StepResult:
     teacher_head, distills = None, distills_vocabulary(settings, number)
     if teaches(settings, number):
         with state.timer("teacher"):
-            teacher_head = teach(state, groups, features)
+            top, student_top = compared_tokens(settings, number)
+            teacher_head = teach(state, groups, features, top=top)
+            if top:
+                read_top_tokens(state, groups, features, top=top, student_top=student_top)
     with state.timer("reference"):
         policy_passes = _reference_pass(state, groups, features)
     for group in groups:

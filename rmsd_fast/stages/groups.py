@@ -19,6 +19,7 @@ from rmsd_fast.setting_rules.uses import has_pool, rewards_rollouts, uses_discri
 from rmsd_fast.stages.step_metrics import Metric, mean
 from rmsd_fast.teacher.scores import quality_settings
 from rmsd_fast.teacher.targets import Targets
+from rmsd_kernels import TopK
 
 
 @dataclass
@@ -46,6 +47,10 @@ class RolloutGroup:
             hints.
         teacher_hidden: the self-teacher's hidden states that predict each rollout's tokens, [R, D] each, in the dtype
             of the model; empty without hints, unless a divergence needs them, and after the policy's passes.
+        teacher_top: the self-teacher's most probable tokens at each position of the rollouts, [R, k] each; empty
+            without hints, or if nothing compares them.
+        student_top: those of the policy, [R, k'] each, and its log-probs of the teacher's tokens and of the sampled
+            one, [R, k + 1].
         token_advantages: advantage of each rollout's tokens, [R] each; empty if all tokens have that of the rollout.
         token_weights: weight of each rollout's tokens, [R] each; empty if all are 1.
     """
@@ -67,6 +72,8 @@ class RolloutGroup:
     ref_logp: list[torch.Tensor] = field(default_factory=list)
     teacher_logp: list[torch.Tensor] = field(default_factory=list)
     teacher_hidden: list[torch.Tensor] = field(default_factory=list)
+    teacher_top: list[TopK] = field(default_factory=list)
+    student_top: list[TopK] = field(default_factory=list)
     token_advantages: list[torch.Tensor] = field(default_factory=list)
     token_weights: list[torch.Tensor] = field(default_factory=list)
 

@@ -7,6 +7,7 @@ self-teacher is the reference, its log-probs without a hint come from the same p
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -21,10 +22,14 @@ from rmsd_fast.setting_rules.uses import samples_reference
 from rmsd_fast.stages.groups import RolloutGroup
 from rmsd_fast.stages.passes import passes
 from rmsd_fast.stages.state import StageState
+from rmsd_fast.stages.top_tokens import split_top
+from rmsd_kernels import TopK, linear_topk
 
 
 @torch.no_grad()
-def teach(state: StageState, groups: list[RolloutGroup], features: MediaFeatures | None) -> torch.Tensor | None:
+def teach(
+    state: StageState, groups: list[RolloutGroup], features: MediaFeatures | None, *, top: int = 0
+) -> torch.Tensor | None:
     """Store the self-teacher's log-probs of each rollout in `teacher_logp` of the groups.
 
     If the self-teacher is the reference, also store its log-probs without hints in `ref_logp`, if stage 2 needs them.
@@ -35,6 +40,7 @@ def teach(state: StageState, groups: list[RolloutGroup], features: MediaFeatures
         state: state of the stage.
         groups: groups of this process.
         features: vision features of the groups' prompts; None if each model encodes its own.
+        top: number of most probable tokens to store in `teacher_top`, too.
     Returns:
         The self-teacher's head, [V, D], for a divergence; None if it is the policy's, or if none is computed.
     """
@@ -51,8 +57,8 @@ def teach(state: StageState, groups: list[RolloutGroup], features: MediaFeatures
         # All processes run the same passes, and this one has no hints. The result is not used.
         leads[0] = [state.builder.split(groups[0].prompt)[1]]
     drawn = [[rollout.token_ids for rollout in group.rollouts] for group in groups]
-    scores, kept = _score(state, bodies, features, leads, drawn)
-    for group, of_group, hidden in zip(groups, scores, kept.hidden, strict=True):
+    scores, kept = _score(state, bodies, features, leads, drawn, top)
+    for group, of_group, hidden, ranked in zip(groups, scores, kept.hidden, kept.top, strict=True):
         # Views come first, then rollouts.
         count = len(group.rollouts)
         views = [of_group[start : start + count] for start in range(0, len(of_group), count)]
@@ -62,19 +68,22 @@ def teach(state: StageState, groups: list[RolloutGroup], features: MediaFeatures
         if group.teacher_logp and hidden:
             # Without the reference's; a divergence has a single view.
             group.teacher_hidden = hidden[-count:]
+        group.teacher_top = ranked[-count:] if group.teacher_logp else []
     return kept.head
 
 
 @dataclass
 class _Kept:
-    """What a divergence needs of the self-teacher's passes, besides log-probs.
+    """What is kept of the self-teacher's passes besides log-probs.
 
     Attributes:
         hidden: hidden states of each prompt's rollouts, lead by lead; empty lists without a divergence.
-        head: the head, if it is not the policy's.
+        top: most probable tokens, in the same order; empty lists if nothing compares them.
+        head: the head, if it is not the policy's; None without a divergence.
     """
 
     hidden: list[list[torch.Tensor]]
+    top: list[list[TopK]]
     head: torch.Tensor | None = None
 
 
@@ -84,53 +93,47 @@ def _score(
     features: MediaFeatures | None,
     leads: list[list[torch.Tensor]],
     drawn: list[list[torch.Tensor]],
+    top: int,
 ) -> tuple[list[list[torch.Tensor]], _Kept]:
     """Return the log-probs of each prompt's rollouts after each of its leads, float32 [R] on the CPU, lead by lead."""
     lead_of_each = [[lead for lead in of_prompt for _ in ids] for of_prompt, ids in zip(leads, drawn, strict=True)]
     responses = [ids * len(of_prompt) for of_prompt, ids in zip(leads, drawn, strict=True)]
     score = partial(linear_logprob, temperature=state.settings.rollout.temperature, ignore_index=None)
     kind = state.settings.self_teacher.kind
-    keeps = state.settings.kd.kind in DIVERGENCES
-    kept = _Kept([[torch.empty(0)] * len(ids) * keeps for ids in responses])
-    read_out = partial(_score_and_keep, score, kept, None if state.settings.model.adapter == "lora" else kind)
+    distills = state.settings.kd.kind in DIVERGENCES
+    kept = _Kept(*([[None] * len(ids) * keeps for ids in responses] for keeps in (distills, top > 0)))
+    own_head = distills and kind != "live" and state.settings.model.adapter != "lora"
+
+    def read_out(hidden, weight, targets):
+        if own_head and kept.head is None:
+            # The average is in the place of the policy's weights only during these passes.
+            kept.head = weight.detach().clone() if kind == "ema" else weight.detach()
+        ranked = linear_topk(hidden, weight, top, temperature=state.settings.rollout.temperature) if top else None
+        return score(hidden, weight, targets), hidden if distills else None, ranked
+
     model = state.reference if kind == "frozen" else state.policy
     indices, logp, lengths = [], [], []
     with state.average.in_place() if kind == "ema" else nullcontext():
         for read in passes(state, bodies, responses, features, lead_of_each):
-            of_pass = model(read.prompts, read.rows, read.features, read_out if keeps else score)
-            of_pass, hidden = of_pass if keeps else (of_pass, None)
+            of_pass, hidden, ranked = model(read.prompts, read.rows, read.features, read_out)
             if not read.filler:
                 pairs = zip(read.batch.prompts, read.batch.responses, strict=True)
                 of_rows = [(i, r) for i, chosen in pairs for r in chosen]
                 indices += of_rows
                 logp.append(of_pass)
                 lengths += read.rows.lengths_list
-                _keep_views(kept, of_rows, hidden, read.rows.lengths_list, drawn)
+                if hidden is not None:
+                    _keep_views(kept.hidden, of_rows, hidden.split(read.rows.lengths_list), drawn)
+                if ranked is not None:
+                    _keep_views(kept.top, of_rows, split_top(ranked, read.rows.lengths_list), drawn)
     scores: list[list[torch.Tensor]] = [[torch.empty(0)] * len(ids) for ids in responses]
     for (i, r), values in zip(indices, torch.cat(logp).cpu().split(lengths), strict=True):
         scores[i][r] = values
     return scores, kept
 
 
-def _score_and_keep(score, kept: _Kept, kind: str | None, hidden, weight, targets) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return log-probs and hidden states, and keep the head of a self-teacher that has its own. kind: None = it has
-    not."""
-    if kind not in (None, "live") and kept.head is None:
-        # The average is in the place of the policy's weights only during these passes.
-        kept.head = weight.detach().clone() if kind == "ema" else weight.detach()
-    return score(hidden, weight, targets), hidden
-
-
-def _keep_views(
-    kept: _Kept,
-    of_rows: list[tuple[int, int]],
-    hidden: torch.Tensor | None,
-    lengths: list[int],
-    drawn: list[list[torch.Tensor]],
-) -> None:
-    """Copy the hidden states of a pass to the CPU, except those after the leads of the reference, which come first."""
-    if hidden is None:
-        return
-    for (i, r), states in zip(of_rows, hidden.split(lengths), strict=True):
-        if r >= len(kept.hidden[i]) - len(drawn[i]):
-            kept.hidden[i][r] = states.to("cpu", copy=True)
+def _keep_views(kept: list[list], of_rows: list[tuple[int, int]], values: Iterable, drawn: list[list]) -> None:
+    """Copy the results of a pass to the CPU, except those after the leads of the reference, which come first."""
+    for (i, r), value in zip(of_rows, values, strict=True):
+        if r >= len(kept[i]) - len(drawn[i]):
+            kept[i][r] = value.to("cpu", copy=True) if isinstance(value, torch.Tensor) else value

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import torch
 
-from rmsd_fast.config import RunConfig
+from rmsd_fast.config import CreditConfig, RunConfig
 from rmsd_fast.method.credit import (
     avsd_advantages,
     k1_advantages,
     magnitude_mix,
     magnitude_weights,
+    overlap_shares,
     position_weights,
+    prune_weights,
+    renormalized_gap,
 )
 from rmsd_fast.setting_rules.uses import teaches
 from rmsd_fast.stages.groups import RolloutGroup
@@ -33,7 +36,8 @@ def set_token_advantages(groups: list[RolloutGroup], settings: RunConfig, *, ste
     mix = magnitude_mix(step, mix=credit.magnitude_mix, steps=credit.magnitude_steps)
     # With a share of 0, all weights are 1, clipped or not.
     weighs = credit.magnitude == "teacher" and mix > 0
-    totals = dict.fromkeys(("gap", "size", "clipped", "weighted", "limited", "tokens", "hinted"), 0.0)
+    names = ("gap", "size", "clipped", "weighted", "limited", "tokens", "hinted", "overlap", "prune")
+    totals = dict.fromkeys(names, 0.0)
     for group in groups:
         group.token_advantages, group.token_weights = [], []
         for i, rollout in enumerate(group.rollouts):
@@ -47,7 +51,8 @@ def set_token_advantages(groups: list[RolloutGroup], settings: RunConfig, *, ste
                 elif kd.kind == "avsd":
                     added = avsd_advantages(teacher_logp, rollout.logp, clip=kd.gap_clip)
                 if weighs:
-                    weights, clipped = magnitude_weights(advantage, gap, clip=credit.magnitude_clip, mix=mix)
+                    compared = _renormalized_gap(group, i, credit.magnitude_topk) if credit.magnitude_topk else gap
+                    weights, clipped = magnitude_weights(advantage, compared, clip=credit.magnitude_clip, mix=mix)
                     totals["clipped"] += float(clipped[advantage != 0].sum())
                     totals["weighted"] += float((advantage != 0).sum())
                     advantage = advantage * weights
@@ -58,19 +63,49 @@ def set_token_advantages(groups: list[RolloutGroup], settings: RunConfig, *, ste
                 totals["size"] += float(gap.double().abs().sum())
                 totals["tokens"] += len(gap)
                 totals["hinted"] += 1
-            if credit.position == "sigmoid":
-                position = position_weights(
-                    len(advantage),
-                    least=credit.position_least,
-                    start=credit.position_start,
-                    width=credit.position_width,
-                ).to(advantage.dtype)
-                advantage = advantage * position
-                group.token_weights.append(position)
+            weights = _token_weights(group, i, credit, totals)
+            if weights is not None:
+                advantage = advantage * weights
+                group.token_weights.append(weights)
             group.token_advantages.append(advantage)
     # A step without the self-teacher has no share of hinted rollouts.
     asked = sum(len(group.rollouts) for group in groups) if teaches(settings, step) else 0
     return _record(totals, asked, settings)
+
+
+def _renormalized_gap(group: RolloutGroup, i: int, k: int) -> torch.Tensor:
+    """Return the gaps of a rollout's tokens among the self-teacher's k most probable tokens and the token itself."""
+    teacher, student, own = group.teacher_top[i], group.student_top[i], group.rollouts[i].token_ids
+    among = (teacher.ids[:, :k] == own.unsqueeze(1)).any(dim=1)
+    of_student = student.at_ids
+    return renormalized_gap(
+        *(teacher.logp[:, :k], of_student[:, :k]), *(group.teacher_logp[i][0], of_student[:, -1]), among
+    )
+
+
+def _token_weights(group: RolloutGroup, i: int, credit: CreditConfig, totals: dict[str, float]) -> torch.Tensor | None:
+    """Return the weights of a rollout's tokens, and add what was compared to totals; None if all of them are 1."""
+    weights, length = None, len(group.rollouts[i].token_ids)
+    if credit.position == "sigmoid":
+        weights = position_weights(
+            length,
+            least=credit.position_least,
+            start=credit.position_start,
+            width=credit.position_width,
+        ).to(group.advantages.dtype)
+    if credit.prune == "none":
+        return weights
+    weights = torch.ones(length) if weights is None else weights
+    if group.teacher_top:
+        k = credit.prune_topk
+        overlap = overlap_shares(group.student_top[i].ids, group.teacher_top[i].ids[:, :k])
+        pruned = prune_weights(
+            overlap, threshold=credit.prune_overlap, decay=credit.prune_decay, floor=credit.prune_floor
+        )
+        totals["overlap"] += float(overlap.double().sum())
+        totals["prune"] += float(pruned.double().sum())
+        weights = weights * pruned
+    return weights
 
 
 def _record(totals: dict[str, float], asked: int, settings: RunConfig) -> dict[str, Metric]:
@@ -84,6 +119,9 @@ def _record(totals: dict[str, float], asked: int, settings: RunConfig) -> dict[s
     }
     if settings.credit.magnitude == "teacher":
         record["credit/clipped_share"] = (mean, totals["clipped"], totals["weighted"])
+    if settings.credit.prune == "overlap":
+        record["credit/overlap"] = (mean, totals["overlap"], tokens)
+        record["credit/prune_weight"] = (mean, totals["prune"], tokens)
     if settings.kd.kind in ("k1", "avsd"):
         record["kd/clipped_share"] = (mean, totals["limited"], tokens)
     return record

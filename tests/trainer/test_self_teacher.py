@@ -172,6 +172,20 @@ METHODS = {
     ),
     "reverse_kl": ("ema", ["cue"], {"kd.kind": "reverse_kl"}),
     "jsd": ("live", ["answer"], {"kd.kind": "jsd", "kd.coef": 5.0, "credit.position": "sigmoid"}),
+    "visd_topk": (
+        "ema",
+        ["answer", "window"],
+        {"credit.magnitude": "teacher", "kd.kind": "none"} | {"credit.magnitude_topk": 4, "credit.magnitude_clip": 1.0},
+    ),
+    "prune": (
+        *("live", ["cue"]),
+        {"kd.kind": "k1", "credit.prune": "overlap", "credit.prune_topk": 5, "credit.prune_decay": 0.2}
+        | {"credit.magnitude": "teacher", "credit.magnitude_topk": 3},
+    ),
+    "pruned_kl": (
+        *("frozen", ["cue"]),
+        {"kd.kind": "forward_kl", "credit.prune": "overlap", "credit.prune_decay": 0.2, "credit.position": "sigmoid"},
+    ),
     "skew_kl": ("ema", ["answer"], {"kd.kind": "skew_kl", "kd.vocab_clip": 0.02, "credit.magnitude": "teacher"}),
 }
 
@@ -214,6 +228,10 @@ def test_gradients_equal_separate_rows_in_float64(trained, material, world, monk
                 hints = [torch.tensor(state.student.tokenizer("\n" + text)["input_ids"]) for text in texts]
                 led = [torch.cat([ids[:end], hint, ids[end:]]) for hint in hints]
                 views_logp = [plain_logp(models[kind], group.prompt, i, rollout.token_ids, temperature) for i in led]
+                if led:
+                    told = plain_logits(models[kind], group.prompt, led[0], rollout.token_ids)
+                    untold = plain_logits(policy, group.prompt, ids, rollout.token_ids)
+            misses = 0
             weights, positions = [], []
             for t, p in enumerate(own.tolist()):
                 u, g, w = 1.0, 0.0, 1.0
@@ -231,10 +249,21 @@ def test_gradients_equal_separate_rows_in_float64(trained, material, world, monk
                     if credit.magnitude == "teacher":
                         share = 0.5 * (1 - 1 / 600)
                         sign = math.copysign(1, advantage) if advantage else 0
-                        u = 1 - share + share * min(max(math.exp(sign * gap), 0.8), 1.2)
+                        if credit.magnitude_topk:
+                            own_id = int(rollout.token_ids[t])
+                            union = sorted({*told[t].topk(credit.magnitude_topk).indices.tolist(), own_id})
+                            at = union.index(own_id)
+                            log_q, log_p = (torch.log_softmax(x[t, union] / temperature, 0) for x in (told, untold))
+                            gap = float(log_q[at] - log_p[at])
+                        clip = credit.magnitude_clip
+                        u = 1 - share + share * min(max(math.exp(sign * gap), 1 - clip), 1 + clip)
+                    if credit.prune == "overlap":
+                        best = [set(x[t].topk(credit.prune_topk).indices.tolist()) for x in (told, untold)]
+                        misses += len(best[0] & best[1]) / credit.prune_topk < 0.7
+                        w = max(1 - 0.2 * misses, 0) + 0.5
                 if credit.position == "sigmoid":
                     place = (t + 0.5) / len(own)
-                    w = 0.25 + 0.75 / (1 + math.exp(-(place - 0.3) / 0.1))
+                    w *= 0.25 + 0.75 / (1 + math.exp(-(place - 0.3) / 0.1))
                 weights.append(w * (advantage * u + kd.coef * g))
                 positions.append(w)
             d = reference - own
@@ -243,8 +272,6 @@ def test_gradients_equal_separate_rows_in_float64(trained, material, world, monk
             share = 1 / len(own) if by_sequence else 1.0
             if kd.kind in DIVERGENCES and views_logp:
                 heat, bound = kd.temperature or temperature, kd.vocab_clip or math.inf
-                with torch.no_grad():
-                    told = plain_logits(models[kind], group.prompt, led[0], rollout.token_ids)
                 untold = plain_logits(policy, group.prompt, ids, rollout.token_ids)
                 divergence = plain_divergence(kd.kind, told / heat, untold / heat, bound)
                 positions = torch.tensor(positions, dtype=torch.float64)
