@@ -234,6 +234,12 @@ GROUPS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
                 include=(0.0, 1.0),
             ),
             Chart(
+                "Overlap with the self-teacher",
+                "share of common most probable tokens, and the mean weight that follows from it",
+                (("credit/overlap", "overlap"), ("credit/prune_weight", "weight")),
+                include=(0.0, 1.0),
+            ),
+            Chart(
                 "Divergence of the self-teacher",
                 "between the distributions of self-teacher and student, nats per token",
                 (("kd/divergence", "divergence"),),

@@ -35,6 +35,7 @@ from rmsd_fast.rollout.vllm import batch_tokens
 from rmsd_fast.runtime.engine import LARGEST_BUCKET
 from rmsd_fast.runtime.engine_memory import EngineMemory, engine_memory
 from rmsd_fast.setting_rules.uses import (
+    compared_tokens,
     distills_vocabulary,
     has_policy_gradient,
     samples_reference,
@@ -44,6 +45,7 @@ from rmsd_fast.setting_rules.uses import (
     uses_servers,
     uses_vllm,
 )
+from rmsd_kernels.heads.topk import TEMPORARY_BYTES
 
 GIB = 2**30
 WEIGHTS, GRADIENTS, OPTIMIZER, BUCKETS, ROLLOUT, MEDIA, CONTEXT = (
@@ -305,6 +307,11 @@ class _Planner:
         if settings.self_teacher.kind != "none":
             rows = self._pass(self._hinted(), "", adapted=settings.self_teacher.kind != "frozen")
             phases["teacher"] = self._add(held, rows, {WEIGHTS: average.step}, gradients=gradients)
+            if any(compared_tokens(settings)):
+                blocks = {HEADS: TEMPORARY_BYTES[self.device]}
+                phases["teacher"] = self._add(phases["teacher"], blocks, gradients=gradients)
+                rows = self._pass(drawn, "", adapted=True)
+                phases["student"] = self._add(held, rows, blocks, gradients=gradients)
             # What the teacher's passes leave for the divergence is held from them on.
             for name, size in self._kept_of_teacher().items():
                 held = self._add(held, {name: size})

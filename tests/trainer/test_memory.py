@@ -163,6 +163,12 @@ def test_the_plan_counts_a_divergence(simple_counts, monkeypatch):
         how, scored = passes[-1], planners[case]._rows([1024] * 2).scored
         assert (how.reference_heads, how.losses) == counts
         assert sizes.get(HEADS, 0) == counts[0] * scored * width * 2
+    # Comparing the most probable tokens adds a pass of the policy, with blocks of float32 logits.
+    settings = load_settings(
+        "rmsd_qwen3vl_4b", [*taught, "self_teacher.kind=live", "kd.kind=k1", "credit.prune=overlap"]
+    )
+    pruned = memory._Planner(settings, CONFIG, size, 2, "cuda", "distill").distillation().phases
+    assert pruned["student"][HEADS] == 256 << 20 == pruned["teacher"][HEADS]
     shape = RowShape("shared", (20,), ((8, 8),), (0,))
     found = []
     for how in (PassSettings("cpu", "policy"), PassSettings("cpu", "policy", reference_heads=1, losses=2)):

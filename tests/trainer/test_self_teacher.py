@@ -26,6 +26,7 @@ from rmsd_fast.runtime.engine import Engine
 from rmsd_fast.runtime.json_lines import JsonLines
 from rmsd_fast.runtime.moving_average import MovingAverage
 from rmsd_fast.runtime.process_group import start, stop
+from rmsd_fast.setting_rules.uses import rewards_rollouts
 from rmsd_fast.settings import load_settings
 from rmsd_fast.stages import distill, vocabulary
 from rmsd_fast.stages.build import build_distillation, build_imitation
@@ -34,6 +35,7 @@ from rmsd_fast.stages.material import prepare_material
 from rmsd_fast.stages.passes import passes
 from rmsd_fast.stages.plan import describe_plan
 from rmsd_fast.stages.rollout_log import log_rollouts
+from rmsd_fast.stages.top_tokens import check_top_tokens
 
 SMALL = (
     *("rollout.n=3", "rollout.max_new_tokens=8", "rollout.parity_every=0", "data.max_prompt_tokens=500"),
@@ -184,7 +186,8 @@ METHODS = {
     ),
     "pruned_kl": (
         *("frozen", ["cue"]),
-        {"kd.kind": "forward_kl", "credit.prune": "overlap", "credit.prune_decay": 0.2, "credit.position": "sigmoid"},
+        {"kd.kind": "forward_kl", "credit.prune": "overlap", "credit.prune_decay": 0.2, "credit.position": "sigmoid"}
+        | {"credit.prune_overlap": 0.2},
     ),
     "skew_kl": ("ema", ["answer"], {"kd.kind": "skew_kl", "kd.vocab_clip": 0.02, "credit.magnitude": "teacher"}),
 }
@@ -214,6 +217,7 @@ def test_gradients_equal_separate_rows_in_float64(trained, material, world, monk
     policy, temperature = models["live"], state.settings.rollout.temperature
     credit, kd = state.settings.credit, state.settings.kd
     total, tokens, gaps = 0.0, sum(len(r.token_ids) for group in groups for r in group.rollouts), []
+    overlaps, pruned = [], []
     by_sequence, divergences, shares = state.settings.distill.aggregation == "sequence_mean", 0.0, 0.0
     for group in groups:
         ids = group.prompt.input_ids
@@ -259,8 +263,10 @@ def test_gradients_equal_separate_rows_in_float64(trained, material, world, monk
                         u = 1 - share + share * min(max(math.exp(sign * gap), 1 - clip), 1 + clip)
                     if credit.prune == "overlap":
                         best = [set(x[t].topk(credit.prune_topk).indices.tolist()) for x in (told, untold)]
-                        misses += len(best[0] & best[1]) / credit.prune_topk < 0.7
+                        overlaps.append(len(best[0] & best[1]) / credit.prune_topk)
+                        misses += overlaps[-1] < credit.prune_overlap
                         w = max(1 - 0.2 * misses, 0) + 0.5
+                        pruned.append(w)
                 if credit.position == "sigmoid":
                     place = (t + 0.5) / len(own)
                     w *= 0.25 + 0.75 / (1 + math.exp(-(place - 0.3) / 0.1))
@@ -282,6 +288,10 @@ def test_gradients_equal_separate_rows_in_float64(trained, material, world, monk
     loss = total / (sum(len(group.rollouts) for group in groups) if by_sequence else tokens)
     names, params = zip(*((n, p) for n, p in policy.named_parameters() if n in gradients), strict=True)
     expected = dict(zip(names, torch.autograd.grad(loss, params), strict=True))
+    if credit.prune == "overlap":
+        assert metrics["credit/overlap"] == pytest.approx(sum(overlaps) / len(overlaps), rel=1e-5)
+        assert metrics["credit/prune_weight"] == pytest.approx(sum(pruned) / len(pruned), rel=1e-5)
+        assert min(overlaps) < credit.prune_overlap <= max(overlaps) and min(pruned) < max(pruned)
     assert metrics["self_teacher/gap"] == pytest.approx(sum(gaps) / len(gaps), rel=1e-3, abs=1e-5)
     assert metrics["self_teacher/gap_size"] > 1e-3
     hinted = 2 / 3 if views == ["cue"] else 1.0
@@ -322,7 +332,7 @@ def test_divergences_without_rewards_skip_the_policy_gradient(trained, material,
     state, prompts, _, _ = trained
     found = []
     for learns, tokens in ((False, 4000), (True, 4000), (False, max(len(p.input_ids) for p in prompts) + 80)):
-        others = ["distill.kl_coef=0", "credit.position=sigmoid"]
+        others = ["distill.kl_coef=0", "credit.position=sigmoid", "credit.prune=overlap", "credit.prune_decay=0.2"]
         with_settings(state, "ema", ["answer"], {"kd.kind": "forward_kl", "kd.vocab_clip": 0.05}, *others)
         state.settings.micro_tokens = tokens
         state.settings.reward = RewardConfig(alpha=0, beta=0, eta=0, delta=0)
@@ -333,6 +343,7 @@ def test_divergences_without_rewards_skip_the_policy_gradient(trained, material,
             found.append(step_gradients(state, prompts, patched)[1:])
     (metrics, gradients), (_, whole), (others, parts) = found
     assert metrics["kd/divergence"] == pytest.approx(others["kd/divergence"], rel=1e-4) and metrics["policy/logp"] < 0
+    assert metrics["credit/overlap"] == pytest.approx(others["credit/overlap"], rel=1e-3)
     assert metrics["policy/loss"] > 0 and metrics["policy/engine_kl"] == pytest.approx(0, abs=1e-5)
     assert sum(float(gradient.norm()) for gradient in gradients.values()) > 1e-3
     for name, gradient in gradients.items():
@@ -391,19 +402,21 @@ def test_steps_without_the_teacher_equal_plain_steps_bit_for_bit(trained, materi
     weighted = {"credit.magnitude": "teacher", "kd.kind": "none"}
     for changes, others in (
         (weighted, ["self_teacher.until_step=1"]),
-        (weighted, ["credit.magnitude_steps=1"]),
+        (weighted, ["credit.magnitude_steps=1", "credit.magnitude_topk=4"]),
+        ({"credit.prune": "overlap", "kd.kind": "none"}, ["self_teacher.until_step=1"]),
         ({"credit.magnitude": "teacher", "kd.kind": "jsd"}, ["self_teacher.until_step=1"]),
     ):
         with_settings(state, "ema", ["answer"], changes, *others)
         state.timer.take()
         _, metrics, gradients = step_gradients(state, prompts, monkeypatch)
         assert [metrics[f"self_teacher/{name}"] for name in ("gap", "gap_size", "hinted_share")] == [None] * 3
-        assert metrics["credit/clipped_share"] is None
+        assert [metrics.get(f"credit/{name}") for name in ("clipped_share", "overlap", "prune_weight")] == [None] * 3
         assert "seconds/teacher" not in state.timer.take()
         assert all(torch.equal(gradients[name], gradient) for name, gradient in expected.items())
     # Without any hint, the passes of the teacher run for the other processes, and change nothing.
     for kind, distilled in (("live", "k1"), ("ema", "k1"), ("ema", "forward_kl")):
-        with_settings(state, kind, ["answer"], {"kd.kind": distilled})
+        pruned = ["credit.prune=overlap"] if kind == "ema" else []
+        with_settings(state, kind, ["answer"], {"kd.kind": distilled}, *pruned)
         state.hints = {name: () for name in state.hints}
         _, metrics, gradients = step_gradients(state, prompts, monkeypatch)
         assert metrics["self_teacher/hinted_share"] == 0 and "seconds/teacher" in state.timer.take()
@@ -531,6 +544,18 @@ def test_missing_hints_are_reported_before_stage_1(folder, material, world):
             "rollout.engine: expected hf, vllm or vllm_server with a self-teacher, .* self_teacher.kind=live",
         ),
         ([*UNREWARDED, *TAUGHT, "reward.normalization=sum_then_gn"], "reward.normalization has no effect: no reward"),
+        (["credit.prune=overlap"], "self_teacher.kind: expected .* whose log-probs credit.prune=overlap needs"),
+        ([*TAUGHT, "credit.prune_decay=0.1"], "credit.prune_decay has no effect: credit.prune is none"),
+        ([*TAUGHT, "credit.magnitude_topk=4"], "credit.magnitude_topk has no effect: credit.magnitude is none"),
+        (
+            [*TAUGHT, "kd.kind=avsd", "self_teacher.views=[answer,cue]", "credit.prune=overlap"],
+            "kd.kind: expected another one than avsd with credit.prune=overlap",
+        ),
+        (
+            [*WEIGHTED, "kd.kind=avsd", "self_teacher.views=[answer,cue]", "credit.magnitude_topk=8"],
+            "kd.kind: expected another one than avsd with credit.magnitude_topk=8",
+        ),
+        ([*UNREWARDED, *TAUGHT, "kd.kind=none", "credit.prune=overlap"], "kd.kind: expected k1 or another one"),
         ([*TAUGHT, "kd.vocab_clip=0.05"], "kd.vocab_clip has no effect: kd.kind=k1 has no divergence"),
         ([*TAUGHT, "kd.temperature=1.1"], "kd.temperature has no effect: kd.kind=k1 has no divergence"),
         (
@@ -580,10 +605,22 @@ def test_settings_of_the_pool_need_a_pool(name):
         ("rmsd_visd", ["reward.alpha=0", "stages=[distill]", "teacher.weighting=uniform"]),
         ("opsd", ["distill.steps=10", "credit.position=sigmoid"]),
         ("visd", ["distill.steps=20", "self_teacher.until_step=10", "self_teacher.ema_every=9"]),
+        # Magnitude weights end before the pruning does.
+        ("visd", ["credit.prune=overlap", "credit.magnitude_steps=10", "self_teacher.until_step=20"]),
     ],
 )
 def test_useful_settings_are_accepted(recipe, overrides):
     load_settings(recipe, overrides)
+
+
+def test_more_tokens_than_the_vocabulary_are_refused(trained):
+    state = trained[0]
+    vocabulary = state.student.model.config.text_config.vocab_size
+    for name, others in (("magnitude", {"credit.magnitude": "teacher"}), ("prune", {"credit.prune": "overlap"})):
+        with_settings(state, "live", ["answer"], others, f"credit.{name}_topk={vocabulary}")
+        check_top_tokens(state.settings, vocabulary)
+        with pytest.raises(SettingsError, match=f"credit.{name}_topk: expected at most {vocabulary - 1:,}, the stu"):
+            check_top_tokens(state.settings, vocabulary - 1)
 
 
 def test_programs_that_do_not_train_need_no_room_for_hints():
@@ -602,6 +639,7 @@ SHOWN = {
     "vicur": {"kd/clipped_share"},
     "avsd": {"kd/clipped_share"},
     "visd": {"credit/clipped_share", "advantage/zero_share"},
+    "prune_opd": {"kd/clipped_share", "credit/overlap"},
     "rmsd_visd": {"credit/clipped_share", "advantage/zero_share", "teacher/quality", "discriminator/loss"},
 }
 
@@ -656,13 +694,14 @@ def test_recipes_train_a_tiny_student(folder, material, world, monkeypatch, reci
         assert not result.skipped and result.metrics["policy/grad_norm"] > 0
     assert any(not torch.equal(p, before[name]) for name, p in state.policy.module.named_parameters())
     metrics = result.metrics
-    if settings.rollout.n > 1:
+    if rewards_rollouts(settings):
         assert 0 < metrics["reward/content/raw"] < 1 and metrics["advantage/zero_share"] < 1
     assert abs(metrics["policy/engine_kl"]) < 1e-5
     assert metrics["self_teacher/hinted_share"] == 1 and metrics["self_teacher/gap_size"] > 0
     every = {
         "kd/clipped_share",
         "kd/divergence",
+        "credit/overlap",
         "credit/clipped_share",
         "advantage/zero_share",
         "teacher/quality",
