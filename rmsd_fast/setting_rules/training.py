@@ -128,6 +128,11 @@ def _check_self_teacher(settings: RunConfig) -> None:
             f"self_teacher.views: expected some of {list(VIEWS)}, each at most once, got {teacher.views}; set e.g. "
             "self_teacher.views=[answer]"
         )
+    if "sft" in settings.stages and settings.sft.hinted_share > 0 and not teacher.views:
+        raise SettingsError(
+            "self_teacher.views: expected one or more hints with sft.hinted_share, which says how many questions are "
+            "shown with them, got none; set e.g. self_teacher.views=[answer]"
+        )
     if teacher.kind == "none":
         return
     if not used_by:

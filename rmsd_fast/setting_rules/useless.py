@@ -10,6 +10,7 @@ from rmsd_fast.setting_rules.uses import (
     makes_rollouts,
     quotes_pool,
     rewards_rollouts,
+    shows_hints,
     teaching_steps,
     uses_discriminator,
     uses_frozen_tower,
@@ -208,14 +209,17 @@ def _of_self_teacher(settings: RunConfig) -> list[_Rule]:
     """Return the rules of the self-teacher and token credit."""
     stages, distill, teacher, credit = settings.stages, settings.distill, settings.self_teacher, settings.credit
     only_magnitude = credit.magnitude == "teacher" and settings.kd.kind == "none"
+    # Stage 1 can show hints without a self-teacher.
+    shown = {"kind", "views", "max_hint_tokens"} if shows_hints(settings) else {"kind"}
+    of_teacher = [f"self_teacher.{f.name}" for f in fields(teacher) if f.name not in shown]
     return [
         (
-            ["self_teacher.", "credit.", "kd."],
+            [*of_teacher, "self_teacher.kind", "credit.", "kd."],
             "distill" not in stages,
             "stage distill is not in stages; add it to stages",
         ),
         (
-            [f"self_teacher.{f.name}" for f in fields(settings.self_teacher) if f.name != "kind"],
+            of_teacher,
             settings.self_teacher.kind == "none",
             "self_teacher.kind is none; set self_teacher.kind=frozen",
         ),

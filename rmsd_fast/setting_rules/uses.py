@@ -36,10 +36,15 @@ def teaching_steps(settings: RunConfig) -> int:
     return next((step for step in range(steps) if not teaches(settings, step)), steps)
 
 
+def shows_hints(settings: RunConfig) -> bool:
+    """Return whether a stage shows hints to a model: stage 2 to the self-teacher, or stage 1 to the student."""
+    imitates = "sft" in settings.stages and settings.sft.hinted_share > 0
+    return imitates or ("distill" in settings.stages and settings.self_teacher.kind != "none")
+
+
 def quotes_pool(settings: RunConfig) -> bool:
-    """Return whether the self-teacher is told answers of the teacher pool."""
-    teacher = settings.self_teacher
-    return "distill" in settings.stages and teacher.kind != "none" and "best_answer" in teacher.views
+    """Return whether hints contain answers of the teacher pool."""
+    return shows_hints(settings) and "best_answer" in settings.self_teacher.views
 
 
 def has_pool(settings: RunConfig) -> bool:

@@ -32,7 +32,7 @@ from rmsd_fast.runtime.metrics import PhaseTimer
 from rmsd_fast.runtime.moving_average import MovingAverage
 from rmsd_fast.runtime.process_group import World
 from rmsd_fast.setting_rules.evaluation import check_room
-from rmsd_fast.setting_rules.uses import uses_discriminator, uses_ema, uses_reference
+from rmsd_fast.setting_rules.uses import shows_hints, uses_discriminator, uses_ema, uses_reference
 from rmsd_fast.stages.hints import read_hints
 from rmsd_fast.stages.material import Material
 from rmsd_fast.stages.rollout_servers import connect
@@ -114,9 +114,12 @@ def build_imitation(
     student = load(path, settings, world)
     builder = PromptBuilder(student, settings.video, media)
     targets = read_targets(material, builder, settings, world)
-    taught = "distill" in settings.stages and settings.self_teacher.kind != "none"
-    # Faults of hints, which only stage 2 uses, must not appear after hours of stage 1.
-    hints = read_hints(material, builder, targets, settings, world) if taught else {}
+    # Faults of hints that only stage 2 uses must not appear after hours of stage 1.
+    hints = {}
+    if shows_hints(settings):
+        # The student learns to read each view.
+        together = settings.kd.kind != "avsd" and stage != "sft"
+        hints = read_hints(material, builder, targets, settings, world, together=together)
     if settings.model.adapter == "lora":
         add_adapter(student.model, POLICY, settings.model, seed=settings.seed)
     policy = make_policy(student, settings, training.train_vision)
@@ -133,6 +136,7 @@ def build_imitation(
         policy,
         train_vision=training.train_vision,
         hints=hints,
+        hinted_share=settings.sft.hinted_share if stage == "sft" else 0.0,
         features=features,
     )
 
@@ -147,7 +151,8 @@ def read_targets(material: Material, builder: PromptBuilder, settings: RunConfig
             `micro_tokens`.
         DataError: more than `data.max_bad_share` of the answers are left out, most of them for other reasons.
     """
-    room = settings.micro_tokens - settings.data.max_prompt_tokens
+    hint = settings.self_teacher.max_hint_tokens if "sft" in settings.stages and settings.sft.hinted_share else 0
+    room = settings.micro_tokens - settings.data.max_prompt_tokens - hint
     refused: dict[str, list[str]] = {}
     asked = longest = 0
 
@@ -173,7 +178,7 @@ def read_targets(material: Material, builder: PromptBuilder, settings: RunConfig
     if number > settings.data.max_bad_share * asked:
         most = max(refused, key=lambda reason: len(refused[reason]))
         if most == "too_long":
-            check_room(settings, longest, "the longest teacher response")
+            check_room(settings, longest + hint, "the longest teacher response" + " with a hint" * bool(hint))
         raise DataError(
             f"teacher pool: {number:,} of {counted(asked, 'answer')} cannot be used to train this student: "
             f"{', '.join(f'{reason} {len(texts):,}' for reason, texts in refused.items())} ({most}: {REASONS[most]}), "

@@ -19,10 +19,23 @@ log = logging.getLogger("rmsd_fast")
 
 
 def read_hints(
-    inputs: Inputs, builder: PromptBuilder, targets: Mapping[str, Targets], settings: RunConfig, world: World
+    inputs: Inputs,
+    builder: PromptBuilder,
+    targets: Mapping[str, Targets],
+    settings: RunConfig,
+    world: World,
+    *,
+    together: bool,
 ) -> dict[str, tuple[str, ...]]:
     """Return the texts that the self-teacher is told about each training question.
 
+    Args:
+        inputs: the training questions.
+        builder: builder of the student's prompts.
+        targets: the pool's answers to the questions, by id.
+        settings: settings of the run.
+        world: this process in the run.
+        together: whether all views of a question are one text.
     Raises:
         SettingsError: no question has any of `self_teacher.views`, or, if no reward has a weight, more than
             `data.max_bad_share` of the questions have none.
@@ -46,7 +59,6 @@ def read_hints(
             return True
         return False
 
-    together = settings.kd.kind != "avsd"
     hints = build_hints(inputs.train, targets, teacher.views, refuse, together=together, seed=settings.seed)
     number = sum(map(len, refused.values()))
     if number > settings.data.max_bad_share * asked:
@@ -95,7 +107,7 @@ def describe_hints(hints: Mapping[str, tuple[str, ...]], settings: RunConfig) ->
             "question has any; add the field hints to data.train, or set self_teacher.views=[answer]"
         )
     most = settings.data.max_bad_share
-    if not rewards_rollouts(settings) and without > most * len(hints):
+    if "distill" in settings.stages and not rewards_rollouts(settings) and without > most * len(hints):
         first = next(name for name, texts in hints.items() if not texts)
         raise SettingsError(
             f"self_teacher.views: expected at most {most:g} of the training questions (data.max_bad_share) without a "

@@ -249,7 +249,9 @@ class _Planner:
     def imitation(self) -> StagePlan:
         """Return the plan of stage 1 or the control."""
         counts = {"best": 1, "random": 1, "all": self.settings.teacher.responses}
-        responses = [self.settings.rollout.max_new_tokens] * counts[self.settings.sft.responses]
+        hinted = self.stage == "sft" and self.settings.sft.hinted_share > 0
+        hint = self.settings.self_teacher.max_hint_tokens + TAIL_TOKENS if hinted else 0
+        responses = [hint + self.settings.rollout.max_new_tokens] * counts[self.settings.sft.responses]
         policy = self._engine(self._trained_by_policy(), self._largest())
         own = self.size.total + (self.size.adapter if self.lora else 0)
         held = self._states([policy], {"split": own}, copies=1)

@@ -18,6 +18,7 @@ from rmsd_fast.setting_rules.uses import (
     has_pool,
     quotes_pool,
     rewards_rollouts,
+    shows_hints,
     uses_discriminator,
     uses_pool,
     uses_servers,
@@ -112,6 +113,8 @@ def _stage_lines(settings: RunConfig) -> list[str]:
         if stage not in settings.stages:
             continue
         what = f"{steps} steps of {batch} questions"
+        if stage == "sft" and settings.sft.hinted_share:
+            what += f", a share of {settings.sft.hinted_share:g} with hints ({', '.join(settings.self_teacher.views)})"
         if stage in ("control", "distill") and settings.evaluate.every_steps:
             what += f", evaluated every {settings.evaluate.every_steps} steps"
         if stage in ("warm_up", "distill"):
@@ -157,9 +160,8 @@ def _inputs(settings: RunConfig) -> tuple[list[str], list[str]]:
     if files:
         inputs = read_inputs(settings, files, dict.fromkeys(files, settings.data.media_root))
         present += inputs.summary.text().splitlines()
-        taught = "distill" in settings.stages and settings.self_teacher.kind != "none"
         # A missing pool is listed above, and the best answers come from it.
-        if taught and inputs.train and ("pool" in files or not quotes_pool(settings)):
+        if shows_hints(settings) and inputs.train and ("pool" in files or not quotes_pool(settings)):
             try:
                 present.append(plan_hints(inputs, settings))
             except SettingsError as error:

@@ -36,6 +36,7 @@ class StageState:
             adapters off; None if nothing needs it.
         parity_checked: whether this process has compared log-probs of rollout engine and trainer.
         hints: texts that the self-teacher is told about each training question, by id; empty without a self-teacher.
+        hinted_share: share of the questions of an imitation step that are shown with a hint.
         average: weights of the self-teacher with `self_teacher.kind=ema`.
         accuracies: pair accuracies of the latest steps of the warm-up, for `discriminator.warm_up_accuracy`.
     """
@@ -54,6 +55,7 @@ class StageState:
     dump: RolloutDump | None = None
     skipped_in_a_row: int = 0
     hints: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    hinted_share: float = 0.0
     average: MovingAverage | None = None
     features: ByteLru[list[torch.Tensor]] | None = None
     accuracies: list[float] = field(default_factory=list)

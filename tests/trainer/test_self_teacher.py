@@ -27,7 +27,7 @@ from rmsd_fast.runtime.json_lines import JsonLines
 from rmsd_fast.runtime.moving_average import MovingAverage
 from rmsd_fast.runtime.process_group import start, stop
 from rmsd_fast.settings import load_settings
-from rmsd_fast.stages import distill
+from rmsd_fast.stages import distill, sft
 from rmsd_fast.stages.build import build_distillation, build_imitation
 from rmsd_fast.stages.hints import read_hints
 from rmsd_fast.stages.material import prepare_material
@@ -123,6 +123,12 @@ def plain_logp(model, prompt, ids, response, temperature):
     return torch.log_softmax(logits / temperature, -1).gather(1, response[:, None])[:, 0]
 
 
+def told(material, state, settings, world):
+    """Return what the self-teacher is told, as in stage 2."""
+    together = settings.kd.kind != "avsd"
+    return read_hints(material, state.builder, state.targets, settings, world, together=together)
+
+
 def hint_of(question, views):
     """Return the texts of the views that a question has, written out again."""
     facts = {
@@ -157,7 +163,7 @@ def test_gradients_equal_separate_rows_in_float64(trained, material, world, monk
     state, prompts, before, after = trained
     kind, views, changes = METHODS[method]
     with_settings(state, kind, views, changes)
-    state.hints = read_hints(material, state.builder, state.targets, state.settings, world)
+    state.hints = told(material, state, state.settings, world)
     groups, metrics, gradients = step_gradients(state, prompts, monkeypatch)
     assert any(float(group.advantages.abs().max()) > 0.1 for group in groups)
     models = {name: copy.deepcopy(model).double() for name, model in (("live", after), ("frozen", before))}
@@ -231,7 +237,7 @@ def test_the_teacher_pass_does_not_depend_on_micro_batches(trained, material, wo
     for tokens in (4000, max(len(prompt.input_ids) for prompt in prompts) + 80):
         with_settings(state, "frozen", ["reasoning", "answer"], {"kd.kind": "avsd"}, "credit.magnitude=teacher")
         state.settings.micro_tokens = tokens
-        state.hints = read_hints(material, state.builder, state.targets, state.settings, world)
+        state.hints = told(material, state, state.settings, world)
         found.append(step_gradients(state, prompts, monkeypatch)[1:])
         found[-1][0]["passes"] = len(calls)
     (expected, gradients), (metrics, others) = found
@@ -308,7 +314,7 @@ def test_unusable_hints_are_counted_or_refused(trained, material, world, caplog)
         settings = tiny_settings(state.settings.made.folder, *SMALL, "self_teacher.kind=live", *overrides)
         if not rewards:
             settings.reward = RewardConfig(alpha=0, beta=0, eta=0, delta=0)
-        return read_hints(material, state.builder, state.targets, settings, world)
+        return told(material, state, settings, world)
 
     with pytest.raises(
         SettingsError, match=r"self_teacher.views: expected hints that the training questions have, got"
@@ -338,12 +344,68 @@ def test_times_of_late_parts_need_a_student_that_knows_times(trained, material, 
     )
     late = [replace(q, hints=HINTS, spans=((5.0, 8.0),)) for q in material.train]
     assert state.builder.states_times
-    read_hints(replace(material, train=late), state.builder, state.targets, settings, world)
+    told(replace(material, train=late), state, settings, world)
     monkeypatch.setattr(state.builder, "_family", QWEN2_5_VL)
     with pytest.raises(DataError, match="expected no window, since the part shown starts at 5 s of the file"):
-        read_hints(replace(material, train=late), state.builder, state.targets, settings, world)
+        told(replace(material, train=late), state, settings, world)
     early = [replace(q, hints=HINTS, spans=((0.0, 8.0),)) for q in material.train]
-    read_hints(replace(material, train=early), state.builder, state.targets, settings, world)
+    told(replace(material, train=early), state, settings, world)
+
+
+def test_stage_1_with_hints_equals_separate_rows_in_float64(folder, material, world, monkeypatch):
+    overrides = ("self_teacher.views=[cue]", "kd.kind=none", "sft.hinted_share=1", "sft.responses=all")
+    settings = tiny_settings(folder, *SMALL, *overrides)
+    state = build_imitation(material.model_path, settings, world, material, stage="sft")
+    # The first question has no cue.
+    prompts = [state.builder.build(q) for q in material.train[:3]]
+    answers = [
+        [state.targets[p.question.id].answers[k].text for k in state.targets[p.question.id].imitate] for p in prompts
+    ]
+    assert min(map(len, answers)) > 1
+    model = copy.deepcopy(state.student.model).double()
+    disable_shared_prefix(model)
+    total, tokens = 0.0, 0
+    for prompt, texts in zip(prompts, answers, strict=True):
+        end = int((prompt.input_ids == state.builder.eos_id).nonzero()[-1])
+        hint = "".join(f"\n{text}" for text in hint_of(prompt.question, ["cue"]))
+        ids = torch.tensor(state.builder.tokenizer(hint)["input_ids"], dtype=torch.int64)
+        ids = torch.cat([prompt.input_ids[:end], ids, prompt.input_ids[end:]])
+        for text in texts:
+            response = state.builder.encode_response(text)
+            total, tokens = total - plain_logp(model, prompt, ids, response, 1.0).sum(), tokens + len(response)
+    (total / tokens).backward()
+    expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    found = {}
+
+    def keep(engines):
+        found.update({name: p.grad.clone() for name, p in state.policy.module.model.named_parameters()})
+        engines[0].discard()
+        return [0.0], True
+
+    monkeypatch.setattr(sft, "apply_or_discard", keep)
+    metrics = sft.step(state, prompts, 0).metrics
+    assert metrics["loss"] == pytest.approx(float(total.detach()) / tokens, rel=1e-5)
+    for name, gradient in found.items():
+        if gradient is not None and name in expected:
+            error = float((gradient.double() - expected[name]).norm() / (expected[name].norm() + 1e-9))
+            assert error < 1e-4, name
+
+
+def test_each_step_draws_the_questions_that_are_shown_with_hints(folder, material, world):
+    overrides = ("self_teacher.views=[answer]", "kd.kind=none", "sft.hinted_share=0.5")
+    settings = tiny_settings(folder, *SMALL, *overrides)
+    state = build_imitation(material.model_path, settings, world, material, stage="sft")
+    prompts = [state.builder.build(q) for q in material.train[:3] if state.targets[q.id].imitate]
+    drawn = []
+    for number in range(60):
+        bodies, leads = sft._with_hints(state, prompts, number)
+        plain = [len(p.input_ids) - len(body.input_ids) for p, body in zip(prompts, bodies, strict=True)]
+        drawn.append([len(of[0]) > n for of, n in zip(leads, plain, strict=True)])
+    share = torch.tensor(drawn).double().mean(dim=0)
+    assert ((share > 0.25) & (share < 0.75)).all() and len(set(map(tuple, drawn))) > 2
+    # The control of stage 2 imitates without hints.
+    control = build_imitation(material.model_path, settings, world, material, stage="control")
+    assert control.hinted_share == 0
 
 
 def test_missing_hints_are_reported_before_stage_1(folder, material, world):
@@ -439,6 +501,15 @@ def test_missing_hints_are_reported_before_stage_1(folder, material, world):
             [*WEIGHTED, "distill.steps=20", "credit.magnitude_steps=10", "self_teacher.until_step=10"],
             "self_teacher.until_step has no effect: credit.magnitude_steps=10 ends the use of the self-teacher",
         ),
+        (["sft.hinted_share=0.5"], "self_teacher.views: expected one or more hints with sft.hinted_share"),
+        (
+            ["self_teacher.views=[answer]"],
+            "self_teacher.views has no effect: self_teacher.kind is none",
+        ),
+        (
+            ["stages=[distill]", "sft.hinted_share=0.5"],
+            "sft.hinted_share has no effect: stage sft is not in stages",
+        ),
         (["stages=[sft]", "credit.position=sigmoid"], "credit.position has no effect: stage distill is not in stages"),
     ],
 )
@@ -461,6 +532,7 @@ def test_settings_of_the_pool_need_a_pool(name):
         # The best answer of the pool is one that can be matched.
         ("rmsd_visd", ["reward.alpha=0", "stages=[distill]", "teacher.filter=matching"]),
         ("rmsd_visd", ["reward.alpha=0", "stages=[distill]", "teacher.weighting=uniform"]),
+        ("quickstart", ["stages=[sft]", "sft.hinted_share=0.5", "self_teacher.views=[answer]"]),
         ("opsd", ["distill.steps=10", "credit.position=sigmoid"]),
         ("visd", ["distill.steps=20", "self_teacher.until_step=10", "self_teacher.ema_every=9"]),
     ],
