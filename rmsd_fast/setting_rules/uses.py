@@ -98,6 +98,18 @@ def warm_up_steps(settings: RunConfig) -> int:
     return settings.discriminator.warm_up_steps if "warm_up" in settings.stages else 0
 
 
+def stage_sizes(settings: RunConfig) -> dict[str, tuple[int, int]]:
+    """Return steps and questions per step of each stage of a run."""
+    late = settings.distill
+    sizes = {
+        "sft": (settings.sft.steps, settings.sft.batch_size),
+        "control": (late.steps, late.batch_size),
+        "warm_up": (settings.discriminator.warm_up_steps, late.batch_size),
+        "distill": (late.steps, late.batch_size),
+    }
+    return {stage: size for stage, size in sizes.items() if stage in settings.stages}
+
+
 def rollout_steps(settings: RunConfig) -> range:
     """Return the rollout steps of a run, counted from 0 over warm-up and stage 2."""
     return range(warm_up_steps(settings) + (settings.distill.steps if "distill" in settings.stages else 0))

@@ -19,6 +19,7 @@ from rmsd_fast.setting_rules.uses import (
     quotes_pool,
     rewards_rollouts,
     shows_hints,
+    stage_sizes,
     uses_discriminator,
     uses_pool,
     uses_servers,
@@ -103,15 +104,7 @@ def describe_plan(settings: RunConfig, gpu_gib: float | None = None, resume: Pat
 
 def _stage_lines(settings: RunConfig) -> list[str]:
     lines = []
-    late = settings.distill
-    for stage, steps, batch in (
-        ("sft", settings.sft.steps, settings.sft.batch_size),
-        ("control", late.steps, late.batch_size),
-        ("warm_up", settings.discriminator.warm_up_steps, late.batch_size),
-        ("distill", late.steps, late.batch_size),
-    ):
-        if stage not in settings.stages:
-            continue
+    for stage, (steps, batch) in stage_sizes(settings).items():
         what = f"{steps} steps of {batch} questions"
         if stage == "sft" and settings.sft.hinted_share:
             what += f", a share of {settings.sft.hinted_share:g} with hints ({', '.join(settings.self_teacher.views)})"
