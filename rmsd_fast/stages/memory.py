@@ -17,6 +17,7 @@ import torch
 from rmsd_fast.config import ModelConfig, RunConfig
 from rmsd_fast.models.adapters import target_layers
 from rmsd_fast.models.families import family_of
+from rmsd_fast.models.folders import find_folder
 from rmsd_fast.models.pass_memory import (
     ACTIVATIONS,
     HEADS,
@@ -38,6 +39,7 @@ from rmsd_fast.setting_rules.uses import (
     samples_reference,
     uses_discriminator,
     uses_ema,
+    uses_other_teacher,
     uses_reference,
     uses_servers,
     uses_vllm,
@@ -164,6 +166,19 @@ def plan_memory(settings: RunConfig, config: dict[str, Any], *, processes: int, 
     return MemoryPlan(device, stages)
 
 
+def teacher_config(settings: RunConfig) -> dict[str, Any]:
+    """Return the contents of the config.json of `self_teacher.path`; {} if there is no such teacher or it is not here.
+
+    Raises:
+        ModelError: the path is neither a folder nor a valid Hub name.
+    """
+    folder = (
+        find_folder(settings.self_teacher.path, setting="self_teacher.path") if uses_other_teacher(settings) else None
+    )
+    path = folder / "config.json" if folder else None
+    return json.loads(path.read_text(encoding="utf-8")) if path and path.is_file() else {}
+
+
 def plan_evaluation(
     settings: RunConfig, config: dict[str, Any], *, device: str, batches: EvaluatedBatches | None = None
 ) -> StagePlan:
@@ -278,6 +293,10 @@ class _Planner:
             # ZeRO-3 does not split a reference.
             weights["whole" if referenced else "split"] += self.size.total
         held = self._states(engines, weights, copies=2 if judged and mode == "separate" else 1)
+        other = self._planner_of_teacher()
+        if other is not None:
+            # Like a reference, it is not split by ZeRO-3.
+            held[WEIGHTS] += self.width * other.size.total + other._changed_by_nf4()
         lasting = sum(engine.lasting for engine in engines)
         if uses_vllm(settings) and self.device == "cpu":
             # On a CPU, vLLM does not sleep between rollouts.
@@ -300,7 +319,9 @@ class _Planner:
         engines.append(average)
         if self.stage == "warm_up":
             return self._plan(phases, engines)
-        if settings.self_teacher.kind != "none":
+        if other is not None:
+            phases |= self._other_teacher(other, held, gradients)
+        elif settings.self_teacher.kind != "none":
             rows = self._pass(self._hinted(), "", adapted=settings.self_teacher.kind != "frozen")
             phases["teacher"] = self._add(held, rows, {WEIGHTS: average.step}, gradients=gradients)
         if referenced:
@@ -344,12 +365,36 @@ class _Planner:
         states = {"host" if on_host else "optimizer": 4 * part}
         return EngineMemory(step=self.width * in_pass, **states)
 
+    def _planner_of_teacher(self) -> _Planner | None:
+        """Return a planner with the sizes of the model of `self_teacher.path`; None if there is no such teacher."""
+        config = teacher_config(self.settings)
+        if not config:
+            return None
+        config = complete_config(config)
+        size = count_parameters(config, self.settings.model)
+        other = _Planner(self.settings, config, size, self.processes, self.device, self.stage)
+        # Its tower is not trained, and it has no adapter of stage 1.
+        other.train_vision = other.starts = False
+        return other
+
+    def _other_teacher(self, other: _Planner, held: dict[str, int], gradients: int) -> dict[str, dict[str, int]]:
+        """Return the phases of a teacher with weights of its own. The student's vision features are kept meanwhile.
+
+        The plan assumes that its vision tower differs from the student's.
+        """
+        student = {} if self.train_vision else {VISION: self._features(self.questions)}
+        rows = other._pass(self._hinted(), "")
+        return {
+            "teacher vision": self._add(held, other._tower(), student, gradients=gradients),
+            "teacher": self._add(held, rows, student, gradients=gradients),
+        }
+
     def _hinted(self) -> list[int]:
         """Return the tokens after each prompt in the self-teacher's passes: hints, ends of the turn, and rollouts."""
         settings = self.settings
         teacher, drawn = settings.self_teacher, settings.rollout.max_new_tokens + TAIL_TOKENS
-        views = len(teacher.views) if settings.kd.kind == "avsd" else 1
-        hinted = [drawn + teacher.max_hint_tokens] * (views * settings.rollout.n)
+        views = max(1, len(teacher.views)) if settings.kd.kind == "avsd" else 1
+        hinted = [drawn + (teacher.max_hint_tokens if teacher.views else 0)] * (views * settings.rollout.n)
         plain = [drawn] * settings.rollout.n if teacher.kind == "frozen" and samples_reference(settings) else []
         return plain + hinted
 

@@ -318,7 +318,7 @@ def test_unusable_hints_are_counted_or_refused(trained, material, world, caplog)
         read("self_teacher.views=[reasoning]", "self_teacher.max_hint_tokens=9")
     # The reasoning is longer than the answers.
     answers = read("self_teacher.views=[answer]")
-    most = max(len(state.builder.encode_hint(text, max_tokens=99)) for (text,) in answers.values())
+    most = max(len(state.builder.encode_hint(hint.text, max_tokens=99)) for (hint,) in answers.values())
     views = ["self_teacher.views=[reasoning,answer]", "kd.kind=avsd", f"self_teacher.max_hint_tokens={most}"]
     assert read(*views, "data.max_bad_share=1") == answers
     # A quarter of the questions has no cue. Rewards teach them something; without rewards, nothing does.
@@ -366,7 +366,7 @@ def test_missing_hints_are_reported_before_stage_1(folder, material, world):
     [
         (
             ["kd.kind=k1"],
-            r"self_teacher.kind: expected frozen, live or ema, whose log-probs kd.kind=k1 needs, got none",
+            r"self_teacher.kind: expected frozen, live, ema or path, whose log-probs kd.kind=k1 needs, got none",
         ),
         (["credit.magnitude=teacher"], r"self_teacher.kind: expected frozen, .* credit.magnitude=teacher needs"),
         (["self_teacher.kind=live", "self_teacher.views=[answer]"], "self_teacher.kind: expected none, since neither"),
