@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from rmsd_fast import environment
 from rmsd_fast.config import MadeConfig, NotInstalled, RunConfig, SettingsError
 from rmsd_fast.data.benchmarks import benchmark_files
 from rmsd_fast.data.question_text import question_text
@@ -36,7 +37,14 @@ from rmsd_fast.runtime.engine import import_adamw_8bit
 from rmsd_fast.runtime.process_group import World, on_main
 from rmsd_fast.runtime.trackers import check_trackers
 from rmsd_fast.setting_rules.evaluation import refuse_evaluation_only
-from rmsd_fast.setting_rules.uses import makes_rollouts, uses_other_teacher, uses_pool, uses_servers, uses_vllm
+from rmsd_fast.setting_rules.uses import (
+    asks_judge,
+    makes_rollouts,
+    uses_other_teacher,
+    uses_pool,
+    uses_servers,
+    uses_vllm,
+)
 from rmsd_fast.stages.inputs import Inputs, read_inputs
 from rmsd_fast.teacher.pool import load_pool
 from rmsd_kernels.implementations import resolve_impl
@@ -182,6 +190,8 @@ def check_packages(settings: RunConfig, *, training: bool) -> None:
         import_adamw_8bit()
     if training and uses_vllm(settings):
         check_vllm()
+    if training and asks_judge(settings) and (reason := environment.why_not(("httpx2",), extras="collect")):
+        raise NotInstalled(f"self_teacher.judge: {reason}")
 
 
 def check_batches(settings: RunConfig, processes: int) -> None:

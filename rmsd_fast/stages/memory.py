@@ -37,6 +37,7 @@ from rmsd_fast.runtime.engine import LARGEST_BUCKET
 from rmsd_fast.runtime.engine_memory import EngineMemory, engine_memory
 from rmsd_fast.setting_rules.uses import (
     samples_reference,
+    shows_media,
     uses_discriminator,
     uses_ema,
     uses_other_teacher,
@@ -247,6 +248,8 @@ class _Planner:
         self.train_vision = training.train_vision and stage != "evaluate"
         batch = settings.evaluate.prompts_per_batch if stage == "evaluate" else training.batch_size
         self.questions = max(1, batch // processes)
+        # Prompts for the student, and for a self-teacher with other media.
+        self.prompts_each = 2 if shows_media(settings) and stage in ("warm_up", "distill") else 1
         # Questions of an evaluation may be about the same media, which are then encoded and prefilled once.
         self.media, self.images = self.questions, False
         self.width = 2 if settings.model.dtype == "bfloat16" else 4
@@ -322,8 +325,11 @@ class _Planner:
         if other is not None:
             phases |= self._other_teacher(other, held, gradients)
         elif settings.self_teacher.kind != "none":
+            # A trained tower encodes the media of a pass inside of it.
+            more = 0 if self.train_vision else self.prompts_each - 1
+            shown = {VISION: more * self._features(self.questions)}
             rows = self._pass(self._hinted(), "", adapted=settings.self_teacher.kind != "frozen")
-            phases["teacher"] = self._add(held, rows, {WEIGHTS: average.step}, gradients=gradients)
+            phases["teacher"] = self._add(held, rows, shown, {WEIGHTS: average.step}, gradients=gradients)
         if referenced:
             rows = self._pass(drawn, "")
             phases["reference"] = self._add(held, rows, gradients=gradients)
@@ -384,6 +390,7 @@ class _Planner:
         """
         student = {} if self.train_vision else {VISION: self._features(self.questions)}
         rows = other._pass(self._hinted(), "")
+        rows[VISION] += (self.prompts_each - 1) * other._features(self.questions)
         return {
             "teacher vision": self._add(held, other._tower(), student, gradients=gradients),
             "teacher": self._add(held, rows, student, gradients=gradients),
@@ -683,7 +690,7 @@ class _Planner:
         cache = data.cache_mib * 2**20
         # Questions about the same media share their frames if the cache holds them until the last one is read.
         media = self.media if cache >= data.decode_threads * of_medium else self.questions
-        return (1 + ahead) * media * of_medium + cache
+        return (1 + ahead) * self.prompts_each * media * of_medium + cache
 
     def _embedding_cache(self) -> int:
         return 0 if self.train_vision else self.settings.data.embedding_cache_mib * 2**20
