@@ -10,25 +10,30 @@ from dataclasses import replace
 import pytest
 import torch
 from material import tiny_material, tiny_settings
+from teacher_server import TeacherServer, completion, error
+from train_runs import only_run, run_train
 
-from rmsd_fast.config import ModelError
+from rmsd_fast.config import ModelError, SettingsError
 from rmsd_fast.data.errors import DataError
 from rmsd_fast.data.packing import gather_rows, make_rows
 from rmsd_fast.data.preprocess import video_patches
 from rmsd_fast.data.records import load_questions, write_questions
+from rmsd_fast.evaluate_judge import JudgeError
 from rmsd_fast.made.student import PREPROCESSORS, _build_model
 from rmsd_fast.method.hints import Hint
 from rmsd_fast.models.export import fill_export
-from rmsd_fast.models.folders import load_tokenizer
+from rmsd_fast.models.folders import load_tokenizer, resolve_folder
 from rmsd_fast.models.shared_prefix import disable_shared_prefix, enable_shared_prefix
 from rmsd_fast.models.students import Student, encode_media, forward_hidden
 from rmsd_fast.runtime.process_group import start, stop
+from rmsd_fast.runtime.stop_signal import StopSignal
 from rmsd_fast.settings import load_settings
 from rmsd_fast.stages import distill, teach
 from rmsd_fast.stages.build import build_distillation
 from rmsd_fast.stages.hints import read_hints
 from rmsd_fast.stages.material import prepare_material
 from rmsd_fast.stages.plan import describe_plan
+from rmsd_fast.train_feedback import Feedback
 
 SMALL = (
     *("rollout.n=3", "rollout.max_new_tokens=8", "rollout.parity_every=0", "data.max_prompt_tokens=500"),
@@ -63,18 +68,12 @@ def material(folder):
 @pytest.fixture(scope="module")
 def larger(folder, material):
     """Return the folder of a larger model with the student's tokenizer."""
-    tokenizer = load_tokenizer(resolve(material), "Qwen3-VL")
+    tokenizer = load_tokenizer(resolve_folder(material.model_path), "Qwen3-VL")
     path = folder / "larger"
     path.mkdir()
     model = _build_model(tokenizer, 5, 96, 3, "qwen3_vl")
     fill_export(Student(model, tokenizer, PREPROCESSORS["qwen3_vl"]), path)
     return path
-
-
-def resolve(material):
-    from rmsd_fast.models.folders import resolve_folder
-
-    return resolve_folder(material.model_path)
 
 
 @pytest.fixture(scope="module")
