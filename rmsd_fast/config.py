@@ -517,10 +517,10 @@ class SelfTeacherConfig:
     student's family and have its tokenizer. It also scores rollouts of questions without hints."""
     views: list[str] = field(default_factory=list)
     """What the self-teacher is told: some of [answer, reasoning, half_reasoning, window, keyframes, cue, feedback,
-    best_answer, media]. `answer` is `hints.answer` of the question or, if it has none, its ground truth, `best_answer`
-    the best usable response of the pool (T_best), `half_reasoning` the first half of `hints.reasoning`, and the others
-    are `hints` of the question. `media` shows the files of `hints.media` in place of the question's. With
-    `self_teacher.judge`, `feedback` is a judge's advice about each rollout. One teacher reads all views together,
+    context, best_answer, media]. `answer` is `hints.answer` of the question or, if it has none, its ground truth,
+    `best_answer` the best usable response of the pool (T_best), `half_reasoning` the first half of `hints.reasoning`,
+    and the others are `hints` of the question. `media` shows the files of `hints.media` in place of the question's.
+    With `self_teacher.judge`, `feedback` is a judge's advice about each rollout. One teacher reads all views together,
     except with `kd.kind=avsd`, where each view is a teacher. Only `self_teacher.kind=path` needs none."""
     max_hint_tokens: int = number(512, least=1)
     """Longest hint in tokens. Longer hints, and hints with special tokens, are left out, and their number is limited by

@@ -11,9 +11,9 @@ before the text. A part of a video is written `{"path": "a.mp4", "start": 3.5, "
 seconds; either bound may be omitted). Frames are taken from this part, while stamps and answers use the times of the
 whole file.
 
-`hints` is what a self-teacher may be told and the student is not: `{"answer", "reasoning", "cue", "feedback"}` are
-texts, `"window": [start, end]` and `"keyframes": [time, …]` are in seconds of the whole file, and `"media": {"videos",
-"images"}` are files that it is shown instead of those of the question. All of them are optional.
+`hints` is what a self-teacher may be told and the student is not: `{"answer", "reasoning", "cue", "feedback",
+"context"}` are texts, `"window": [start, end]` and `"keyframes": [time, …]` are in seconds of the whole file, and
+`"media": {"videos", "images"}` are files that it is shown instead of those of the question. All of them are optional.
 
 `converters` reads files of other trainers, and `ground_truths` reads ground truths. Relative paths are relative to the
 media root, and every path must be inside it after symbolic links are resolved. Media files do not have to exist on this
@@ -35,7 +35,7 @@ from rmsd_fast.data.errors import DataError, OtherFileError, several_faults
 from rmsd_fast.data.ground_truths import GroundTruthError, check_times, read_ground_truth
 from rmsd_fast.data.hint_records import check_hint_media, hints_record, read_hints
 from rmsd_fast.data.json_records import read_records
-from rmsd_fast.data.marks import MARK, SPECIAL_TOKEN, MarkError, is_unicode, place_marks
+from rmsd_fast.data.marks import MARK, SPECIAL_TOKEN, MarkError, is_unicode, place_marks, without_marks
 from rmsd_fast.data.media_paths import Span, is_number, media_paths, split_spans, with_span
 from rmsd_fast.data.option_lists import MOST_OPTIONS, OptionsError, check_options, shows_options, without_options
 from rmsd_fast.files import write_text_atomic
@@ -111,7 +111,7 @@ class Question:
         return replace(
             self,
             id=f"{self.id} (hints.media)",
-            question=self.question if same else MARK.sub("", self.question).strip(),
+            question=self.question if same else without_marks(self.question),
             videos=videos,
             images=images,
             spans=tuple(shown["spans"]),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 # Facts that a question file can state under `hints`.
-FILE_HINTS = ("answer", "reasoning", "window", "keyframes", "cue", "feedback")
+FILE_HINTS = ("answer", "reasoning", "window", "keyframes", "cue", "feedback", "context")
 # The view that shows other media instead of adding a text. A question file states it under `hints`, too.
 MEDIA_VIEW = "media"
 VIEWS = (*FILE_HINTS, "half_reasoning", "best_answer", MEDIA_VIEW)
@@ -20,8 +20,8 @@ def view_text(view: str, facts: Mapping[str, Any]) -> str | None:
 
     Args:
         view: one of VIEWS, except MEDIA_VIEW, which has no text.
-        facts: what is known of the question: `answer`, `reasoning`, `cue`, `feedback` and `best_answer` as texts,
-            `window` as (start, end) and `keyframes` as a list, both in seconds.
+        facts: what is known of the question: `answer`, `reasoning`, `cue`, `feedback`, `context` and `best_answer` as
+            texts, `window` as (start, end) and `keyframes` as a list, both in seconds.
     Raises:
         ValueError: the view is unknown or has no text.
     """
@@ -42,6 +42,7 @@ def view_text(view: str, facts: Mapping[str, Any]) -> str | None:
         "reasoning": "A correct solution: ",
         "cue": "What to look at: ",
         "feedback": "Advice: ",
+        "context": "",
         "best_answer": "A good response: ",
     }
     return opening[view] + fact

@@ -22,6 +22,7 @@ HINTS = {
     "keyframes": [2, 3.25],
     "cue": "The cube at the left edge.",
     "feedback": "Count again.",
+    "context": "Reference solution: left.",
 }
 
 
@@ -39,6 +40,7 @@ def test_texts_of_views() -> None:
         "keyframes": "Frames that show the answer, in seconds: 2, 3.25.",
         "cue": "What to look at: The cube at the left edge.",
         "feedback": "Advice: Count again.",
+        "context": "Reference solution: left.",
         "best_answer": "A good response: <think>a</think><answer>b</answer>",
     }
     for view, text in expected.items():

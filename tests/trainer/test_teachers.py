@@ -483,7 +483,7 @@ def test_a_judge_that_helps_nobody_stops_the_run(state, material, world, tmp_pat
     questions = [(material.train[0], f"response {i}") for i in range(12)]
     with TeacherServer(lambda request, number: completion("")) as server:
         feedback = Feedback(judge_of(state, server.url), tmp_path / "empty", world, signals)
-        with pytest.raises(JudgeError, match="self_teacher.judge.model m: expected advice .* first 10 rollouts"):
+        with pytest.raises(JudgeError, match="self_teacher.judge.model m: expected advice .* first 1. rollouts"):
             feedback(questions)
         feedback.close()
         gone = server.url
