@@ -522,6 +522,36 @@ def test_a_run_continues_after_its_judge_was_down(folder, material):
         assert [share for share in shares if share is not None] == [1.0, 1.0]
 
 
+@pytest.mark.slow
+def test_two_processes_under_zero3_equal_one(folder, material, larger):
+    """The main process asks the judge for both, and every process has the whole teacher and encodes other media."""
+    train = folder / "shown.jsonl"
+    media = material.train[0].hints["media"]
+    shown = [replace(q, hints={"media": media}) if number % 3 else q for number, q in enumerate(material.train)]
+    write_questions(train, shown, media_root=folder)
+    recorded = []
+    with TeacherServer(advise) as server:
+        paths = [f"data.train={train}", f"data.media_root={folder}", f"model.path={material.model_path}"]
+        sizes = ["data.heldout=", "data.max_prompt_tokens=500", "data.cache_mib=16", "video.num_frames=8"]
+        sizes += ["rollout.n=2", "rollout.max_new_tokens=8", "distill.batch_size=4", "distill.steps=1", "kd.kind=k1"]
+        sizes += ["runtime.trackers=[]", "model.dtype=float32", "micro_tokens=2000", "credit.magnitude=none"]
+        teacher = ["self_teacher.views=[answer,media,feedback]", "self_teacher.judge.model=m"]
+        teacher += ["self_teacher.ema_rate=0.01", f"self_teacher.judge.endpoint={server.url}"]
+        other = ["self_teacher.kind=path", f"self_teacher.path={larger}", *teacher[:2], teacher[3]]
+        for number, (kind, processes, zero) in enumerate([(other, 2, 3), (teacher, 1, 0), (teacher, 2, 3)]):
+            output = folder / f"processes-{number}"
+            arguments = ["visd", *paths, *sizes, *kind, f"runtime.zero_stage={zero}", f"output={output}"]
+            done = run_train(arguments, processes=processes)
+            assert done.returncode == 0, done.stderr[-3000:]
+            lines = (only_run(output) / "metrics.jsonl").read_text().splitlines()
+            recorded.append(json.loads(lines[-1]))
+            assert recorded[-1]["self_teacher/feedback_share"] == 1
+    another, one, two = recorded
+    for name in ("self_teacher/gap", "self_teacher/gap_size", "policy/grad_norm"):
+        assert two[name] == pytest.approx(one[name], rel=1e-3), name
+        assert abs(another[name] - one[name]) > 1e-2 * abs(one[name]), name
+
+
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
