@@ -67,7 +67,7 @@ POOL_SETTINGS = (
     "teacher.unlabeled",
 )
 # Settings whose values are objects with keys of the user's choice.
-FREE = ("collect.extra_body", "evaluate.judge.extra_body")
+FREE = ("collect.extra_body", "evaluate.judge.extra_body", "self_teacher.judge.extra_body")
 
 
 @functools.cache

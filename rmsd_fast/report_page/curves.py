@@ -234,6 +234,12 @@ GROUPS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
                 include=(0.0, 1.0),
             ),
             Chart(
+                "Rollouts with a judge's feedback",
+                "share of rollouts whose feedback the self-teacher is told",
+                (("self_teacher/feedback_share", "rollouts"),),
+                include=(0.0, 1.0),
+            ),
+            Chart(
                 "Clipped token credit",
                 "share of tokens whose magnitude weight, or distillation advantage, is at its bound",
                 (("credit/clipped_share", "weights"), ("kd/clipped_share", "distillation")),

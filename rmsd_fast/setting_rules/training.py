@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from urllib.parse import urlsplit
 
-from rmsd_fast.config import STAGES, TRACKERS, VIEWS, RolloutConfig, RunConfig, SettingsError
-from rmsd_fast.setting_rules.evaluation import check_evaluated, check_room
+from rmsd_fast.config import MEDIA_VIEW, STAGES, TRACKERS, VIEWS, RolloutConfig, RunConfig, SettingsError
+from rmsd_fast.setting_rules.evaluation import check_evaluated, check_judge_model, check_room
 from rmsd_fast.setting_rules.uses import (
+    asks_judge,
     makes_rollouts,
     rewards_rollouts,
     uses_discriminator,
@@ -120,18 +121,18 @@ def _check_self_teacher(settings: RunConfig) -> None:
     ]
     if used_by and teacher.kind == "none":
         raise SettingsError(
-            f"self_teacher.kind: expected frozen, live or ema, whose log-probs {used_by[0]} needs, got none; set e.g. "
-            "self_teacher.kind=frozen self_teacher.views=[answer]"
+            f"self_teacher.kind: expected frozen, live, ema or path, whose log-probs {used_by[0]} needs, got none; set "
+            "e.g. self_teacher.kind=frozen self_teacher.views=[answer]"
         )
     if not set(teacher.views) <= set(VIEWS) or len(set(teacher.views)) < len(teacher.views):
         raise SettingsError(
             f"self_teacher.views: expected some of {list(VIEWS)}, each at most once, got {teacher.views}; set e.g. "
             "self_teacher.views=[answer]"
         )
-    if "sft" in settings.stages and settings.sft.hinted_share > 0 and not teacher.views:
+    if "sft" in settings.stages and settings.sft.hinted_share > 0 and not set(teacher.views) - {MEDIA_VIEW}:
         raise SettingsError(
-            "self_teacher.views: expected one or more hints with sft.hinted_share, which says how many questions are "
-            "shown with them, got none; set e.g. self_teacher.views=[answer]"
+            "self_teacher.views: expected one or more hints with a text for sft.hinted_share, which says how many "
+            f"questions are shown with them, got {teacher.views}; set e.g. self_teacher.views=[answer]"
         )
     if teacher.kind == "none":
         return
@@ -140,11 +141,18 @@ def _check_self_teacher(settings: RunConfig) -> None:
             f"self_teacher.kind: expected none, since neither kd.kind nor credit.magnitude uses a self-teacher, got "
             f"{teacher.kind}; set kd.kind=k1 or credit.magnitude=teacher, or self_teacher.kind=none"
         )
-    if not teacher.views:
+    if teacher.kind == "path" and not teacher.path:
+        raise SettingsError(
+            "self_teacher.path: expected the folder or Hub name of a model with self_teacher.kind=path, got nothing; "
+            "set it, or another self_teacher.kind"
+        )
+    if not teacher.views and teacher.kind != "path":
         raise SettingsError(
             "self_teacher.views: expected one or more hints, without which the self-teacher knows no more than the "
             "student, got none; set e.g. self_teacher.views=[answer]"
         )
+    if asks_judge(settings):
+        check_judge_model(teacher.judge, "self_teacher.judge", "stage 2")
     if kd.kind == "avsd" and len(teacher.views) < 2:
         raise SettingsError(
             "self_teacher.views: expected two or more with kd.kind=avsd, which weighs teachers by their agreement, "
@@ -155,7 +163,7 @@ def _check_self_teacher(settings: RunConfig) -> None:
             "credit.magnitude: expected none if no reward has a weight, since it weights the advantages of the "
             "rewards, got teacher; give a reward a weight, e.g. reward.delta=0.4, or set credit.magnitude=none"
         )
-    if "distill" in settings.stages:
+    if "distill" in settings.stages and set(teacher.views) - {"media"}:
         longest = teacher.max_hint_tokens + settings.rollout.max_new_tokens
         check_room(settings, longest, "a hint of self_teacher.max_hint_tokens and a rollout of rollout.max_new_tokens")
 

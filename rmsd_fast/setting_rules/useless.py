@@ -211,7 +211,7 @@ def _of_self_teacher(settings: RunConfig) -> list[_Rule]:
     only_magnitude = credit.magnitude == "teacher" and settings.kd.kind == "none"
     # Stage 1 can show hints without a self-teacher.
     shown = {"kind", "views", "max_hint_tokens"} if shows_hints(settings) else {"kind"}
-    of_teacher = [f"self_teacher.{f.name}" for f in fields(teacher) if f.name not in shown]
+    of_teacher = ["self_teacher.judge.", *(f"self_teacher.{f.name}" for f in fields(teacher) if f.name not in shown)]
     return [
         (
             [*of_teacher, "self_teacher.kind", "credit.", "kd."],
@@ -227,6 +227,26 @@ def _of_self_teacher(settings: RunConfig) -> list[_Rule]:
             ["self_teacher.ema_rate", "self_teacher.ema_every"],
             settings.self_teacher.kind != "ema",
             f"self_teacher.kind={settings.self_teacher.kind} has no average; set self_teacher.kind=ema",
+        ),
+        (
+            ["self_teacher.path"],
+            teacher.kind not in ("none", "path"),
+            f"self_teacher.kind={teacher.kind} has the student's weights; set self_teacher.kind=path",
+        ),
+        (
+            ["self_teacher.max_hint_tokens"],
+            not set(teacher.views) - {"media"},
+            "self_teacher.views has no texts; add e.g. answer to self_teacher.views",
+        ),
+        (
+            ["self_teacher.judge."],
+            "feedback" not in teacher.views,
+            "the judge writes feedback, which is not in self_teacher.views; add feedback to self_teacher.views",
+        ),
+        (
+            ["self_teacher.judge."],
+            not teacher.judge.endpoint,
+            "there is no judge; set self_teacher.judge.endpoint",
         ),
         (
             ["credit.magnitude_clip", "credit.magnitude_mix", "credit.magnitude_steps"],

@@ -22,6 +22,11 @@ def uses_ema(settings: RunConfig) -> bool:
     return "distill" in settings.stages and settings.self_teacher.kind == "ema"
 
 
+def uses_other_teacher(settings: RunConfig) -> bool:
+    """Return whether the self-teacher of stage 2 is a model of its own."""
+    return "distill" in settings.stages and settings.self_teacher.kind == "path"
+
+
 def teaches(settings: RunConfig, step: int) -> bool:
     """Return whether a step of stage 2, counted from 0, uses the self-teacher."""
     teacher, credit = settings.self_teacher, settings.credit
@@ -36,10 +41,31 @@ def teaching_steps(settings: RunConfig) -> int:
     return next((step for step in range(steps) if not teaches(settings, step)), steps)
 
 
+def reads_hints(settings: RunConfig) -> bool:
+    """Return whether stage 2 has a self-teacher that is told anything."""
+    teacher = settings.self_teacher
+    return "distill" in settings.stages and teacher.kind != "none" and bool(teacher.views)
+
+
+def asks_judge(settings: RunConfig) -> bool:
+    """Return whether a judge writes feedback about each rollout of stage 2."""
+    teacher = settings.self_teacher
+    return reads_hints(settings) and "feedback" in teacher.views and bool(teacher.judge.endpoint)
+
+
+def shows_media(settings: RunConfig) -> bool:
+    """Return whether the self-teacher of stage 2 is shown other media than the student."""
+    return reads_hints(settings) and "media" in settings.self_teacher.views
+
+
+def question_views(settings: RunConfig) -> list[str]:
+    """Return the views of `self_teacher.views` that are about questions, and not about rollouts."""
+    return [view for view in settings.self_teacher.views if view != "feedback" or not asks_judge(settings)]
+
+
 def shows_hints(settings: RunConfig) -> bool:
     """Return whether a stage shows hints to a model: stage 2 to the self-teacher, or stage 1 to the student."""
-    imitates = "sft" in settings.stages and settings.sft.hinted_share > 0
-    return imitates or ("distill" in settings.stages and settings.self_teacher.kind != "none")
+    return reads_hints(settings) or ("sft" in settings.stages and settings.sft.hinted_share > 0)
 
 
 def quotes_pool(settings: RunConfig) -> bool:

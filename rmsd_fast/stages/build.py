@@ -23,6 +23,7 @@ from rmsd_fast.models.policy import Policy
 from rmsd_fast.models.quantize import QuantizedBase, import_bitsandbytes, quantize
 from rmsd_fast.models.shared_prefix import enable_shared_prefix, unsupported
 from rmsd_fast.models.students import Student, freeze, load_student
+from rmsd_fast.models.teacher_folder import equal_towers
 from rmsd_fast.rollout.base import RolloutEngine
 from rmsd_fast.rollout.copied import CopyRollout
 from rmsd_fast.rollout.hf import HfRollout
@@ -32,7 +33,7 @@ from rmsd_fast.runtime.metrics import PhaseTimer
 from rmsd_fast.runtime.moving_average import MovingAverage
 from rmsd_fast.runtime.process_group import World
 from rmsd_fast.setting_rules.evaluation import check_room
-from rmsd_fast.setting_rules.uses import shows_hints, uses_discriminator, uses_ema, uses_reference
+from rmsd_fast.setting_rules.uses import reads_hints, uses_discriminator, uses_ema, uses_other_teacher, uses_reference
 from rmsd_fast.stages.hints import read_hints
 from rmsd_fast.stages.material import Material
 from rmsd_fast.stages.rollout_servers import connect
@@ -115,11 +116,11 @@ def build_imitation(
     builder = PromptBuilder(student, settings.video, media)
     targets = read_targets(material, builder, settings, world)
     # Faults of hints that only stage 2 uses must not appear after hours of stage 1.
-    hints = {}
-    if shows_hints(settings):
-        # The student learns to read each view.
-        together = settings.kd.kind != "avsd" and stage != "sft"
-        hints = read_hints(material, builder, targets, settings, world, together=together)
+    hints = read_hints(material, builder, targets, settings, world) if reads_hints(settings) else {}
+    if stage == "sft" and settings.sft.hinted_share:
+        hints = read_hints(material, builder, targets, settings, world, apart=True)
+    if stage == "distill":
+        builder.other_media = frozenset(name for name, told in hints.items() if any(hint.media for hint in told))
     if settings.model.adapter == "lora":
         add_adapter(student.model, POLICY, settings.model, seed=settings.seed)
     policy = make_policy(student, settings, training.train_vision)
@@ -206,6 +207,12 @@ def build_distillation(
         # It runs in the policy's engine, which gathers its weights under ZeRO-3.
         without = partial(state.policy, adapted=False)
         state.reference = without if lora else make_reference(load(path, settings, world))
+    if uses_other_teacher(settings):
+        teacher = load(settings.self_teacher.path, settings, world)
+        state.teacher = make_reference(teacher)
+        if not state.train_vision:
+            with state.policy.full_weights(state.student.model.model.visual):
+                state.shares_tower = equal_towers(teacher.model, state.student.model)
     if uses_ema(settings):
         state.average = MovingAverage(state.policy, settings.self_teacher.ema_rate)
     if uses_discriminator(settings):
@@ -262,7 +269,7 @@ def make_policy(student: Student, settings: RunConfig, train_vision: bool) -> Po
 
 
 def make_reference(student: Student) -> Policy:
-    """Return the frozen module that computes the reference's log-probs."""
+    """Return the frozen module that computes log-probs of the reference, or of a teacher of its own."""
     return Policy(student.model).eval().requires_grad_(False)
 
 

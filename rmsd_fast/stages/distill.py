@@ -22,6 +22,7 @@ from rmsd_fast.runtime.process_group import any_rank, global_sum
 from rmsd_fast.setting_rules.uses import samples_reference, teaches, uses_discriminator, warm_up_steps, weights_tokens
 from rmsd_fast.stages.degeneration import degeneration_record
 from rmsd_fast.stages.discriminator_pass import discriminator_pass
+from rmsd_fast.stages.feedback import set_hints
 from rmsd_fast.stages.groups import RolloutGroup, group_record, make_group, quality_record, set_advantages
 from rmsd_fast.stages.parity import check_parity
 from rmsd_fast.stages.passes import Pass, passes
@@ -127,6 +128,7 @@ def step(state: StageState, prompts: list[Prompt], number: int) -> StepResult:
         # The discriminator reads the rollouts again.
         tokens += _rollout_tokens(groups) + teacher_tokens
         engines.append(state.discriminator)
+    hinted = set_hints(state, groups, step=number)
     if teaches(settings, number):
         with state.timer("teacher"):
             teach(state, groups, features)
@@ -145,7 +147,7 @@ def step(state: StageState, prompts: list[Prompt], number: int) -> StepResult:
             state.average.update()
     work = {"tokens": tokens, "tokens_computed": computed + trained_tokens}
     described = {**group_record(groups, settings), **degeneration_record(groups, state.builder)}
-    metrics = global_metrics({**described, **trained, **credited, **work, **scored}, state.world)
+    metrics = global_metrics({**described, **trained, **hinted, **credited, **work, **scored}, state.world)
     metrics["policy/grad_norm"] = norms[0]
     if scored:
         metrics["discriminator/grad_norm"] = norms[1]

@@ -11,6 +11,7 @@ from rmsd_fast.data.prompts import Prompt, PromptBuilder, ResponseError
 from rmsd_fast.data.records import Question
 from rmsd_fast.method.advantages import degenerate_groups
 from rmsd_fast.method.answers import has_outer_format, has_task_format, is_empty_answer, parse_answer
+from rmsd_fast.method.hints import Hint
 from rmsd_fast.method.matching import Pairs, expected_pairs, order_pairs, sample_matches, sampled_pairs
 from rmsd_fast.method.quality import quality_against, quality_score
 from rmsd_fast.method.rewards import RewardWeights, composite_advantages, composite_reward
@@ -42,8 +43,9 @@ class RolloutGroup:
         advantages: advantage of each rollout; empty in the warm-up.
         ref_logp: the reference's log-probs of each rollout's tokens, [R] each; empty unless the self-teacher's passes
             have computed them.
-        teacher_logp: the self-teacher's log-probs of each rollout's tokens with each hint, [M, R] each; empty without
-            hints.
+        hints: what the self-teacher is told about each rollout; empty unless a step has a self-teacher.
+        teacher_logp: the self-teacher's log-probs of each rollout's tokens with each hint, [M, R] each; M is 0 for a
+            rollout without hints, and the list is empty if no rollout has any.
         token_advantages: advantage of each rollout's tokens, [R] each; empty if all tokens have that of the rollout.
     """
 
@@ -61,6 +63,7 @@ class RolloutGroup:
     log_ratio: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
     reward: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
     advantages: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+    hints: list[list[Hint]] = field(default_factory=list)
     ref_logp: list[torch.Tensor] = field(default_factory=list)
     teacher_logp: list[torch.Tensor] = field(default_factory=list)
     token_advantages: list[torch.Tensor] = field(default_factory=list)

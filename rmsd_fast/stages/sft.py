@@ -60,7 +60,7 @@ def _with_hints(state: StageState, prompts: list[Prompt], number: int) -> tuple[
     for prompt in prompts:
         identity = prompt.question.id
         body, tail = state.builder.split(prompt)
-        texts = state.hints[identity]
+        texts = [hint.text for hint in state.hints[identity] if hint.text]
         if texts and uniform("hinted", seed, number, identity, index=0) < state.hinted_share:
             text = texts[int(uniform("hint", seed, number, identity, index=0) * len(texts))]
             tail = torch.cat([state.builder.encode_hint(text, max_tokens=most), tail])

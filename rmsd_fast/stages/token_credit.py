@@ -38,7 +38,7 @@ def set_token_advantages(groups: list[RolloutGroup], settings: RunConfig, *, ste
         group.token_advantages = []
         for i, rollout in enumerate(group.rollouts):
             advantage = group.advantages[i].expand(len(rollout.token_ids))
-            if i < len(group.teacher_logp):
+            if i < len(group.teacher_logp) and len(group.teacher_logp[i]):
                 teacher_logp = group.teacher_logp[i]
                 gap = (teacher_logp - rollout.logp).mean(dim=0)
                 added = torch.zeros_like(gap)

@@ -124,9 +124,8 @@ def plain_logp(model, prompt, ids, response, temperature):
 
 
 def told(material, state, settings, world):
-    """Return what the self-teacher is told, as in stage 2."""
-    together = settings.kd.kind != "avsd"
-    return read_hints(material, state.builder, state.targets, settings, world, together=together)
+    """Return what the self-teacher is told."""
+    return read_hints(material, state.builder, state.targets, settings, world)
 
 
 def hint_of(question, views):
@@ -324,7 +323,7 @@ def test_unusable_hints_are_counted_or_refused(trained, material, world, caplog)
         read("self_teacher.views=[reasoning]", "self_teacher.max_hint_tokens=9")
     # The reasoning is longer than the answers.
     answers = read("self_teacher.views=[answer]")
-    most = max(len(state.builder.encode_hint(text, max_tokens=99)) for (text,) in answers.values())
+    most = max(len(state.builder.encode_hint(hint.text, max_tokens=99)) for (hint,) in answers.values())
     views = ["self_teacher.views=[reasoning,answer]", "kd.kind=avsd", f"self_teacher.max_hint_tokens={most}"]
     assert read(*views, "data.max_bad_share=1") == answers
     # A quarter of the questions has no cue. Rewards teach them something; without rewards, nothing does.
@@ -428,7 +427,7 @@ def test_missing_hints_are_reported_before_stage_1(folder, material, world):
     [
         (
             ["kd.kind=k1"],
-            r"self_teacher.kind: expected frozen, live or ema, whose log-probs kd.kind=k1 needs, got none",
+            r"self_teacher.kind: expected frozen, live, ema or path, whose log-probs kd.kind=k1 needs, got none",
         ),
         (["credit.magnitude=teacher"], r"self_teacher.kind: expected frozen, .* credit.magnitude=teacher needs"),
         (["self_teacher.kind=live", "self_teacher.views=[answer]"], "self_teacher.kind: expected none, since neither"),
@@ -501,7 +500,7 @@ def test_missing_hints_are_reported_before_stage_1(folder, material, world):
             [*WEIGHTED, "distill.steps=20", "credit.magnitude_steps=10", "self_teacher.until_step=10"],
             "self_teacher.until_step has no effect: credit.magnitude_steps=10 ends the use of the self-teacher",
         ),
-        (["sft.hinted_share=0.5"], "self_teacher.views: expected one or more hints with sft.hinted_share"),
+        (["sft.hinted_share=0.5"], "self_teacher.views: expected one or more hints with a text for sft.hinted_share"),
         (
             ["self_teacher.views=[answer]"],
             "self_teacher.views has no effect: self_teacher.kind is none",
