@@ -275,6 +275,10 @@ class TeacherConfig:
     empty_pools: str = choice("keep", of=("keep", "drop"))
     """Questions with no response to match: `keep` = they stay in stage 2, with the rewards for format and content
     (open), or `drop` = stage 2 and its control leave them out."""
+    selection: str = choice("quality", of=("quality", "aligned"))
+    """T_sel, the imitated one among the responses of highest quality that pass `teacher.filter`: `quality` = a seeded
+    uniform choice, or `aligned` = the one with the largest share of tokens among the student's 16 most probable
+    (2605.09725). It applies to `distill.sft_coef`, and to `sft.responses=best` in stage 1 and the control."""
     weighting: str = choice("quality", of=("quality", "uniform"))
     """Matching probabilities and weights in the discriminator loss: `quality` = q_k of closed questions, and equal for
     open ones (2603.11423), or `uniform` = equal for all (GAD 2511.10643)."""
@@ -466,6 +470,10 @@ class DistillConfig:
     """Exclude responses whose mean trainer/engine probability ratio is above this, e.g. 3.0; null = none (open)."""
     aggregation: str = choice("token_mean", of=("token_mean", "sequence_mean"))
     """Average of the loss: `token_mean` over all response tokens of the global batch, or `sequence_mean` (open)."""
+    sft_coef: float = number(0.0, least=0)
+    """Weight of the cross entropy of one teacher response per question, T_sel of `teacher.selection`, in the loss of
+    stage 2; 0 = none (2605.09725: 0.05). It is the mean over the tokens of these responses in the global batch, at
+    temperature 1."""
 
 
 @dataclass
@@ -558,6 +566,13 @@ class CreditConfig:
     """Part of the rollout after which the weights have risen by half (2605.21606: 0.3)."""
     position_width: float = number(0.1, above=0, most=10)
     """Width of the rise as a part of the rollout (2605.21606: 0.1)."""
+    uncertainty: str = choice("none", of=("none", "task", "instance"))
+    """Weights of the terms of stage 2's loss: `none` = as set, or learned: exp(-s) / 2 with one s per term (`task`), or
+    exp(-s) with one s per term and question, by a network on the question's vision features (`instance`) (2603.21426).
+    The terms are the policy gradient of the rewards, `kd.*`, and `distill.sft_coef`; two or more are needed."""
+    uncertainty_lr_factor: float | None = number(None, above=0)
+    """Learning rate of s, as a multiple of `distill.lr`; null = 1000 for `task` and 10 for `instance`
+    (2603.21426)."""
 
 
 @dataclass

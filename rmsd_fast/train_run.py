@@ -27,7 +27,7 @@ from rmsd_fast.report import ReportError, write_report
 from rmsd_fast.runtime.engine import release_memory
 from rmsd_fast.runtime.process_group import World, on_main
 from rmsd_fast.runtime.stop_signal import Stopped, StopSignal
-from rmsd_fast.setting_rules.uses import asks_judge, has_pool, uses_discriminator
+from rmsd_fast.setting_rules.uses import asks_judge, has_pool, uncertainty_lr_factor, uses_discriminator
 from rmsd_fast.stages import distill, sft
 from rmsd_fast.stages.build import build_distillation, build_imitation
 from rmsd_fast.stages.held_out import evaluate
@@ -247,6 +247,8 @@ def _distillation(run: TrainingRun, state: StageState) -> None:
         engines["discriminator"] = state.discriminator
     if state.average is not None:
         engines["self_teacher"] = state.average
+    if state.term_weights is not None:
+        engines["term_weights"] = state.term_weights
     restore(run, ("warm_up", "distill"), state, engines)
     first = first_step(run, "warm_up") if "warm_up" in settings.stages else 0
     first += first_step(run, "distill") if "distill" in settings.stages else 0
@@ -268,7 +270,11 @@ def _adversarial_steps(run: TrainingRun, state: StageState, engines: dict[str, S
     lr = settings.discriminator.warm_up_lr if stage == "warm_up" else settings.discriminator.lr
     rates = {"discriminator": lambda _: lr}
     if stage == "distill":
-        rates = {"policy": rate_of(settings.distill, steps=settings.distill.steps), **rates}
+        rate = rate_of(settings.distill, steps=settings.distill.steps)
+        rates = {"policy": rate, **rates}
+        if state.term_weights is not None:
+            factor = uncertainty_lr_factor(settings)
+            rates["term_weights"] = lambda number: factor * rate(number)
     rates = {name: rate for name, rate in rates.items() if name in engines}
     loader = open_loader(run, state, stage, _late_questions(run, state), settings.distill.batch_size)
     run_steps(run, stage, state, loader, engines, step, rates)

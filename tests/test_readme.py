@@ -241,6 +241,8 @@ METRICS = (
     "Discriminator",
     "Rewards and advantages",
     "Policy",
+    "Imitated answers",
+    "Learned weights",
     "Self-teacher and token credit",
     "Rollout engine and trainer",
     "Rollouts",
@@ -282,6 +284,7 @@ def test_the_glossary_lists_the_numbers_of_a_run(tmp_path: Path) -> None:
     more += ("distill.sequence_mask_cap=3", "reward.kl_in_reward=0.01", "discriminator.pairing=sampled")
     more += ("self_teacher.kind=frozen", "self_teacher.views=[answer,feedback]", "self_teacher.max_hint_tokens=80")
     more += ("kd.kind=k1", "credit.magnitude=teacher", "self_teacher.judge.model=m")
+    more += ("distill.sft_coef=0.05", "teacher.selection=aligned", "credit.uncertainty=task")
     with TeacherServer(lambda request, number: completion("Look again.")) as server:
         more += (f"self_teacher.judge.endpoint={server.url}",)
         arguments = train_runs.mini_arguments(tmp_path / "runs", tmp_path / "made", *more)

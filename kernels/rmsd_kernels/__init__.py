@@ -11,6 +11,7 @@ from .heads.divergence import linear_divergence
 from .heads.logprob import linear_logprob
 from .heads.policy_formula import PolicyLoss
 from .heads.policy_loss import linear_policy_loss
+from .heads.rank import linear_rank
 from .shared_prefix.attention import SharedPrefixPlan, shared_prefix_attention
 from .shared_prefix.backends import attention_calls
 from .shared_prefix.decode import DecodePlan, shared_prefix_decode
@@ -29,6 +30,7 @@ __all__ = [
     "linear_divergence",
     "linear_logprob",
     "linear_policy_loss",
+    "linear_rank",
     "pairwise_discriminator_loss",
     "resize_frames",
     "shared_prefix_attention",

@@ -8,6 +8,7 @@ from rmsd_fast.config import MEDIA_VIEW, STAGES, TRACKERS, VIEWS, RolloutConfig,
 from rmsd_fast.setting_rules.evaluation import check_evaluated, check_judge_model, check_room
 from rmsd_fast.setting_rules.uses import (
     asks_judge,
+    loss_terms,
     makes_rollouts,
     rewards_rollouts,
     uses_discriminator,
@@ -62,6 +63,7 @@ def _check_training(settings: RunConfig) -> None:
     _check_self_teacher(settings)
     if "distill" in settings.stages:
         _check_gradient(settings)
+        _check_uncertainty(settings)
     _check_adapter(settings)
     _check_export(settings)
     if settings.made.label_share < 1 and settings.teacher.unlabeled == "refuse":
@@ -110,6 +112,30 @@ def _check_gradient(settings: RunConfig) -> None:
             "self_teacher.until_step: expected 0 if no reward has a weight, since steps without the self-teacher learn "
             f"nothing then, got {teacher.until_step} of distill.steps={steps}; set self_teacher.until_step=0, or lower "
             "distill.steps"
+        )
+
+
+def _check_uncertainty(settings: RunConfig) -> None:
+    form, terms = settings.credit.uncertainty, loss_terms(settings)
+    if form == "none":
+        return
+    if len(terms) < 2:
+        names = {"pg": "rewards", "kd": f"kd.kind={settings.kd.kind}", "sft": "distill.sft_coef"}
+        raise SettingsError(
+            "credit.uncertainty: expected two or more of rewards, kd.kind and distill.sft_coef, since a single term "
+            f"would only be replaced by its logarithm, got {', '.join(names[name] for name in terms)}; set e.g. "
+            "distill.sft_coef=1, or credit.uncertainty=none"
+        )
+    until, steps = settings.self_teacher.until_step, settings.distill.steps
+    if "kd" in terms and 0 < until < steps:
+        raise SettingsError(
+            "self_teacher.until_step: expected 0 with credit.uncertainty, since the term of kd.kind would have no "
+            f"value in later steps, got {until} of distill.steps={steps}; set self_teacher.until_step=0"
+        )
+    if form == "instance" and settings.distill.train_vision:
+        raise SettingsError(
+            "credit.uncertainty: expected none or task with distill.train_vision, since the network reads features of "
+            "a frozen vision tower, got instance; set credit.uncertainty=task"
         )
 
 

@@ -7,6 +7,7 @@ from dataclasses import fields
 from rmsd_fast.config import ACCURACY_STEPS, RunConfig, SettingsError
 from rmsd_fast.setting_rules.uses import (
     has_pool,
+    imitates_in_stage2,
     makes_rollouts,
     quotes_pool,
     rewards_rollouts,
@@ -31,7 +32,7 @@ _EVALUATED = (
 # Settings of `teacher` that are about the answers of the pool. The others say how to score answers of any kind.
 _OF_POOLS = (
     *("responses", "hinted", "parse", "max_unanswered_share", "min_quality", "filter", "empty_pools", "weighting"),
-    *("weight_power", "open_quality"),
+    *("weight_power", "open_quality", "selection"),
 )
 # Settings of these sections that only matter in training.
 _NOT_EVALUATED = ("evaluate.every_steps", "evaluate.samples", "made.label_share")
@@ -116,7 +117,10 @@ def _of_stages(settings: RunConfig) -> list[_Rule]:
         ),
         (["distill."], not rolls_out and not control, "no stage uses it; add distill to stages"),
         (
-            [f"distill.{name}" for name in ("kl", "kl_coef", "tis_cap", "sequence_mask_cap", "aggregation")],
+            [
+                f"distill.{name}"
+                for name in ("kl", "kl_coef", "tis_cap", "sequence_mask_cap", "aggregation", "sft_coef")
+            ],
             "distill" not in stages,
             "stage distill is not in stages, and the control has no policy loss; add distill to stages",
         ),
@@ -259,6 +263,11 @@ def _of_self_teacher(settings: RunConfig) -> list[_Rule]:
             "credit.position is none; set credit.position=sigmoid",
         ),
         (
+            ["credit.uncertainty_lr_factor"],
+            settings.credit.uncertainty == "none",
+            "credit.uncertainty is none; set credit.uncertainty=task",
+        ),
+        (
             ["credit.position", "credit.position_least", "credit.position_start", "credit.position_width"],
             credit.position_least == 1,
             "with credit.position_least=1, all weights are 1; set a lower value",
@@ -293,6 +302,8 @@ def _of_pools(settings: RunConfig) -> list[_Rule]:
     matched = judged or drops or settings.reward.unlabeled == "teacher"
     # The best answer is chosen among those that can be matched.
     chosen = matched or quotes_pool(settings)
+    late = imitates_in_stage2(settings)
+    selects = late or ({"sft", "control"} & set(stages) and settings.sft.responses == "best")
     # If a pool is needed, its absence is the fault.
     poolless = not has_pool(settings) and not uses_pool(settings)
     return [
@@ -324,8 +335,18 @@ def _of_pools(settings: RunConfig) -> list[_Rule]:
         ),
         (
             ["teacher.filter"],
-            settings.teacher.filter == "imitation" and "sft" not in stages and not control,
+            settings.teacher.filter == "imitation" and "sft" not in stages and not control and not late,
             "no stage imitates; set teacher.filter=none",
+        ),
+        (
+            ["teacher.selection"],
+            not selects,
+            "no stage imitates the best response; set distill.sft_coef, or sft.responses=best with stage sft",
+        ),
+        (
+            ["teacher.selection"],
+            settings.teacher.responses == 1 and not settings.teacher.hinted,
+            "with teacher.responses=1 there is nothing to choose from; set teacher.responses=2 or more",
         ),
         (
             ["teacher.numeric_eps"],

@@ -73,6 +73,17 @@ def quotes_pool(settings: RunConfig) -> bool:
     return shows_hints(settings) and "best_answer" in settings.self_teacher.views
 
 
+def imitates_in_stage2(settings: RunConfig) -> bool:
+    """Return whether the loss of stage 2 contains the cross entropy of teacher responses."""
+    return "distill" in settings.stages and settings.distill.sft_coef > 0
+
+
+def aligns_imitation(settings: RunConfig) -> bool:
+    """Return whether stage 1 and the control choose the imitated responses by their overlap with the student."""
+    imitates = bool({"sft", "control"} & set(settings.stages))
+    return imitates and settings.sft.responses == "best" and settings.teacher.selection == "aligned"
+
+
 def has_pool(settings: RunConfig) -> bool:
     """Return whether the run has a teacher pool, which may be generated."""
     return bool(settings.teacher.pool) or settings.made.enabled
@@ -82,12 +93,30 @@ def uses_pool(settings: RunConfig) -> bool:
     """Return whether the run cannot do without a teacher pool."""
     imitates = bool({"sft", "control"} & set(settings.stages))
     chosen = settings.reward.unlabeled == "teacher" or settings.teacher.empty_pools == "drop"
-    return imitates or chosen or quotes_pool(settings) or uses_discriminator(settings)
+    read = imitates_in_stage2(settings) or quotes_pool(settings)
+    return imitates or chosen or read or uses_discriminator(settings)
 
 
 def weights_tokens(settings: RunConfig) -> bool:
     """Return whether the tokens of a rollout may have different advantages."""
-    return settings.kd.kind != "none" or settings.credit.magnitude != "none" or settings.credit.position != "none"
+    credit = settings.credit
+    return settings.kd.kind != "none" or (credit.magnitude, credit.position, credit.uncertainty) != ("none",) * 3
+
+
+def loss_terms(settings: RunConfig) -> list[str]:
+    """Return the terms of stage 2's loss that `credit.uncertainty` weighs: some of pg, kd and sft, in this order."""
+    used = {
+        "pg": rewards_rollouts(settings) or settings.reward.kl_in_reward > 0,
+        "kd": settings.kd.kind != "none",
+        "sft": imitates_in_stage2(settings),
+    }
+    return [name for name, is_used in used.items() if is_used]
+
+
+def uncertainty_lr_factor(settings: RunConfig) -> float:
+    """Return the learning rate of log-variances as a multiple of that of the policy (defaults: arXiv 2603.21426)."""
+    credit = settings.credit
+    return credit.uncertainty_lr_factor or {"task": 1000.0, "instance": 10.0}[credit.uncertainty]
 
 
 def rewards_rollouts(settings: RunConfig) -> bool:

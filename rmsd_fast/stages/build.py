@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from rmsd_fast.config import ModelError, RunConfig
+from rmsd_fast.config import ModelError, RunConfig, SettingsError
 from rmsd_fast.data.errors import DataError, counted
 from rmsd_fast.data.media import MediaReader
 from rmsd_fast.data.media_cache import ByteLru
@@ -32,8 +32,17 @@ from rmsd_fast.runtime.engine import Engine
 from rmsd_fast.runtime.metrics import PhaseTimer
 from rmsd_fast.runtime.moving_average import MovingAverage
 from rmsd_fast.runtime.process_group import World
+from rmsd_fast.runtime.term_weights import TermWeights
 from rmsd_fast.setting_rules.evaluation import check_room
-from rmsd_fast.setting_rules.uses import reads_hints, uses_discriminator, uses_ema, uses_other_teacher, uses_reference
+from rmsd_fast.setting_rules.uses import (
+    imitates_in_stage2,
+    loss_terms,
+    reads_hints,
+    uses_discriminator,
+    uses_ema,
+    uses_other_teacher,
+    uses_reference,
+)
 from rmsd_fast.stages.hints import read_hints
 from rmsd_fast.stages.material import Material
 from rmsd_fast.stages.rollout_servers import connect
@@ -201,6 +210,12 @@ def build_distillation(
     See `build_imitation` for the arguments.
     """
     state = build_imitation(path, settings, world, material, media, stage="distill")
+    if imitates_in_stage2(settings) and not any(targets.top for targets in state.targets.values()):
+        raise SettingsError(
+            "distill.sft_coef: expected questions with a usable response, got none that passes "
+            f"teacher.filter={settings.teacher.filter} with teacher.min_quality={settings.teacher.min_quality:g}; "
+            "check the pool with python -m rmsd_fast.pool check, or set distill.sft_coef=0"
+        )
     state.rollouts = make_rollouts(state, path, settings, world)
     if uses_reference(settings):
         lora = settings.model.adapter == "lora"
@@ -215,6 +230,10 @@ def build_distillation(
                 state.shares_tower = equal_towers(teacher.model, state.student.model)
     if uses_ema(settings):
         state.average = MovingAverage(state.policy, settings.self_teacher.ema_rate)
+    if settings.credit.uncertainty != "none" and "distill" in settings.stages:
+        features = state.student.model.config.text_config.hidden_size
+        terms = {"features": features, "seed": settings.seed, "world": world}
+        state.term_weights = TermWeights(settings.credit.uncertainty, loss_terms(settings), **terms)
     if uses_discriminator(settings):
         discriminator = _discriminator(state, path)
         state.discriminator = make_engine(discriminator, settings, world, settings.discriminator.lr)

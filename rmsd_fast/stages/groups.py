@@ -47,6 +47,9 @@ class RolloutGroup:
         teacher_logp: the self-teacher's log-probs of each rollout's tokens with each hint, [M, R] each; M is 0 for a
             rollout without hints, and the list is empty if no rollout has any.
         token_advantages: advantage of each rollout's tokens, [R] each; empty if all tokens have that of the rollout.
+        token_terms: the terms that add up to these, by name, [R] each: pg, of the rewards, and kd, of the self-teacher.
+        imitated: token ids of the teacher response that the policy also imitates, int64 [R]; None if there is none.
+        sft_weight: learned weight of its cross entropy; 1 without `credit.uncertainty`.
     """
 
     prompt: Prompt
@@ -67,6 +70,9 @@ class RolloutGroup:
     ref_logp: list[torch.Tensor] = field(default_factory=list)
     teacher_logp: list[torch.Tensor] = field(default_factory=list)
     token_advantages: list[torch.Tensor] = field(default_factory=list)
+    token_terms: list[dict[str, torch.Tensor]] = field(default_factory=list)
+    imitated: torch.Tensor | None = None
+    sft_weight: float = 1.0
 
 
 def make_group(

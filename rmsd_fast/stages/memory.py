@@ -36,6 +36,8 @@ from rmsd_fast.rollout.vllm import batch_tokens
 from rmsd_fast.runtime.engine import LARGEST_BUCKET
 from rmsd_fast.runtime.engine_memory import EngineMemory, engine_memory
 from rmsd_fast.setting_rules.uses import (
+    aligns_imitation,
+    imitates_in_stage2,
     samples_reference,
     shows_media,
     uses_discriminator,
@@ -276,6 +278,8 @@ class _Planner:
         phases = {}
         if not self._inside:
             phases["vision"] = self._add(held, self._tower(), gradients=policy.lasting)
+        if aligns_imitation(self.settings):
+            phases["selection"] = self._selection(held, policy.lasting)
         phases |= self._passes("policy", held, policy, policy.lasting + policy.gradients, responses)
         return self._plan(phases, [policy])
 
@@ -324,6 +328,11 @@ class _Planner:
         engines.append(average)
         if self.stage == "warm_up":
             return self._plan(phases, engines)
+        if imitates_in_stage2(settings):
+            if settings.teacher.selection == "aligned":
+                phases["selection"] = self._selection(held, lasting)
+            # The policy's passes, which the reference reads too, contain one teacher response per question.
+            drawn = drawn + answers[:1]
         if other is not None:
             phases |= self._other_teacher(other, held, gradients)
         elif settings.self_teacher.kind != "none":
@@ -397,6 +406,12 @@ class _Planner:
             "teacher vision": self._add(held, other._tower(), student, gradients=gradients),
             "teacher": self._add(held, rows, student, gradients=gradients),
         }
+
+    def _selection(self, held: dict[str, int], gradients: int) -> dict[str, int]:
+        """Return the bytes of the passes that score the best responses of each question, see `teacher.selection`."""
+        teacher = self.settings.teacher
+        answers = [self.settings.rollout.max_new_tokens] * (teacher.responses + teacher.hinted)
+        return self._add(held, self._pass(answers, "", adapted=True), gradients=gradients)
 
     def _hinted(self) -> list[int]:
         """Return the tokens after each prompt in the self-teacher's passes: hints, ends of the turn, and rollouts."""
@@ -527,8 +542,13 @@ class _Planner:
         features = self._features(len(shape.prefixes) if inside else self.questions)
         features = 0 if self.train_vision else features
         sizes[VISION] = sizes.get(VISION, 0) + features
-        if full_kl:
-            sizes[HEADS] = sizes.get(HEADS, 0) + shape.scored * self.text["hidden_size"] * self.width
+        copies = shape.scored * self.text["hidden_size"] if full_kl else 0
+        if kind == "policy" and self.stage == "distill" and imitates_in_stage2(settings):
+            # Both losses have a gradient of the head, and copies of the hidden states that they read.
+            head = 0 if self.lora else self.text["vocab_size"] * self.text["hidden_size"]
+            copies += head + shape.scored * self.text["hidden_size"]
+        if copies:
+            sizes[HEADS] = sizes.get(HEADS, 0) + copies * self.width
         return sizes
 
     def _rows(self, responses: list[int]) -> RowShape:

@@ -16,7 +16,10 @@ from rmsd_fast.models.teacher_folder import check_teacher
 from rmsd_fast.runtime.trackers import missing_trackers
 from rmsd_fast.setting_rules.evaluation import refuse_evaluation_only
 from rmsd_fast.setting_rules.uses import (
+    aligns_imitation,
     has_pool,
+    imitates_in_stage2,
+    loss_terms,
     quotes_pool,
     rewards_rollouts,
     shows_hints,
@@ -58,7 +61,8 @@ def describe_plan(settings: RunConfig, gpu_gib: float | None = None, resume: Pat
     ]
     lines += _stage_lines(settings)
     if {"sft", "control"} & set(settings.stages):
-        lines.append(f"  imitated responses: {settings.sft.responses}")
+        aligned = ", those of largest overlap with the student" if aligns_imitation(settings) else ""
+        lines.append(f"  imitated responses: {settings.sft.responses}{aligned}")
     data = settings.data
     kept = f"{data.cache_mib} MiB of frames and {data.embedding_cache_mib} MiB of embeddings per process"
     kept += f", {data.disk_cache_gib:g} GiB in {data.disk_cache}" if data.disk_cache else ""
@@ -122,7 +126,13 @@ def _stage_lines(settings: RunConfig) -> list[str]:
         rewarded_by = "with a discriminator" if uses_discriminator(settings) else "without a discriminator"
         pool = f", K={settings.teacher.responses}, tau={settings.teacher.min_quality}" if has_pool(settings) else ""
         lines.append(f"  reward {rewarded_by}{pool}" if rewards_rollouts(settings) else "  no rewards")
+        if imitates_in_stage2(settings):
+            coef, selection = settings.distill.sft_coef, settings.teacher.selection
+            lines.append(f"  imitates one best answer per question, selected by {selection}, with weight {coef:g}")
         teacher, kd, credit = settings.self_teacher, settings.kd, settings.credit
+        if credit.uncertainty != "none":
+            terms = ", ".join(loss_terms(settings))
+            lines.append(f"  learned weights of the terms {terms}, by {credit.uncertainty}")
         if teacher.kind != "none":
             told = f"told {', '.join(teacher.views)}; hints of at most {teacher.max_hint_tokens} tokens"
             told = told if teacher.views else "told nothing"

@@ -21,6 +21,7 @@ from rmsd_fast.runtime.engine import Engine, gradients_finite
 from rmsd_fast.runtime.metrics import PhaseTimer
 from rmsd_fast.runtime.moving_average import MovingAverage
 from rmsd_fast.runtime.process_group import World
+from rmsd_fast.runtime.term_weights import TermWeights
 from rmsd_fast.stages.groups import RolloutGroup
 from rmsd_fast.stages.rollout_dump import RolloutDump
 from rmsd_fast.teacher.targets import Targets
@@ -45,6 +46,7 @@ class StageState:
         average: weights of the self-teacher with `self_teacher.kind=ema`.
         teacher: the frozen model of `self_teacher.kind=path`; None with other kinds.
         shares_tower: whether the vision features of the student's frozen tower are also those of `teacher`.
+        term_weights: log-variances of the terms of the loss, with `credit.uncertainty`.
         accuracies: pair accuracies of the latest steps of the warm-up, for `discriminator.warm_up_accuracy`.
     """
 
@@ -67,6 +69,7 @@ class StageState:
     average: MovingAverage | None = None
     teacher: Policy | None = None
     shares_tower: bool = False
+    term_weights: TermWeights | None = None
     features: ByteLru[list[torch.Tensor]] | None = None
     accuracies: list[float] = field(default_factory=list)
     parity_checked: bool = False

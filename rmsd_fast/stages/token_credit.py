@@ -35,9 +35,9 @@ def set_token_advantages(groups: list[RolloutGroup], settings: RunConfig, *, ste
     weighs = credit.magnitude == "teacher" and mix > 0
     totals = dict.fromkeys(("gap", "size", "clipped", "weighted", "limited", "tokens", "hinted"), 0.0)
     for group in groups:
-        group.token_advantages = []
+        group.token_advantages, group.token_terms = [], []
         for i, rollout in enumerate(group.rollouts):
-            advantage = group.advantages[i].expand(len(rollout.token_ids))
+            advantage, distilled = group.advantages[i].expand(len(rollout.token_ids)), None
             if i < len(group.teacher_logp) and len(group.teacher_logp[i]):
                 teacher_logp = group.teacher_logp[i]
                 gap = (teacher_logp - rollout.logp).mean(dim=0)
@@ -52,20 +52,24 @@ def set_token_advantages(groups: list[RolloutGroup], settings: RunConfig, *, ste
                     totals["weighted"] += float((advantage != 0).sum())
                     advantage = advantage * weights
                 if kd.kind != "none":
-                    advantage = advantage + kd.coef * added
+                    distilled = kd.coef * added
                 totals["limited"] += float((added.abs() == kd.gap_clip).sum())
                 totals["gap"] += float(gap.double().sum())
                 totals["size"] += float(gap.double().abs().sum())
                 totals["tokens"] += len(gap)
                 totals["hinted"] += 1
+            terms = {"pg": advantage} if distilled is None else {"pg": advantage, "kd": distilled}
+            advantage = sum(terms.values())
             if credit.position == "sigmoid":
-                advantage = advantage * position_weights(
+                weights = position_weights(
                     len(advantage),
                     least=credit.position_least,
                     start=credit.position_start,
                     width=credit.position_width,
                 ).to(advantage.dtype)
+                advantage, terms = advantage * weights, {name: term * weights for name, term in terms.items()}
             group.token_advantages.append(advantage)
+            group.token_terms.append(terms)
     # A step without the self-teacher has no share of hinted rollouts.
     asked = sum(len(group.rollouts) for group in groups) if teaches(settings, step) else 0
     return _record(totals, asked, settings)

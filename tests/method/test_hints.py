@@ -159,7 +159,7 @@ def test_times_that_no_video_contains_are_refused(tmp_path, changes, says) -> No
 def _targets(*qualities: float) -> Targets:
     quality = torch.tensor(qualities)
     answers = tuple(ScoredResponse(k, f" answer {k} ", True, float(q)) for k, q in enumerate(qualities))
-    return Targets(answers, quality, quality / max(sum(qualities), 1), quality, (True,) * len(answers), ())
+    return Targets(answers, quality, quality / max(sum(qualities), 1), quality, (True,) * len(answers), (), ())
 
 
 def test_hints_of_questions() -> None:

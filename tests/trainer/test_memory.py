@@ -19,6 +19,7 @@ from rmsd_fast.models import pass_memory
 from rmsd_fast.models.families import family_of
 from rmsd_fast.models.pass_memory import (
     ACTIVATIONS,
+    HEADS,
     PassSettings,
     RowShape,
     _with_layers,
@@ -158,6 +159,27 @@ def test_the_plan_counts_a_teacher_of_its_own_and_other_media(tmp_path):
     assert shown["teacher"]["vision"] == 2 * live["teacher"]["vision"]
     cache = 1024 * 2**20
     assert shown["policy"]["media"] - cache == 2 * (live["policy"]["media"] - cache)
+
+
+def test_the_plan_counts_imitated_responses():
+    plans, size = {}, count_parameters(CONFIG, ModelConfig())
+    # Each process has one question.
+    common = ["reward.alpha=0", STAGES, "micro_tokens=40000", "distill.batch_size=2"]
+    for selection in ("", "quality", "aligned"):
+        named = [f"teacher.selection={selection}", "distill.sft_coef=0.05"] if selection else []
+        settings = load_settings("rmsd_qwen3vl_4b", [*common, *named])
+        plans[selection] = memory._Planner(settings, CONFIG, size, 2, "cuda", "distill").distillation().phases
+    plain, imitates, aligned = plans.values()
+    # A response of 1,024 tokens, with the hidden states of all responses once more and a second gradient of the head.
+    scored = 8 * 1024 + 1024
+    assert imitates["policy"][HEADS] - plain["policy"][HEADS] >= 2 * 64 * (512 + scored)
+    for phase in ("policy", "reference"):
+        assert imitates[phase][ACTIVATIONS] > plain[phase][ACTIVATIONS]
+    assert "selection" not in imitates
+    # Four answers are read without a gradient, of 9 responses that the reference reads.
+    assert 0 < aligned["selection"][ACTIVATIONS] < imitates["reference"][ACTIVATIONS]
+    settings = load_settings("rmsd_qwen3vl_4b", ["stages=[sft]", "teacher.selection=aligned"])
+    assert "selection" in memory._Planner(settings, CONFIG, size, 2, "cuda", "sft").imitation().phases
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

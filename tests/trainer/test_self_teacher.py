@@ -11,12 +11,12 @@ from functools import partial
 import pytest
 import torch
 from material import tiny_material, tiny_settings
+from separate_rows import plain_logp, step_gradients
 from torch.utils._python_dispatch import TorchDispatchMode
 from train_runs import only_run, run_train
 
 from rmsd_fast.config import RewardConfig, SettingsError
 from rmsd_fast.data.errors import DataError
-from rmsd_fast.data.preprocess import video_patches
 from rmsd_fast.data.records import write_questions
 from rmsd_fast.losses import linear_logprob
 from rmsd_fast.models.families.qwen2_5_vl import QWEN2_5_VL
@@ -89,38 +89,6 @@ def trained(folder, material, world):
     state.policy.set_lr(1e-2)
     assert not distill.step(state, prompts, 0).skipped
     return state, prompts, before, copy.deepcopy(state.student.model)
-
-
-def step_gradients(state, prompts, monkeypatch, number=1):
-    """Return groups, metrics and policy gradients of a step, which is not applied."""
-    found = {}
-
-    def keep(engines):
-        named = state.policy.module.model.named_parameters()
-        found.update({name: p.grad.clone() for name, p in named if p.grad is not None})
-        for engine in engines:
-            engine.discard()
-        return [0.0] * len(engines), True
-
-    monkeypatch.setattr(distill, "apply_or_discard", keep)
-    result = distill.step(state, prompts, number)
-    return result.groups, result.metrics, found
-
-
-def plain_logp(model, prompt, ids, response, temperature):
-    """Return log-probs of a response after `ids`, float64 [R], by transformers on one row with its own pixels."""
-    pixels = torch.cat([video_patches(frames.pixels, frames.preprocessor) for frames in prompt.media])
-    row = torch.cat([ids, response])
-    types = torch.zeros_like(row)
-    types[: len(prompt.mm_token_type_ids)] = prompt.mm_token_type_ids
-    types = types[: len(row)]
-    logits = model(
-        input_ids=row[None],
-        mm_token_type_ids=types[None],
-        pixel_values_videos=pixels.double(),
-        video_grid_thw=torch.tensor([frames.grid_thw for frames in prompt.media]),
-    ).logits[0, len(ids) - 1 : -1]
-    return torch.log_softmax(logits / temperature, -1).gather(1, response[:, None])[:, 0]
 
 
 def told(material, state, settings, world):
@@ -397,7 +365,7 @@ def test_each_step_draws_the_questions_that_are_shown_with_hints(folder, materia
     prompts = [state.builder.build(q) for q in material.train[:3] if state.targets[q.id].imitate]
     drawn = []
     for number in range(60):
-        bodies, leads = sft._with_hints(state, prompts, number)
+        bodies, leads = sft._with_hints(state, prompts, [[torch.empty(1)]] * len(prompts), number)
         plain = [len(p.input_ids) - len(body.input_ids) for p, body in zip(prompts, bodies, strict=True)]
         drawn.append([len(of[0]) > n for of, n in zip(leads, plain, strict=True)])
     share = torch.tensor(drawn).double().mean(dim=0)
