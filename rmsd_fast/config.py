@@ -47,7 +47,7 @@ BENCHMARKS = (
 FORMATS = ("auto", "rmsd", "ms-swift", "llava", "video-r1")
 TEACHERS = ("noisy", "reported", "biased", "imprecise", "blind")
 WORDINGS = ("reference", "paraphrased")
-VIEWS = hints.VIEWS
+VIEWS, MEDIA_VIEW = hints.VIEWS, hints.MEDIA_VIEW
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
@@ -277,6 +277,10 @@ class TeacherConfig:
     empty_pools: str = choice("keep", of=("keep", "drop"))
     """Questions with no response to match: `keep` = they stay in stage 2, with the rewards for format and content
     (open), or `drop` = stage 2 and its control leave them out."""
+    selection: str = choice("quality", of=("quality", "aligned"))
+    """T_sel, the imitated one among the responses of highest quality that pass `teacher.filter`: `quality` = a seeded
+    uniform choice, or `aligned` = the one with the largest share of tokens among the student's 16 most probable
+    (2605.09725). It applies to `distill.sft_coef`, and to `sft.responses=best` in stage 1 and the control."""
     weighting: str = choice("quality", of=("quality", "uniform"))
     """Matching probabilities and weights in the discriminator loss: `quality` = q_k of closed questions, and equal for
     open ones (2603.11423), or `uniform` = equal for all (GAD 2511.10643)."""
@@ -319,6 +323,10 @@ class SftConfig:
     responses: str = choice("best", of=("best", "all", "random"))
     """`best` = T_best, the response of highest quality, with a seeded uniform choice for ties and open questions; `all`
     = every response; `random` = one response. They choose among the complete responses that pass `teacher.filter`."""
+    hinted_share: float = number(0.0, least=0, most=1)
+    """Share of the questions of each step that are shown with one of their hints, a view of `self_teacher.views`, so
+    that the student learns to read hints before it is its own teacher. Pretrained language models can read them; the
+    generated students cannot."""
 
 
 @dataclass
@@ -464,6 +472,47 @@ class DistillConfig:
     """Exclude responses whose mean trainer/engine probability ratio is above this, e.g. 3.0; null = none (open)."""
     aggregation: str = choice("token_mean", of=("token_mean", "sequence_mean"))
     """Average of the loss: `token_mean` over all response tokens of the global batch, or `sequence_mean` (open)."""
+    sft_coef: float = number(0.0, least=0)
+    """Weight of the cross entropy of one teacher response per question, T_sel of `teacher.selection`, in the loss of
+    stage 2; 0 = none (2605.09725: 0.05). It is the mean over the tokens of these responses in the global batch, at
+    temperature 1."""
+
+
+@dataclass
+class JudgeConfig:
+    """A language model behind a server (extra `collect`).
+
+    `evaluate.judge` judges answers that rules cannot score (docs/evaluation.md), and `self_teacher.judge` writes
+    feedback about rollouts (docs/methods.md).
+    """
+
+    endpoint: str = ""
+    """Base URL of a server with OpenAI's chat completions, such as http://localhost:8000/v1; empty = no judge.
+    `evaluate.judge`: it judges answers to MathVista, MathVerse and `what` of V-STaR, as their authors' language models
+    do, for rmsd_fast.evaluate only. `self_teacher.judge`: it writes the view `feedback` about each rollout; without it,
+    `feedback` is `hints.feedback` of the question."""
+    model: str = ""
+    """Name of the judge's model on that server. V-STaR's authors use Qwen2.5-72B-Instruct."""
+    api_key_env: str = "OPENAI_API_KEY"
+    """Environment variable with the API key; empty = no key. The default is optional and sent only with https."""
+    temperature: float | None = number(0.0, least=0)
+    """Sampling temperature; null = the server's default, for models that accept no other value. In an evaluation, a
+    reply that cannot be read is requested again with 0.5 more, and then with 1.0 more, up to 2."""
+    max_tokens: int = number(1024, least=1)
+    """Maximum length of a reply in tokens, with its reasoning. With a higher one, only replies that were cut off are
+    requested again."""
+    token_limit: str = choice("max_tokens", of=("max_tokens", "max_completion_tokens"))
+    """Name under which `max_tokens` is sent; OpenAI's reasoning models accept only `max_completion_tokens`."""
+    extra_body: dict[str, Any] = field(default_factory=dict)
+    """Further fields of each request, such as {chat_template_kwargs: {enable_thinking: false}}."""
+    max_concurrency: int = number(16, least=1, most=4096)
+    """Maximum number of requests in flight. The number is adapted to the server, as in a collection."""
+    timeout_s: float = number(600.0, above=0, most=86400)
+    """Time-out of a request in seconds."""
+    attempts: int = number(8, least=1)
+    """Attempts of a request that fails at the server or on the way. Refusals because of rate limits do not count."""
+    outage_s: float = number(900.0, above=0, most=604800)
+    """Stop after this time in seconds in which requests were sent and none was answered."""
 
 
 @dataclass
@@ -473,16 +522,20 @@ class SelfTeacherConfig:
     `credit.*` and `kd.*` say what its log-probs are used for.
     """
 
-    kind: str = choice("none", of=("none", "frozen", "live", "ema"))
+    kind: str = choice("none", of=("none", "frozen", "live", "ema", "path"))
     """Weights of the self-teacher: `none` = no self-teacher, `frozen` = those of the stage-1 student, which is also the
-    reference (2606.05718), `live` = the policy's, or `ema` = a moving average of the policy's, in float32
-    (2605.06094)."""
+    reference (2606.05718), `live` = the policy's, `ema` = a moving average of the policy's, in float32 (2605.06094), or
+    `path` = those of another model, `self_teacher.path`, which are not trained."""
+    path: str = ""
+    """Local directory or Hub name of the model of `self_teacher.kind=path`, such as a larger student. It must be of the
+    student's family and have its tokenizer. It also scores rollouts of questions without hints."""
     views: list[str] = field(default_factory=list)
     """What the self-teacher is told: some of [answer, reasoning, half_reasoning, window, keyframes, cue, feedback,
-    best_answer]. `answer` is `hints.answer` of the question or, if it has none, its ground truth, `best_answer` the
-    best usable response of the pool (T_best), `half_reasoning` the first half of `hints.reasoning`, and the others are
-    `hints` of the question. One teacher reads all views together, except with `kd.kind=avsd`, where each view is a
-    teacher."""
+    context, best_answer, media]. `answer` is `hints.answer` of the question or, if it has none, its ground truth,
+    `best_answer` the best usable response of the pool (T_best), `half_reasoning` the first half of `hints.reasoning`,
+    and the others are `hints` of the question. `media` shows the files of `hints.media` in place of the question's.
+    With `self_teacher.judge`, `feedback` is a judge's advice about each rollout. One teacher reads all views together,
+    except with `kd.kind=avsd`, where each view is a teacher. Only `self_teacher.kind=path` needs none."""
     max_hint_tokens: int = number(512, least=1)
     """Longest hint in tokens. Longer hints, and hints with special tokens, are left out, and their number is limited by
     `data.max_bad_share`."""
@@ -492,6 +545,7 @@ class SelfTeacherConfig:
     """Interval in steps between the updates of `ema`."""
     until_step: int = number(0, least=0)
     """Number of steps of stage 2 with the self-teacher; 0 = all (2605.06094: 600)."""
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
 
 
 @dataclass
@@ -530,6 +584,13 @@ class CreditConfig:
     """Decrease of the weight for each token below this share (Prune-OPD: 0.01)."""
     prune_floor: float = number(0.5, least=0)
     """Lower bound of these weights; they start at 1 + this bound (Prune-OPD: 0.5)."""
+    uncertainty: str = choice("none", of=("none", "task", "instance"))
+    """Weights of the terms of stage 2's loss: `none` = as set, or learned: exp(-s) / 2 with one s per term (`task`), or
+    exp(-s) with one s per term and question, by a network on the question's vision features (`instance`) (2603.21426).
+    The terms are the policy gradient of the rewards, `kd.*`, and `distill.sft_coef`; two or more are needed."""
+    uncertainty_lr_factor: float | None = number(None, above=0)
+    """Learning rate of s, as a multiple of `distill.lr`; null = 1000 for `task` and 10 for `instance`
+    (2603.21426)."""
 
 
 @dataclass
@@ -584,38 +645,6 @@ class CheckpointConfig:
     evaluation during it (`evaluate.every_steps`); 0 = only then."""
     keep: int = number(2, least=1)
     """Number of most recent checkpoints to keep."""
-
-
-@dataclass
-class JudgeConfig:
-    """A language model that judges answers which rules cannot score (docs/evaluation.md, extra `collect`)."""
-
-    endpoint: str = ""
-    """Base URL of a server with OpenAI's chat completions, such as http://localhost:8000/v1. It judges answers to
-    MathVista, MathVerse and `what` of V-STaR, as their authors' language models do. For rmsd_fast.evaluate only; empty
-    = no judge."""
-    model: str = ""
-    """Name of the judge's model on that server. V-STaR's authors use Qwen2.5-72B-Instruct."""
-    api_key_env: str = "OPENAI_API_KEY"
-    """Environment variable with the API key; empty = no key. The default is optional and sent only with https."""
-    temperature: float | None = number(0.0, least=0)
-    """Sampling temperature. A reply that cannot be read is requested again with 0.5 more, and then with 1.0 more, up to
-    2; null = the server's default, for models that accept no other value."""
-    max_tokens: int = number(1024, least=1)
-    """Maximum length of a reply in tokens, with its reasoning. With a higher one, only replies that were cut off are
-    requested again."""
-    token_limit: str = choice("max_tokens", of=("max_tokens", "max_completion_tokens"))
-    """Name under which `max_tokens` is sent; OpenAI's reasoning models accept only `max_completion_tokens`."""
-    extra_body: dict[str, Any] = field(default_factory=dict)
-    """Further fields of each request, such as {chat_template_kwargs: {enable_thinking: false}}."""
-    max_concurrency: int = number(16, least=1, most=4096)
-    """Maximum number of requests in flight. The number is adapted to the server, as in a collection."""
-    timeout_s: float = number(600.0, above=0, most=86400)
-    """Time-out of a request in seconds."""
-    attempts: int = number(8, least=1)
-    """Attempts of a request that fails at the server or on the way. Refusals because of rate limits do not count."""
-    outage_s: float = number(900.0, above=0, most=604800)
-    """Stop after this time in seconds in which requests were sent and none was answered."""
 
 
 @dataclass

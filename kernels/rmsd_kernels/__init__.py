@@ -11,6 +11,7 @@ from .heads.divergence import linear_divergence
 from .heads.logprob import linear_logprob
 from .heads.policy_formula import PolicyLoss
 from .heads.policy_loss import linear_policy_loss
+from .heads.rank import linear_rank
 from .heads.topk import TopK, linear_topk
 from .shared_prefix.attention import SharedPrefixPlan, shared_prefix_attention
 from .shared_prefix.backends import attention_calls
@@ -31,6 +32,7 @@ __all__ = [
     "linear_divergence",
     "linear_logprob",
     "linear_policy_loss",
+    "linear_rank",
     "linear_topk",
     "pairwise_discriminator_loss",
     "resize_frames",

@@ -16,6 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# BRTS (arXiv 2605.09725) counts the tokens of a response that are among so many most probable tokens of the student.
+TOP_TOKENS = 16
+
 
 class Pairs(NamedTuple):
     """Pairs of the discriminator loss, over the concatenated groups.
@@ -130,13 +133,55 @@ def best_response(
     Returns:
         The index, or None.
     """
+    return draw_response(top_responses(quality, usable), seed=seed, question_id=question_id)
+
+
+def top_responses(quality: Tensor | Sequence[float], usable: Sequence[bool]) -> list[int]:
+    """Return the indices of the usable responses of highest quality, ascending; [] if no response is usable.
+
+    Args:
+        quality: quality of each response, [K].
+        usable: whether each response may be imitated, K flags.
+    """
     values = _probability_vector(quality, "quality").tolist()
     best = max((value for value, use in zip(values, usable, strict=True) if use), default=None)
-    candidates = [k for k, (value, use) in enumerate(zip(values, usable, strict=True)) if use and value == best]
+    return [k for k, (value, use) in enumerate(zip(values, usable, strict=True)) if use and value == best]
+
+
+def draw_response(candidates: Sequence[int], *, seed: int, question_id: str) -> int | None:
+    """Return a seeded uniform draw among the candidates; None if there are none."""
     if not candidates:
         return None
     draw = uniform("best", seed, 0, question_id, index=0)
     return candidates[min(int(draw * len(candidates)), len(candidates) - 1)]
+
+
+def overlap(ranks: Tensor) -> float:
+    """Return the share of a response's tokens that are among the student's `TOP_TOKENS` most probable next tokens.
+
+    Args:
+        ranks: number of tokens that the student finds more probable than each token of the response, int64 [R], R >= 1.
+    """
+    return int((ranks < TOP_TOKENS).sum()) / len(ranks)
+
+
+def aligned_response(
+    candidates: Sequence[int], overlaps: Sequence[float], *, seed: int, question_id: str
+) -> int | None:
+    """Return the candidate of largest overlap with the student. A seeded uniform draw decides ties.
+
+    Args:
+        candidates: indices of the responses to choose from.
+        overlaps: overlap of each candidate, in the same order.
+        seed: seed of the run.
+        question_id: id of the question.
+    Returns:
+        The index; None if there are no candidates.
+    Source: BRTS (arXiv 2605.09725).
+    """
+    most = max(overlaps, default=None)
+    nearest = [k for k, value in zip(candidates, overlaps, strict=True) if value == most]
+    return draw_response(nearest, seed=seed, question_id=question_id)
 
 
 def expected_pairs(num_rollouts: Sequence[int], probabilities: Sequence[Tensor], quality: Sequence[Tensor]) -> Pairs:

@@ -215,6 +215,11 @@ GROUPS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
                 include=(0.0,),
             ),
             Chart("Log-probability", "mean of the rollouts' tokens", (("policy/logp", "log-probability"),)),
+            Chart(
+                "Imitation loss in stage 2",
+                "cross entropy of the imitated teacher answers, nats per token",
+                (("policy/sft_loss", "loss"),),
+            ),
             Chart("Gradient norm, policy", "before clipping", (("policy/grad_norm", "norm"),), include=(0.0,)),
         ),
     ),
@@ -246,6 +251,18 @@ GROUPS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
                 include=(0.0,),
             ),
             Chart(
+                "Rollouts with a judge's feedback",
+                "share of rollouts whose feedback the self-teacher is told",
+                (("self_teacher/feedback_share", "rollouts"),),
+                include=(0.0, 1.0),
+            ),
+            Chart(
+                "Log-variances of the terms of the loss",
+                "s of rewards, distillation and imitation; the weight of a term falls as its s rises",
+                (("uncertainty/pg", "rewards"), ("uncertainty/kd", "distillation"), ("uncertainty/sft", "imitation")),
+                include=(0.0,),
+            ),
+            Chart(
                 "Clipped token credit",
                 "share of tokens whose magnitude weight, or distillation advantage, is at its bound",
                 (("credit/clipped_share", "weights"), ("kd/clipped_share", "distillation")),
@@ -272,6 +289,16 @@ GROUPS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
                 "no response passed the filter",
                 (("teacher/empty_share", "questions"),),
                 include=(0.0,),
+            ),
+            Chart(
+                "Overlap of imitated answers with the student",
+                "share of tokens among the student's 16 most probable; share of questions with several best answers",
+                (
+                    ("selection/overlap", "chosen"),
+                    ("selection/overlap_of_all", "all best answers"),
+                    ("selection/tied_share", "questions"),
+                ),
+                y_range=(0.0, 1.0),
             ),
             Chart("Rollout length", "tokens, mean", (("rollout/tokens_mean", "tokens"),), include=(0.0,)),
             Chart(

@@ -256,6 +256,15 @@ CONDITIONS = (
         window=20,
     ),
     Condition(
+        "many rollouts have no feedback",
+        "self_teacher/feedback_share",
+        "The judge's replies about the others were empty, cut off or rejected, or the self-teacher cannot read them.",
+        "see the warnings in the output; raise self_teacher.judge.max_tokens or self_teacher.max_hint_tokens, or use "
+        "another model.",
+        low=HINTED,
+        window=20,
+    ),
+    Condition(
         "most magnitude weights are clipped",
         "credit/clipped_share",
         "The weights then say only on which side of the student the self-teacher is, and not how far.",

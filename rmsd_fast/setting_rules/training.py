@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from urllib.parse import urlsplit
 
-from rmsd_fast.config import STAGES, TRACKERS, VIEWS, RolloutConfig, RunConfig, SettingsError
-from rmsd_fast.setting_rules.evaluation import check_evaluated, check_room
+from rmsd_fast.config import DIVERGENCES, MEDIA_VIEW, STAGES, TRACKERS, VIEWS, RolloutConfig, RunConfig, SettingsError
+from rmsd_fast.setting_rules.evaluation import check_evaluated, check_judge_model, check_room
 from rmsd_fast.setting_rules.uses import (
+    asks_judge,
+    loss_terms,
     makes_rollouts,
     rewards_rollouts,
     uses_discriminator,
@@ -61,6 +63,7 @@ def _check_training(settings: RunConfig) -> None:
     _check_self_teacher(settings)
     if "distill" in settings.stages:
         _check_gradient(settings)
+        _check_uncertainty(settings)
     _check_adapter(settings)
     _check_export(settings)
     if settings.made.label_share < 1 and settings.teacher.unlabeled == "refuse":
@@ -112,6 +115,35 @@ def _check_gradient(settings: RunConfig) -> None:
         )
 
 
+def _check_uncertainty(settings: RunConfig) -> None:
+    form, terms = settings.credit.uncertainty, loss_terms(settings)
+    if form != "none" and settings.kd.kind in DIVERGENCES:
+        raise SettingsError(
+            "kd.kind: expected none, k1 or avsd with credit.uncertainty, which weighs the advantages of tokens, got "
+            f"{settings.kd.kind}; set kd.kind=k1, or credit.uncertainty=none"
+        )
+    if form == "none":
+        return
+    if len(terms) < 2:
+        names = {"pg": "rewards", "kd": f"kd.kind={settings.kd.kind}", "sft": "distill.sft_coef"}
+        raise SettingsError(
+            "credit.uncertainty: expected two or more of rewards, kd.kind and distill.sft_coef, since a single term "
+            f"would only be replaced by its logarithm, got {', '.join(names[name] for name in terms)}; set e.g. "
+            "distill.sft_coef=1, or credit.uncertainty=none"
+        )
+    until, steps = settings.self_teacher.until_step, settings.distill.steps
+    if "kd" in terms and 0 < until < steps:
+        raise SettingsError(
+            "self_teacher.until_step: expected 0 with credit.uncertainty, since the term of kd.kind would have no "
+            f"value in later steps, got {until} of distill.steps={steps}; set self_teacher.until_step=0"
+        )
+    if form == "instance" and settings.distill.train_vision:
+        raise SettingsError(
+            "credit.uncertainty: expected none or task with distill.train_vision, since the network reads features of "
+            "a frozen vision tower, got instance; set credit.uncertainty=task"
+        )
+
+
 def _check_self_teacher(settings: RunConfig) -> None:
     teacher, kd, credit = settings.self_teacher, settings.kd, settings.credit
     used_by = [
@@ -121,13 +153,18 @@ def _check_self_teacher(settings: RunConfig) -> None:
     ]
     if used_by and teacher.kind == "none":
         raise SettingsError(
-            f"self_teacher.kind: expected frozen, live or ema, whose log-probs {used_by[0]} needs, got none; set e.g. "
-            "self_teacher.kind=frozen self_teacher.views=[answer]"
+            f"self_teacher.kind: expected frozen, live, ema or path, whose log-probs {used_by[0]} needs, got none; set "
+            "e.g. self_teacher.kind=frozen self_teacher.views=[answer]"
         )
     if not set(teacher.views) <= set(VIEWS) or len(set(teacher.views)) < len(teacher.views):
         raise SettingsError(
             f"self_teacher.views: expected some of {list(VIEWS)}, each at most once, got {teacher.views}; set e.g. "
             "self_teacher.views=[answer]"
+        )
+    if "sft" in settings.stages and settings.sft.hinted_share > 0 and not set(teacher.views) - {MEDIA_VIEW}:
+        raise SettingsError(
+            "self_teacher.views: expected one or more hints with a text for sft.hinted_share, which says how many "
+            f"questions are shown with them, got {teacher.views}; set e.g. self_teacher.views=[answer]"
         )
     if teacher.kind == "none":
         return
@@ -136,11 +173,18 @@ def _check_self_teacher(settings: RunConfig) -> None:
             f"self_teacher.kind: expected none, since neither kd.kind nor credit.magnitude nor credit.prune uses a "
             f"self-teacher, got {teacher.kind}; set kd.kind=k1 or credit.magnitude=teacher, or self_teacher.kind=none"
         )
-    if not teacher.views:
+    if teacher.kind == "path" and not teacher.path:
+        raise SettingsError(
+            "self_teacher.path: expected the folder or Hub name of a model with self_teacher.kind=path, got nothing; "
+            "set it, or another self_teacher.kind"
+        )
+    if not teacher.views and teacher.kind != "path":
         raise SettingsError(
             "self_teacher.views: expected one or more hints, without which the self-teacher knows no more than the "
             "student, got none; set e.g. self_teacher.views=[answer]"
         )
+    if asks_judge(settings):
+        check_judge_model(teacher.judge, "self_teacher.judge", "stage 2")
     if kd.kind == "avsd" and len(teacher.views) < 2:
         raise SettingsError(
             "self_teacher.views: expected two or more with kd.kind=avsd, which weighs teachers by their agreement, "
@@ -158,7 +202,7 @@ def _check_self_teacher(settings: RunConfig) -> None:
             "credit.magnitude: expected none if no reward has a weight, since it weights the advantages of the "
             "rewards, got teacher; give a reward a weight, e.g. reward.delta=0.4, or set credit.magnitude=none"
         )
-    if "distill" in settings.stages:
+    if "distill" in settings.stages and set(teacher.views) - {"media"}:
         longest = teacher.max_hint_tokens + settings.rollout.max_new_tokens
         check_room(settings, longest, "a hint of self_teacher.max_hint_tokens and a rollout of rollout.max_new_tokens")
 

@@ -7,9 +7,11 @@ from dataclasses import fields
 from rmsd_fast.config import ACCURACY_STEPS, DIVERGENCES, RunConfig, SettingsError
 from rmsd_fast.setting_rules.uses import (
     has_pool,
+    imitates_in_stage2,
     makes_rollouts,
     quotes_pool,
     rewards_rollouts,
+    shows_hints,
     teaching_steps,
     uses_discriminator,
     uses_frozen_tower,
@@ -30,7 +32,7 @@ _EVALUATED = (
 # Settings of `teacher` that are about the answers of the pool. The others say how to score answers of any kind.
 _OF_POOLS = (
     *("responses", "hinted", "parse", "max_unanswered_share", "min_quality", "filter", "empty_pools", "weighting"),
-    *("weight_power", "open_quality"),
+    *("weight_power", "open_quality", "selection"),
 )
 # Settings of these sections that only matter in training.
 _NOT_EVALUATED = ("evaluate.every_steps", "evaluate.samples", "made.label_share")
@@ -115,7 +117,10 @@ def _of_stages(settings: RunConfig) -> list[_Rule]:
         ),
         (["distill."], not rolls_out and not control, "no stage uses it; add distill to stages"),
         (
-            [f"distill.{name}" for name in ("kl", "kl_coef", "tis_cap", "sequence_mask_cap", "aggregation")],
+            [
+                f"distill.{name}"
+                for name in ("kl", "kl_coef", "tis_cap", "sequence_mask_cap", "aggregation", "sft_coef")
+            ],
             "distill" not in stages,
             "stage distill is not in stages, and the control has no policy loss; add distill to stages",
         ),
@@ -208,14 +213,17 @@ def _of_self_teacher(settings: RunConfig) -> list[_Rule]:
     """Return the rules of the self-teacher and token credit."""
     stages, distill, teacher, credit = settings.stages, settings.distill, settings.self_teacher, settings.credit
     only_magnitude = credit.magnitude == "teacher" and settings.kd.kind == credit.prune == "none"
+    # Stage 1 can show hints without a self-teacher.
+    shown = {"kind", "views", "max_hint_tokens"} if shows_hints(settings) else {"kind"}
+    of_teacher = ["self_teacher.judge.", *(f"self_teacher.{f.name}" for f in fields(teacher) if f.name not in shown)]
     return [
         (
-            ["self_teacher.", "credit.", "kd."],
+            [*of_teacher, "self_teacher.kind", "credit.", "kd."],
             "distill" not in stages,
             "stage distill is not in stages; add it to stages",
         ),
         (
-            [f"self_teacher.{f.name}" for f in fields(settings.self_teacher) if f.name != "kind"],
+            of_teacher,
             settings.self_teacher.kind == "none",
             "self_teacher.kind is none; set self_teacher.kind=frozen",
         ),
@@ -223,6 +231,26 @@ def _of_self_teacher(settings: RunConfig) -> list[_Rule]:
             ["self_teacher.ema_rate", "self_teacher.ema_every"],
             settings.self_teacher.kind != "ema",
             f"self_teacher.kind={settings.self_teacher.kind} has no average; set self_teacher.kind=ema",
+        ),
+        (
+            ["self_teacher.path"],
+            teacher.kind not in ("none", "path"),
+            f"self_teacher.kind={teacher.kind} has the student's weights; set self_teacher.kind=path",
+        ),
+        (
+            ["self_teacher.max_hint_tokens"],
+            not set(teacher.views) - {"media"},
+            "self_teacher.views has no texts; add e.g. answer to self_teacher.views",
+        ),
+        (
+            ["self_teacher.judge."],
+            "feedback" not in teacher.views,
+            "the judge writes feedback, which is not in self_teacher.views; add feedback to self_teacher.views",
+        ),
+        (
+            ["self_teacher.judge."],
+            not teacher.judge.endpoint,
+            "there is no judge; set self_teacher.judge.endpoint",
         ),
         (
             [f"credit.magnitude_{name}" for name in ("clip", "mix", "steps", "topk")],
@@ -238,6 +266,11 @@ def _of_self_teacher(settings: RunConfig) -> list[_Rule]:
             [f"credit.prune_{name}" for name in ("topk", "overlap", "decay", "floor")],
             settings.credit.prune == "none",
             "credit.prune is none; set credit.prune=overlap",
+        ),
+        (
+            ["credit.uncertainty_lr_factor"],
+            settings.credit.uncertainty == "none",
+            "credit.uncertainty is none; set credit.uncertainty=task",
         ),
         (
             ["credit.position", "credit.position_least", "credit.position_start", "credit.position_width"],
@@ -284,6 +317,8 @@ def _of_pools(settings: RunConfig) -> list[_Rule]:
     matched = judged or drops or settings.reward.unlabeled == "teacher"
     # The best answer is chosen among those that can be matched.
     chosen = matched or quotes_pool(settings)
+    late = imitates_in_stage2(settings)
+    selects = late or ({"sft", "control"} & set(stages) and settings.sft.responses == "best")
     # If a pool is needed, its absence is the fault.
     poolless = not has_pool(settings) and not uses_pool(settings)
     return [
@@ -315,8 +350,18 @@ def _of_pools(settings: RunConfig) -> list[_Rule]:
         ),
         (
             ["teacher.filter"],
-            settings.teacher.filter == "imitation" and "sft" not in stages and not control,
+            settings.teacher.filter == "imitation" and "sft" not in stages and not control and not late,
             "no stage imitates; set teacher.filter=none",
+        ),
+        (
+            ["teacher.selection"],
+            not selects,
+            "no stage imitates the best response; set distill.sft_coef, or sft.responses=best with stage sft",
+        ),
+        (
+            ["teacher.selection"],
+            settings.teacher.responses == 1 and not settings.teacher.hinted,
+            "with teacher.responses=1 there is nothing to choose from; set teacher.responses=2 or more",
         ),
         (
             ["teacher.numeric_eps"],

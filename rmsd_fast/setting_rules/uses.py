@@ -22,6 +22,11 @@ def uses_ema(settings: RunConfig) -> bool:
     return "distill" in settings.stages and settings.self_teacher.kind == "ema"
 
 
+def uses_other_teacher(settings: RunConfig) -> bool:
+    """Return whether the self-teacher of stage 2 is a model of its own."""
+    return "distill" in settings.stages and settings.self_teacher.kind == "path"
+
+
 def weighs_magnitude(settings: RunConfig, step: int) -> bool:
     """Return whether the magnitude weights of a step of stage 2, counted from 0, may differ from 1."""
     credit = settings.credit
@@ -67,10 +72,47 @@ def teaching_steps(settings: RunConfig) -> int:
     return next((step for step in range(steps) if not teaches(settings, step)), steps)
 
 
-def quotes_pool(settings: RunConfig) -> bool:
-    """Return whether the self-teacher is told answers of the teacher pool."""
+def reads_hints(settings: RunConfig) -> bool:
+    """Return whether stage 2 has a self-teacher that is told anything."""
     teacher = settings.self_teacher
-    return "distill" in settings.stages and teacher.kind != "none" and "best_answer" in teacher.views
+    return "distill" in settings.stages and teacher.kind != "none" and bool(teacher.views)
+
+
+def asks_judge(settings: RunConfig) -> bool:
+    """Return whether a judge writes feedback about each rollout of stage 2."""
+    teacher = settings.self_teacher
+    return reads_hints(settings) and "feedback" in teacher.views and bool(teacher.judge.endpoint)
+
+
+def shows_media(settings: RunConfig) -> bool:
+    """Return whether the self-teacher of stage 2 is shown other media than the student."""
+    return reads_hints(settings) and "media" in settings.self_teacher.views
+
+
+def question_views(settings: RunConfig) -> list[str]:
+    """Return the views of `self_teacher.views` that are about questions, and not about rollouts."""
+    return [view for view in settings.self_teacher.views if view != "feedback" or not asks_judge(settings)]
+
+
+def shows_hints(settings: RunConfig) -> bool:
+    """Return whether a stage shows hints to a model: stage 2 to the self-teacher, or stage 1 to the student."""
+    return reads_hints(settings) or ("sft" in settings.stages and settings.sft.hinted_share > 0)
+
+
+def quotes_pool(settings: RunConfig) -> bool:
+    """Return whether hints contain answers of the teacher pool."""
+    return shows_hints(settings) and "best_answer" in settings.self_teacher.views
+
+
+def imitates_in_stage2(settings: RunConfig) -> bool:
+    """Return whether the loss of stage 2 contains the cross entropy of teacher responses."""
+    return "distill" in settings.stages and settings.distill.sft_coef > 0
+
+
+def aligns_imitation(settings: RunConfig) -> bool:
+    """Return whether stage 1 and the control choose the imitated responses by their overlap with the student."""
+    imitates = bool({"sft", "control"} & set(settings.stages))
+    return imitates and settings.sft.responses == "best" and settings.teacher.selection == "aligned"
 
 
 def has_pool(settings: RunConfig) -> bool:
@@ -82,13 +124,32 @@ def uses_pool(settings: RunConfig) -> bool:
     """Return whether the run cannot do without a teacher pool."""
     imitates = bool({"sft", "control"} & set(settings.stages))
     chosen = settings.reward.unlabeled == "teacher" or settings.teacher.empty_pools == "drop"
-    return imitates or chosen or quotes_pool(settings) or uses_discriminator(settings)
+    read = imitates_in_stage2(settings) or quotes_pool(settings)
+    return imitates or chosen or read or uses_discriminator(settings)
 
 
 def weights_tokens(settings: RunConfig) -> bool:
     """Return whether the tokens of a rollout may have different advantages."""
     credit = settings.credit
-    return settings.kd.kind != "none" or {credit.magnitude, credit.position, credit.prune} != {"none"}
+    return settings.kd.kind != "none" or {credit.magnitude, credit.position, credit.prune, credit.uncertainty} != {
+        "none"
+    }
+
+
+def loss_terms(settings: RunConfig) -> list[str]:
+    """Return the terms of stage 2's loss that `credit.uncertainty` weighs: some of pg, kd and sft, in this order."""
+    used = {
+        "pg": rewards_rollouts(settings) or settings.reward.kl_in_reward > 0,
+        "kd": settings.kd.kind != "none",
+        "sft": imitates_in_stage2(settings),
+    }
+    return [name for name, is_used in used.items() if is_used]
+
+
+def uncertainty_lr_factor(settings: RunConfig) -> float:
+    """Return the learning rate of log-variances as a multiple of that of the policy (defaults: arXiv 2603.21426)."""
+    credit = settings.credit
+    return credit.uncertainty_lr_factor or {"task": 1000.0, "instance": 10.0}[credit.uncertainty]
 
 
 def rewards_rollouts(settings: RunConfig) -> bool:
@@ -123,6 +184,18 @@ def uses_servers(settings: RunConfig) -> bool:
 def warm_up_steps(settings: RunConfig) -> int:
     """Return the number of steps of the warm-up, 0 without one. Stage 2 continues to count rollout steps from there."""
     return settings.discriminator.warm_up_steps if "warm_up" in settings.stages else 0
+
+
+def stage_sizes(settings: RunConfig) -> dict[str, tuple[int, int]]:
+    """Return steps and questions per step of each stage of a run."""
+    late = settings.distill
+    sizes = {
+        "sft": (settings.sft.steps, settings.sft.batch_size),
+        "control": (late.steps, late.batch_size),
+        "warm_up": (settings.discriminator.warm_up_steps, late.batch_size),
+        "distill": (late.steps, late.batch_size),
+    }
+    return {stage: size for stage, size in sizes.items() if stage in settings.stages}
 
 
 def rollout_steps(settings: RunConfig) -> range:

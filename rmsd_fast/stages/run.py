@@ -39,6 +39,7 @@ from rmsd_fast.runtime.metrics import MetricsLog, PhaseTimer, peak_mib
 from rmsd_fast.runtime.moving_average import MovingAverage
 from rmsd_fast.runtime.process_group import World, all_gather_objects, any_rank, global_max, global_sum, on_main
 from rmsd_fast.runtime.stop_signal import StopSignal
+from rmsd_fast.runtime.term_weights import TermWeights
 from rmsd_fast.setting_rules.uses import uses_vllm
 from rmsd_fast.settings import settings_as_dict
 from rmsd_fast.stages import held_out
@@ -52,8 +53,8 @@ from rmsd_kernels import native
 log = logging.getLogger("rmsd_fast")
 
 LOGS = ("rollouts", "bad_media", "skipped")
-# What a checkpoint contains of each model, by name. Only engines have a learning rate.
-Saved = Engine | MovingAverage
+# What a checkpoint contains, by name. The average has no learning rate.
+Saved = Engine | MovingAverage | TermWeights
 # A stage's step takes the state, this process's prompts, and the step within the stage, counted from 0.
 Step = Callable[[StageState, list[Prompt], int], StepResult]
 PACKAGES = (

@@ -39,10 +39,10 @@ def set_token_advantages(groups: list[RolloutGroup], settings: RunConfig, *, ste
     names = ("gap", "size", "clipped", "weighted", "limited", "tokens", "hinted", "overlap", "prune")
     totals = dict.fromkeys(names, 0.0)
     for group in groups:
-        group.token_advantages, group.token_weights = [], []
+        group.token_advantages, group.token_terms, group.token_weights = [], [], []
         for i, rollout in enumerate(group.rollouts):
-            advantage = group.advantages[i].expand(len(rollout.token_ids))
-            if i < len(group.teacher_logp):
+            advantage, distilled = group.advantages[i].expand(len(rollout.token_ids)), None
+            if i < len(group.teacher_logp) and len(group.teacher_logp[i]):
                 teacher_logp = group.teacher_logp[i]
                 gap = (teacher_logp - rollout.logp).mean(dim=0)
                 added = torch.zeros_like(gap)
@@ -57,17 +57,19 @@ def set_token_advantages(groups: list[RolloutGroup], settings: RunConfig, *, ste
                     totals["weighted"] += float((advantage != 0).sum())
                     advantage = advantage * weights
                 if kd.kind in ("k1", "avsd"):
-                    advantage = advantage + kd.coef * added
+                    distilled = kd.coef * added
                 totals["limited"] += float((added.abs() == kd.gap_clip).sum())
                 totals["gap"] += float(gap.double().sum())
                 totals["size"] += float(gap.double().abs().sum())
                 totals["tokens"] += len(gap)
                 totals["hinted"] += 1
-            weights = _token_weights(group, i, credit, totals)
+            terms = {"pg": advantage} if distilled is None else {"pg": advantage, "kd": distilled}
+            advantage, weights = sum(terms.values()), _token_weights(group, i, credit, totals)
             if weights is not None:
-                advantage = advantage * weights
+                advantage, terms = advantage * weights, {name: term * weights for name, term in terms.items()}
                 group.token_weights.append(weights)
             group.token_advantages.append(advantage)
+            group.token_terms.append(terms)
     # A step without the self-teacher has no share of hinted rollouts.
     asked = sum(len(group.rollouts) for group in groups) if teaches(settings, step) else 0
     return _record(totals, asked, settings)
@@ -96,7 +98,7 @@ def _token_weights(group: RolloutGroup, i: int, credit: CreditConfig, totals: di
     if credit.prune == "none":
         return weights
     weights = torch.ones(length) if weights is None else weights
-    if group.teacher_top:
+    if group.teacher_top and group.teacher_top[i] is not None:
         k = credit.prune_topk
         overlap = overlap_shares(group.student_top[i].ids, group.teacher_top[i].ids[:, :k])
         pruned = prune_weights(

@@ -70,5 +70,6 @@ def _wanted(group: RolloutGroup, rollout: int, top: int) -> torch.Tensor:
     """Return the self-teacher's tokens and the sampled one at each position, int64 [R, top + 1]."""
     own = group.rollouts[rollout].token_ids.unsqueeze(1)
     # Without a hint, the results are not used.
-    others = group.teacher_top[rollout].ids if group.teacher_top else own.expand(-1, top)
+    ranked = group.teacher_top[rollout] if group.teacher_top else None
+    others = own.expand(-1, top) if ranked is None else ranked.ids
     return torch.cat([others, own], dim=1)

@@ -9,11 +9,12 @@ w_t is the token's weight (`credit.*`), 0 for rollouts without a hint, and divid
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
+from rmsd_fast.config import DIVERGENCES, RunConfig, SettingsError
 from rmsd_fast.data.transfer import to_device
 from rmsd_fast.losses import PolicyLoss, linear_divergence
 from rmsd_fast.setting_rules.uses import has_policy_gradient
@@ -21,12 +22,15 @@ from rmsd_fast.stages.groups import RolloutGroup
 from rmsd_fast.stages.state import StageState
 
 
-class Distilled(NamedTuple):
-    """A policy loss with the divergence added, and the sums over tokens of w_t * divergence and of w_t, detached."""
-
-    result: PolicyLoss
-    divergence: Tensor
-    weight: Tensor
+def check_same_vocabulary(settings: RunConfig, teacher: PretrainedConfig, student: PretrainedConfig) -> None:
+    """Raise SettingsError if a divergence cannot compare a teacher with the student, entry by entry."""
+    sizes = [config.text_config.vocab_size for config in (teacher, student)]
+    if settings.kd.kind in DIVERGENCES and sizes[0] != sizes[1]:
+        raise SettingsError(
+            f"kd.kind={settings.kd.kind}: expected a model in self_teacher.path whose head has {sizes[1]:,} rows, like "
+            f"the student's, got {sizes[0]:,}; set kd.kind=k1, which compares only sampled tokens, or choose another "
+            "model"
+        )
 
 
 def add_divergence(
@@ -37,8 +41,10 @@ def add_divergence(
     *,
     teacher_head: Tensor | None,
     normalizer: float,
-) -> Callable[[Tensor, Tensor, Tensor], Distilled]:
+) -> Callable[[Tensor, Tensor, Tensor], PolicyLoss]:
     """Return a loss for a pass of the policy that adds the divergence to `loss`.
+
+    Its metrics have two more sums over tokens: of w_t * divergence (`divergence`) and of w_t (`divergence_weight`).
 
     Args:
         state: state of the stage.
@@ -49,7 +55,8 @@ def add_divergence(
         normalizer: divisor of the policy loss.
     """
     settings, kd = state.settings, state.settings.kd
-    width, dtype = state.student.model.config.text_config.hidden_size, state.student.model.dtype
+    dtype = state.student.model.dtype
+    width = state.student.model.config.text_config.hidden_size if teacher_head is None else teacher_head.shape[1]
     states, weights = [], []
     for i, r in rollouts:
         group, length = groups[i], len(groups[i].rollouts[r].token_ids)
@@ -57,13 +64,13 @@ def add_divergence(
         if settings.distill.aggregation == "sequence_mean":
             weight = weight / length
         # Rows without a hint are skipped, so their hidden states are not read.
-        hinted = bool(group.teacher_hidden)
-        states.append(group.teacher_hidden[r] if hinted else torch.zeros(length, width, dtype=dtype))
-        weights.append(weight.float() if hinted else torch.zeros(length))
+        told = group.teacher_hidden[r] if group.teacher_hidden else None
+        states.append(torch.zeros(length, width, dtype=dtype) if told is None else told)
+        weights.append(torch.zeros(length) if told is None else weight.float())
     teacher_hidden, token_weights = to_device([torch.cat(states), torch.cat(weights)], state.world.device)
     learns = has_policy_gradient(settings)
 
-    def add(hidden: Tensor, weight: Tensor, targets: Tensor) -> Distilled:
+    def add(hidden: Tensor, weight: Tensor, targets: Tensor) -> PolicyLoss:
         # Without rewards, all advantages are 0, and the policy loss is computed only for its metrics.
         result = loss(hidden, weight, targets) if learns else loss(hidden.detach(), weight.detach(), targets)
         divergence = linear_divergence(
@@ -77,7 +84,7 @@ def add_divergence(
             token_weights=token_weights,
             normalizer=normalizer,
         )
-        total = result._replace(loss=result.loss + kd.coef * divergence)
-        return Distilled(total, divergence.detach() * normalizer, token_weights.sum())
+        sums = {"divergence": divergence.detach() * normalizer, "divergence_weight": token_weights.sum()}
+        return PolicyLoss(result.loss + kd.coef * divergence, result.metrics | sums)
 
     return add

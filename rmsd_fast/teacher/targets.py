@@ -10,7 +10,7 @@ import torch
 from rmsd_fast.config import TeacherConfig
 from rmsd_fast.data.records import Question
 from rmsd_fast.method.answers import CLOSED_TASKS
-from rmsd_fast.method.matching import best_response, matching_probabilities, passes_filter, uniform
+from rmsd_fast.method.matching import draw_response, matching_probabilities, passes_filter, top_responses, uniform
 from rmsd_fast.teacher.scores import ScoredResponse, Scores
 
 # Reasons of invalid answers that no setting makes usable: their text is incomplete, or a tokenizer cannot encode it.
@@ -30,6 +30,8 @@ class Targets:
         weight: weight of each answer's pairs in the discriminator loss, float32 [K].
         valid: K flags.
         imitate: indices of the answers that stage 1 imitates; empty if there are none.
+        top: indices of the answers of highest quality among those that may be imitated, from which
+            `teacher.selection` chooses T_sel; empty if there are none.
     """
 
     answers: tuple[ScoredResponse, ...]
@@ -38,6 +40,7 @@ class Targets:
     weight: torch.Tensor
     valid: tuple[bool, ...]
     imitate: tuple[int, ...]
+    top: tuple[int, ...]
 
     @property
     def has_teacher(self) -> bool:
@@ -111,6 +114,7 @@ def _targets_of(
         weight=weight,
         valid=tuple(answer.valid and use for answer, use in zip(answers, usable, strict=True)),
         imitate=_imitated(quality, imitable, question.id, seed, imitate),
+        top=tuple(top_responses(quality, imitable)),
     )
 
 
@@ -121,5 +125,5 @@ def _imitated(
     if imitate == "all" or not candidates:
         return tuple(candidates)
     if imitate == "best":
-        return (best_response(quality, imitable, seed=seed, question_id=question_id),)
+        return (draw_response(top_responses(quality, imitable), seed=seed, question_id=question_id),)
     return (candidates[int(uniform("imitate", seed, 0, question_id, index=0) * len(candidates))],)

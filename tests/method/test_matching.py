@@ -10,13 +10,17 @@ import pytest
 import torch
 
 from rmsd_fast.method.matching import (
+    TOP_TOKENS,
+    aligned_response,
     best_response,
     expected_pairs,
     matching_probabilities,
     order_pairs,
+    overlap,
     passes_filter,
     sample_matches,
     sampled_pairs,
+    top_responses,
     uniform,
 )
 from rmsd_kernels.reference import pairwise_discriminator_loss
@@ -288,3 +292,24 @@ def test_invalid_groups():
         sampled_pairs([1], [torch.tensor([2])], q)
     with pytest.raises(ValueError, match="num_rollouts"):
         expected_pairs([-1], q, q)
+
+
+def test_overlap_counts_the_tokens_among_the_16_most_probable():
+    assert TOP_TOKENS == 16
+    assert overlap(torch.tensor([0, 15, 16, 500])) == 0.5
+    # A student that is certain of each token of a response has an overlap of 1 with it.
+    assert overlap(torch.zeros(7, dtype=torch.int64)) == 1
+    assert overlap(torch.tensor([16])) == 0
+
+
+def test_the_aligned_response_is_the_nearest_of_the_best():
+    assert top_responses([0.5, 1.0, 1.0, 1.0], [True, True, False, True]) == [1, 3]
+    assert top_responses([], []) == []
+    assert aligned_response([1, 3], [0.2, 0.7], seed=0, question_id="q") == 3
+    assert aligned_response([1, 3], [0.7, 0.2], seed=5, question_id="q") == 1
+    assert aligned_response([], [], seed=0, question_id="q") is None
+    # Ties are those of the best response.
+    ties = [aligned_response([1, 3, 4], [0.5, 0.2, 0.5], seed=0, question_id=str(i)) for i in range(400)]
+    assert 150 < ties.count(1) < 250 and ties.count(3) == 0
+    same = [aligned_response([0, 2], [0.5, 0.5], seed=0, question_id=str(i)) for i in range(50)]
+    assert same == [best_response([1, 0, 1], [True] * 3, seed=0, question_id=str(i)) for i in range(50)]

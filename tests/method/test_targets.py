@@ -44,6 +44,15 @@ def test_quality_filter_and_matching_by_hand():
     # tau = 0.3 keeps the first two, with p = q / 1.5.
     assert t.p.tolist() == pytest.approx([2 / 3, 1 / 3, 0, 0])
     assert t.valid == (True, True, True, False) and t.imitate == (0,) and t.has_teacher
+    assert t.top == (0,)
+
+
+def test_the_best_answers_may_be_imitated():
+    texts = [answer("0.0 to 5.0"), answer("0.0 to 5.0"), answer("0.0 to 10.0<bad>"), answer("0.0 to 5.0")]
+    assert targets(texts).top == (0, 1, 3)
+    # The filter applies to them, unless it applies only to matching.
+    assert targets(texts, min_quality=0.6).top == ()
+    assert targets(texts, min_quality=0.6, filter="matching").top == (0, 1, 3)
 
 
 def test_stage_1_may_imitate_every_response_that_passes_the_filter():

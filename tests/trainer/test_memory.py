@@ -178,6 +178,58 @@ def test_the_plan_counts_a_divergence(simple_counts, monkeypatch):
     assert found[1] - found[0] == 16 * vocabulary * 2 + (16 + vocabulary) * width * 2 + 2
 
 
+def test_the_plan_counts_a_teacher_of_its_own_and_other_media(tmp_path):
+    taught = ["kd.kind=k1", "reward.alpha=0", STAGES, "micro_tokens=40000"]
+    larger = config_4b()
+    larger["text_config"] |= dict(vocab_size=512, hidden_size=128, num_hidden_layers=2)
+    larger["vision_config"] |= dict(depth=2, hidden_size=64, out_hidden_size=128, deepstack_visual_indexes=[0, 1])
+    (tmp_path / "config.json").write_text(json.dumps(larger))
+    size = count_parameters(larger, ModelConfig())
+
+    def phases(*overrides, zero=2):
+        settings = load_settings("rmsd_qwen3vl_4b", [*taught, *overrides, f"runtime.zero_stage={zero}"])
+        return plan_memory(settings, CONFIG, processes=2, device="cuda").stages["distill"].phases
+
+    live = phases("self_teacher.kind=live", "self_teacher.views=[answer]")
+    for zero in (2, 3):
+        plain = phases("self_teacher.kind=live", "self_teacher.views=[answer]", zero=zero)
+        other = phases("self_teacher.kind=path", f"self_teacher.path={tmp_path}", zero=zero)
+        # Its weights are in bfloat16, whole, and there in all phases.
+        for name in ("policy", "rollout", "teacher"):
+            assert other[name]["weights"] - plain[name]["weights"] == 2 * size.total
+    # A token has the features of three layers of 128 numbers, and the student's of two layers of 64 are kept.
+    features = {name: phase.get("vision", 0) for name, phase in other.items()}
+    tokens, rest = divmod(features["teacher"] - plain["teacher"]["vision"], 2 * 3 * 128)
+    assert tokens > 1000 and rest == 0
+    assert "teacher vision" in other and "teacher vision" not in live
+    # With other media, frames and features of a step exist twice.
+    shown = phases("self_teacher.kind=live", "self_teacher.views=[answer,media]")
+    assert shown["teacher"]["vision"] == 2 * live["teacher"]["vision"]
+    cache = 1024 * 2**20
+    assert shown["policy"]["media"] - cache == 2 * (live["policy"]["media"] - cache)
+
+
+def test_the_plan_counts_imitated_responses():
+    plans, size = {}, count_parameters(CONFIG, ModelConfig())
+    # Each process has one question.
+    common = ["reward.alpha=0", STAGES, "micro_tokens=40000", "distill.batch_size=2"]
+    for selection in ("", "quality", "aligned"):
+        named = [f"teacher.selection={selection}", "distill.sft_coef=0.05"] if selection else []
+        settings = load_settings("rmsd_qwen3vl_4b", [*common, *named])
+        plans[selection] = memory._Planner(settings, CONFIG, size, 2, "cuda", "distill").distillation().phases
+    plain, imitates, aligned = plans.values()
+    # A response of 1,024 tokens, with the hidden states of all responses once more and a second gradient of the head.
+    scored = 8 * 1024 + 1024
+    assert imitates["policy"][HEADS] - plain["policy"][HEADS] >= 2 * 64 * (512 + scored)
+    for phase in ("policy", "reference"):
+        assert imitates[phase][ACTIVATIONS] > plain[phase][ACTIVATIONS]
+    assert "selection" not in imitates
+    # Four answers are read without a gradient, of 9 responses that the reference reads.
+    assert 0 < aligned["selection"][ACTIVATIONS] < imitates["reference"][ACTIVATIONS]
+    settings = load_settings("rmsd_qwen3vl_4b", ["stages=[sft]", "teacher.selection=aligned"])
+    assert "selection" in memory._Planner(settings, CONFIG, size, 2, "cuda", "sft").imitation().phases
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("adapter", ["none", "lora"])
 def test_the_count_equals_what_autograd_saves(dtype, adapter):

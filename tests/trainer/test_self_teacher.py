@@ -11,12 +11,12 @@ from functools import partial
 import pytest
 import torch
 from material import tiny_material, tiny_settings
+from separate_rows import plain_logits, plain_logp, step_gradients
 from torch.utils._python_dispatch import TorchDispatchMode
 from train_runs import only_run, run_train
 
 from rmsd_fast.config import DIVERGENCES, RewardConfig, SettingsError
 from rmsd_fast.data.errors import DataError
-from rmsd_fast.data.preprocess import video_patches
 from rmsd_fast.data.records import write_questions
 from rmsd_fast.losses import linear_logprob
 from rmsd_fast.models.families.qwen2_5_vl import QWEN2_5_VL
@@ -28,7 +28,7 @@ from rmsd_fast.runtime.moving_average import MovingAverage
 from rmsd_fast.runtime.process_group import start, stop
 from rmsd_fast.setting_rules.uses import rewards_rollouts
 from rmsd_fast.settings import load_settings
-from rmsd_fast.stages import distill, vocabulary
+from rmsd_fast.stages import distill, sft, vocabulary
 from rmsd_fast.stages.build import build_distillation, build_imitation
 from rmsd_fast.stages.hints import read_hints
 from rmsd_fast.stages.material import prepare_material
@@ -93,41 +93,9 @@ def trained(folder, material, world):
     return state, prompts, before, copy.deepcopy(state.student.model)
 
 
-def step_gradients(state, prompts, monkeypatch, number=1):
-    """Return groups, metrics and policy gradients of a step, which is not applied."""
-    found = {}
-
-    def keep(engines):
-        named = state.policy.module.model.named_parameters()
-        found.update({name: p.grad.clone() for name, p in named if p.grad is not None})
-        for engine in engines:
-            engine.discard()
-        return [0.0] * len(engines), True
-
-    monkeypatch.setattr(distill, "apply_or_discard", keep)
-    result = distill.step(state, prompts, number)
-    return result.groups, result.metrics, found
-
-
-def plain_logits(model, prompt, ids, response):
-    """Return logits that predict a response after `ids`, float64 [R, V], by transformers on one row with own pixels."""
-    pixels = torch.cat([video_patches(frames.pixels, frames.preprocessor) for frames in prompt.media])
-    row = torch.cat([ids, response])
-    types = torch.zeros_like(row)
-    types[: len(prompt.mm_token_type_ids)] = prompt.mm_token_type_ids
-    types = types[: len(row)]
-    return model(
-        input_ids=row[None],
-        mm_token_type_ids=types[None],
-        pixel_values_videos=pixels.double(),
-        video_grid_thw=torch.tensor([frames.grid_thw for frames in prompt.media]),
-    ).logits[0, len(ids) - 1 : -1]
-
-
-def plain_logp(model, prompt, ids, response, temperature):
-    """Return log-probs of a response after `ids`, float64 [R]."""
-    logits = plain_logits(model, prompt, ids, response)
-    return torch.log_softmax(logits / temperature, -1).gather(1, response[:, None])[:, 0]
+def told(material, state, settings, world):
+    """Return what the self-teacher is told."""
+    return read_hints(material, state.builder, state.targets, settings, world)
 
 
 def plain_divergence(kind, teacher, student, bound):
@@ -204,7 +172,7 @@ def test_gradients_equal_separate_rows_in_float64(trained, material, world, monk
     state, prompts, before, after = trained
     kind, views, changes = METHODS[method]
     with_settings(state, kind, views, changes)
-    state.hints = read_hints(material, state.builder, state.targets, state.settings, world)
+    state.hints = told(material, state, state.settings, world)
     groups, metrics, gradients = step_gradients(state, prompts, monkeypatch)
     assert any(float(group.advantages.abs().max()) > 0.1 for group in groups)
     models = {name: copy.deepcopy(model).double() for name, model in (("live", after), ("frozen", before))}
@@ -233,7 +201,7 @@ def test_gradients_equal_separate_rows_in_float64(trained, material, world, monk
                 led = [torch.cat([ids[:end], hint, ids[end:]]) for hint in hints]
                 views_logp = [plain_logp(models[kind], group.prompt, i, rollout.token_ids, temperature) for i in led]
                 if led:
-                    told = plain_logits(models[kind], group.prompt, led[0], rollout.token_ids)
+                    hinted_z = plain_logits(models[kind], group.prompt, led[0], rollout.token_ids)
                     untold = plain_logits(policy, group.prompt, ids, rollout.token_ids)
             misses = 0
             weights, positions = [], []
@@ -255,14 +223,14 @@ def test_gradients_equal_separate_rows_in_float64(trained, material, world, monk
                         sign = math.copysign(1, advantage) if advantage else 0
                         if credit.magnitude_topk:
                             own_id = int(rollout.token_ids[t])
-                            union = sorted({*told[t].topk(credit.magnitude_topk).indices.tolist(), own_id})
+                            union = sorted({*hinted_z[t].topk(credit.magnitude_topk).indices.tolist(), own_id})
                             at = union.index(own_id)
-                            log_q, log_p = (torch.log_softmax(x[t, union] / temperature, 0) for x in (told, untold))
+                            log_q, log_p = (torch.log_softmax(x[t, union] / temperature, 0) for x in (hinted_z, untold))
                             gap = float(log_q[at] - log_p[at])
                         clip = credit.magnitude_clip
                         u = 1 - share + share * min(max(math.exp(sign * gap), 1 - clip), 1 + clip)
                     if credit.prune == "overlap":
-                        best = [set(x[t].topk(credit.prune_topk).indices.tolist()) for x in (told, untold)]
+                        best = [set(x[t].topk(credit.prune_topk).indices.tolist()) for x in (hinted_z, untold)]
                         overlaps.append(len(best[0] & best[1]) / credit.prune_topk)
                         misses += overlaps[-1] < credit.prune_overlap
                         w = max(1 - 0.2 * misses, 0) + 0.5
@@ -279,7 +247,7 @@ def test_gradients_equal_separate_rows_in_float64(trained, material, world, monk
             if kd.kind in DIVERGENCES and views_logp:
                 heat, bound = kd.temperature or temperature, kd.vocab_clip or math.inf
                 untold = plain_logits(policy, group.prompt, ids, rollout.token_ids)
-                divergence = plain_divergence(kd.kind, told / heat, untold / heat, bound)
+                divergence = plain_divergence(kd.kind, hinted_z / heat, untold / heat, bound)
                 positions = torch.tensor(positions, dtype=torch.float64)
                 of_rollout = of_rollout + kd.coef * positions * divergence
                 divergences += share * float((positions * divergence.detach()).sum())
@@ -315,7 +283,7 @@ def test_the_teacher_pass_does_not_depend_on_micro_batches(trained, material, wo
     for tokens in (4000, max(len(prompt.input_ids) for prompt in prompts) + 80):
         with_settings(state, "frozen", ["reasoning", "answer"], {"kd.kind": "avsd"}, "credit.magnitude=teacher")
         state.settings.micro_tokens = tokens
-        state.hints = read_hints(material, state.builder, state.targets, state.settings, world)
+        state.hints = told(material, state, state.settings, world)
         found.append(step_gradients(state, prompts, monkeypatch)[1:])
         found[-1][0]["passes"] = len(calls)
     (expected, gradients), (metrics, others) = found
@@ -430,7 +398,7 @@ def test_unusable_hints_are_counted_or_refused(trained, material, world, caplog)
         settings = tiny_settings(state.settings.made.folder, *SMALL, "self_teacher.kind=live", *overrides)
         if not rewards:
             settings.reward = RewardConfig(alpha=0, beta=0, eta=0, delta=0)
-        return read_hints(material, state.builder, state.targets, settings, world)
+        return told(material, state, settings, world)
 
     with pytest.raises(
         SettingsError, match=r"self_teacher.views: expected hints that the training questions have, got"
@@ -440,7 +408,7 @@ def test_unusable_hints_are_counted_or_refused(trained, material, world, caplog)
         read("self_teacher.views=[reasoning]", "self_teacher.max_hint_tokens=9")
     # The reasoning is longer than the answers.
     answers = read("self_teacher.views=[answer]")
-    most = max(len(state.builder.encode_hint(text, max_tokens=99)) for (text,) in answers.values())
+    most = max(len(state.builder.encode_hint(hint.text, max_tokens=99)) for (hint,) in answers.values())
     views = ["self_teacher.views=[reasoning,answer]", "kd.kind=avsd", f"self_teacher.max_hint_tokens={most}"]
     assert read(*views, "data.max_bad_share=1") == answers
     # A quarter of the questions has no cue. Rewards teach them something; without rewards, nothing does.
@@ -460,12 +428,68 @@ def test_times_of_late_parts_need_a_student_that_knows_times(trained, material, 
     )
     late = [replace(q, hints=HINTS, spans=((5.0, 8.0),)) for q in material.train]
     assert state.builder.states_times
-    read_hints(replace(material, train=late), state.builder, state.targets, settings, world)
+    told(replace(material, train=late), state, settings, world)
     monkeypatch.setattr(state.builder, "_family", QWEN2_5_VL)
     with pytest.raises(DataError, match="expected no window, since the part shown starts at 5 s of the file"):
-        read_hints(replace(material, train=late), state.builder, state.targets, settings, world)
+        told(replace(material, train=late), state, settings, world)
     early = [replace(q, hints=HINTS, spans=((0.0, 8.0),)) for q in material.train]
-    read_hints(replace(material, train=early), state.builder, state.targets, settings, world)
+    told(replace(material, train=early), state, settings, world)
+
+
+def test_stage_1_with_hints_equals_separate_rows_in_float64(folder, material, world, monkeypatch):
+    overrides = ("self_teacher.views=[cue]", "kd.kind=none", "sft.hinted_share=1", "sft.responses=all")
+    settings = tiny_settings(folder, *SMALL, *overrides)
+    state = build_imitation(material.model_path, settings, world, material, stage="sft")
+    # The first question has no cue.
+    prompts = [state.builder.build(q) for q in material.train[:3]]
+    answers = [
+        [state.targets[p.question.id].answers[k].text for k in state.targets[p.question.id].imitate] for p in prompts
+    ]
+    assert min(map(len, answers)) > 1
+    model = copy.deepcopy(state.student.model).double()
+    disable_shared_prefix(model)
+    total, tokens = 0.0, 0
+    for prompt, texts in zip(prompts, answers, strict=True):
+        end = int((prompt.input_ids == state.builder.eos_id).nonzero()[-1])
+        hint = "".join(f"\n{text}" for text in hint_of(prompt.question, ["cue"]))
+        ids = torch.tensor(state.builder.tokenizer(hint)["input_ids"], dtype=torch.int64)
+        ids = torch.cat([prompt.input_ids[:end], ids, prompt.input_ids[end:]])
+        for text in texts:
+            response = state.builder.encode_response(text)
+            total, tokens = total - plain_logp(model, prompt, ids, response, 1.0).sum(), tokens + len(response)
+    (total / tokens).backward()
+    expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    found = {}
+
+    def keep(engines):
+        found.update({name: p.grad.clone() for name, p in state.policy.module.model.named_parameters()})
+        engines[0].discard()
+        return [0.0], True
+
+    monkeypatch.setattr(sft, "apply_or_discard", keep)
+    metrics = sft.step(state, prompts, 0).metrics
+    assert metrics["loss"] == pytest.approx(float(total.detach()) / tokens, rel=1e-5)
+    for name, gradient in found.items():
+        if gradient is not None and name in expected:
+            error = float((gradient.double() - expected[name]).norm() / (expected[name].norm() + 1e-9))
+            assert error < 1e-4, name
+
+
+def test_each_step_draws_the_questions_that_are_shown_with_hints(folder, material, world):
+    overrides = ("self_teacher.views=[answer]", "kd.kind=none", "sft.hinted_share=0.5")
+    settings = tiny_settings(folder, *SMALL, *overrides)
+    state = build_imitation(material.model_path, settings, world, material, stage="sft")
+    prompts = [state.builder.build(q) for q in material.train[:3] if state.targets[q.id].imitate]
+    drawn = []
+    for number in range(60):
+        bodies, leads = sft._with_hints(state, prompts, [[torch.empty(1)]] * len(prompts), number)
+        plain = [len(p.input_ids) - len(body.input_ids) for p, body in zip(prompts, bodies, strict=True)]
+        drawn.append([len(of[0]) > n for of, n in zip(leads, plain, strict=True)])
+    share = torch.tensor(drawn).double().mean(dim=0)
+    assert ((share > 0.25) & (share < 0.75)).all() and len(set(map(tuple, drawn))) > 2
+    # The control of stage 2 imitates without hints.
+    control = build_imitation(material.model_path, settings, world, material, stage="control")
+    assert control.hinted_share == 0
 
 
 def test_missing_hints_are_reported_before_stage_1(folder, material, world):
@@ -488,7 +512,7 @@ def test_missing_hints_are_reported_before_stage_1(folder, material, world):
     [
         (
             ["kd.kind=k1"],
-            r"self_teacher.kind: expected frozen, live or ema, whose log-probs kd.kind=k1 needs, got none",
+            r"self_teacher.kind: expected frozen, live, ema or path, whose log-probs kd.kind=k1 needs, got none",
         ),
         (["credit.magnitude=teacher"], r"self_teacher.kind: expected frozen, .* credit.magnitude=teacher needs"),
         (["self_teacher.kind=live", "self_teacher.views=[answer]"], "self_teacher.kind: expected none, since neither"),
@@ -581,6 +605,15 @@ def test_missing_hints_are_reported_before_stage_1(folder, material, world):
             [*WEIGHTED, "distill.steps=20", "credit.magnitude_steps=10", "self_teacher.until_step=10"],
             "self_teacher.until_step has no effect: credit.magnitude_steps=10 ends the use of the self-teacher",
         ),
+        (["sft.hinted_share=0.5"], "self_teacher.views: expected one or more hints with a text for sft.hinted_share"),
+        (
+            ["self_teacher.views=[answer]"],
+            "self_teacher.views has no effect: self_teacher.kind is none",
+        ),
+        (
+            ["stages=[distill]", "sft.hinted_share=0.5"],
+            "sft.hinted_share has no effect: stage sft is not in stages",
+        ),
         (["stages=[sft]", "credit.position=sigmoid"], "credit.position has no effect: stage distill is not in stages"),
     ],
 )
@@ -603,6 +636,7 @@ def test_settings_of_the_pool_need_a_pool(name):
         # The best answer of the pool is one that can be matched.
         ("rmsd_visd", ["reward.alpha=0", "stages=[distill]", "teacher.filter=matching"]),
         ("rmsd_visd", ["reward.alpha=0", "stages=[distill]", "teacher.weighting=uniform"]),
+        ("quickstart", ["stages=[sft]", "sft.hinted_share=0.5", "self_teacher.views=[answer]"]),
         ("opsd", ["distill.steps=10", "credit.position=sigmoid"]),
         ("visd", ["distill.steps=20", "self_teacher.until_step=10", "self_teacher.ema_every=9"]),
         # Magnitude weights end before the pruning does.

@@ -222,7 +222,11 @@ def test_metrics_are_sums_or_functions_of_sums(world):
     assert global_metrics(record, world) == {"sum": 2.0, "mean": 0.25, "none": None, "max": 2.0}
 
 
-@pytest.mark.parametrize("overrides", [(), ("reward.alpha=0", "stages=[sft,distill]")], ids=["discriminator", "none"])
+@pytest.mark.parametrize(
+    "overrides",
+    [(), ("reward.alpha=0", "stages=[sft,distill]", "distill.sft_coef=0.1", "teacher.selection=aligned")],
+    ids=["discriminator", "none"],
+)
 def test_no_collective_between_reference_and_policy(folder, material, world, monkeypatch, overrides):
     """A sum over the processes waits for the device, so counts that the host knows are summed before its work."""
     state, prompts = build(folder, material, world, *overrides)
@@ -242,7 +246,7 @@ def test_no_collective_between_reference_and_policy(folder, material, world, mon
     monkeypatch.setattr(process_group, "_reduce", counted)
     state.timer = timer
     assert not distill.step(state, prompts, 0).skipped
-    assert (None, ["sequences", "tokens"]) in summed
+    assert (None, ["imitated", "sequences", "tokens"]) in summed
     # These keys belong to the plan of the micro-batches, which is agreed on before the reference's first pass.
     assert [keys for phase, keys in summed if phase == "reference"] == [["count", "fault"]]
     assert not [keys for phase, keys in summed if phase == "policy"]

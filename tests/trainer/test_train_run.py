@@ -43,7 +43,8 @@ def made(tmp_path_factory) -> Path:
 # A self-teacher with weights of its own, which checkpoints must contain and processes share.
 TAUGHT = (
     *("self_teacher.kind=ema", "self_teacher.ema_rate=0.3", "self_teacher.views=[answer]"),
-    *("kd.kind=k1", "credit.magnitude=teacher"),
+    *("kd.kind=k1", "credit.magnitude=teacher", "distill.sft_coef=0.3", "teacher.selection=aligned"),
+    "credit.uncertainty=instance",
     # The answers to a third of the questions are longer, so some rollouts of a step, and of a process, have no hint.
     *("self_teacher.max_hint_tokens=20", "data.max_bad_share=0.5"),
 )

@@ -42,6 +42,13 @@ def linear_logprob(
     return (logp, zeros.index_copy(0, keep, scores.entropy)) if return_entropy else logp
 
 
+def linear_rank(hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = None) -> Tensor:
+    """Return the number of logits above that of each target, int64 [T]. See the public function."""
+    logits = head_logits(hidden, weight, bias, None, None)
+    target = logits.gather(1, targets[:, None])
+    return ((logits > target) | logits.isnan() | target.isnan()).sum(dim=1)
+
+
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
