@@ -319,6 +319,35 @@ def test_divergences_without_rewards_skip_the_policy_gradient(trained, material,
         assert float((parts[name] - gradient).norm()) <= 1e-4 * float(gradient.norm()) + 1e-7, name
 
 
+def test_divergence_and_imitation_add_up(trained, material, world, monkeypatch):
+    """Both are part of the policy's passes, of which some contain only the imitated answers."""
+    state, prompts, _, _ = trained
+    gradients, metrics = {}, {}
+    # Room for one answer or a few rollouts.
+    tokens = max(len(prompt.input_ids) for prompt in prompts) + 80
+    for imitates in (True, False):
+        for distilled in (True, False):
+            others = ["distill.sft_coef=0.5"] if imitates else []
+            if distilled:
+                with_settings(state, "live", ["answer"], {"kd.kind": "forward_kl"}, *others)
+                state.hints = told(material, state, state.settings, world)
+            else:
+                state.settings = tiny_settings(state.settings.made.folder, *SMALL[:-3], *others)
+            state.settings.micro_tokens = tokens
+            _, metrics[imitates, distilled], gradients[imitates, distilled] = step_gradients(
+                state, prompts, monkeypatch
+            )
+    assert metrics[True, True]["kd/divergence"] == pytest.approx(metrics[False, True]["kd/divergence"], rel=1e-4)
+    assert metrics[True, True]["policy/sft_loss"] == pytest.approx(metrics[True, False]["policy/sft_loss"], rel=1e-5)
+    alone, both = (
+        {name: gradients[imitates, True][name] - g for name, g in gradients[imitates, False].items()}
+        for imitates in (False, True)
+    )
+    scale = sum(float(gradient.norm()) for gradient in alone.values())
+    assert scale > 1e-3
+    assert all(float((both[name] - gradient).norm()) <= 1e-3 * scale for name, gradient in alone.items())
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -568,6 +597,10 @@ def test_missing_hints_are_reported_before_stage_1(folder, material, world):
             "rollout.engine: expected hf, vllm or vllm_server with a self-teacher, .* self_teacher.kind=live",
         ),
         ([*UNREWARDED, *TAUGHT, "reward.normalization=sum_then_gn"], "reward.normalization has no effect: no reward"),
+        (
+            [*TAUGHT, "kd.kind=jsd", "credit.uncertainty=task"],
+            "kd.kind: expected none, k1 or avsd with credit.uncertainty, which weighs the advantages of tokens",
+        ),
         (["credit.prune=overlap"], "self_teacher.kind: expected .* whose log-probs credit.prune=overlap needs"),
         ([*TAUGHT, "credit.prune_decay=0.1"], "credit.prune_decay has no effect: credit.prune is none"),
         ([*TAUGHT, "credit.magnitude_topk=4"], "credit.magnitude_topk has no effect: credit.magnitude is none"),
@@ -586,7 +619,7 @@ def test_missing_hints_are_reported_before_stage_1(folder, material, world):
             [*TAUGHT, "kd.kind=jsd", "kd.gap_clip=5"],
             "kd.gap_clip has no effect: kd.kind=jsd has no advantages of its own; set kd.vocab_clip",
         ),
-        (["kd.kind=forward_kl"], "self_teacher.kind: expected frozen, live or ema, whose log-probs kd.kind=forward_kl"),
+        (["kd.kind=forward_kl"], "self_teacher.kind: expected .*, whose log-probs kd.kind=forward_kl needs"),
         ([*TAUGHT, "kd.kind=forward_kl", "kd.vocab_clip=0"], "kd.vocab_clip: expected a number above 0, got 0"),
         (["credit.position=sigmoid", "credit.position_least=1"], "credit.position has no effect: .* all weights are 1"),
         (

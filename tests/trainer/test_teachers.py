@@ -33,6 +33,7 @@ from rmsd_fast.stages.build import build_distillation
 from rmsd_fast.stages.hints import read_hints
 from rmsd_fast.stages.material import prepare_material
 from rmsd_fast.stages.plan import describe_plan
+from rmsd_fast.stages.vocabulary import check_same_vocabulary
 from rmsd_fast.train_feedback import Feedback
 
 SMALL = (
@@ -122,6 +123,11 @@ def taught(state, material, world, monkeypatch, *overrides, hints=None):
 
 def row_logp(model, prompt, hint, response, state):
     """Return log-probs of a response after a prompt with a hint, float64 [R], by transformers on a row of its own."""
+    return row_distributions(model, prompt, hint, response, state).gather(1, response[:, None])[:, 0]
+
+
+def row_distributions(model, prompt, hint, response, state):
+    """Return the log-probs of the whole vocabulary at each of its tokens, float64 [R, V]."""
     ids, eos = prompt.input_ids, state.builder.eos_id
     if hint:
         end = int((ids == eos).nonzero()[-1])
@@ -136,7 +142,7 @@ def row_logp(model, prompt, hint, response, state):
         pixel_values_videos=pixels,
         video_grid_thw=torch.tensor([frames.grid_thw for frames in prompt.media]),
     ).logits[0, len(ids) - 1 : -1]
-    return torch.log_softmax(logits / state.settings.rollout.temperature, -1).gather(1, response[:, None])[:, 0]
+    return torch.log_softmax(logits / state.settings.rollout.temperature, -1)
 
 
 def exact(model):
@@ -175,6 +181,49 @@ def test_another_model_equals_separate_rows(state, material, larger, world, monk
     groups, _, _ = taught(state, material, world, monkeypatch, *path, "self_teacher.views=[cue,media]")
     assert groups[0].prompt.teacher is not None and groups[1].prompt.teacher is None
     check_rows(groups, models, lambda q, i: [("path", bool(q.hints), cue if q.hints else "")], state)
+
+
+def test_a_divergence_from_another_model_equals_separate_rows(state, material, larger, world, monkeypatch):
+    """The teacher has wider hidden states, and reads other media for the first question."""
+    overrides = ["self_teacher.kind=path", f"self_teacher.path={larger}", "self_teacher.views=[cue,media]"]
+    overrides += ["kd.kind=reverse_kl", "credit.prune=overlap", "credit.prune_overlap=0.1", "credit.prune_decay=0.3"]
+    groups, metrics, _ = taught(state, material, world, monkeypatch, *overrides)
+    teacher, student = exact(state.teacher.model), exact(state.student.model)
+    total, weights, overlaps = 0.0, 0.0, []
+    for group in groups:
+        hinted = bool(group.prompt.question.hints)
+        prompt, hint = (group.prompt.teacher, f"What to look at: {CUE}") if hinted else (group.prompt, "")
+        for rollout in group.rollouts:
+            with torch.no_grad():
+                log_q = row_distributions(teacher, prompt, hint, rollout.token_ids, state)
+                log_p = row_distributions(student, group.prompt, "", rollout.token_ids, state)
+            divergence, misses = (log_p.exp() * (log_p - log_q)).sum(-1).tolist(), 0
+            best = [logp.topk(16).indices.tolist() for logp in (log_q, log_p)]
+            for value, of_teacher, of_student in zip(divergence, *best, strict=True):
+                overlaps.append(len({*of_teacher} & {*of_student}) / 16)
+                misses += overlaps[-1] < 0.1
+                weight = max(1 - 0.3 * misses, 0) + 0.5
+                total, weights = total + weight * value, weights + weight
+    assert metrics["kd/divergence"] == pytest.approx(total / weights, rel=1e-3) and total / weights > 0.1
+    assert metrics["credit/overlap"] == pytest.approx(sum(overlaps) / len(overlaps), rel=1e-5)
+
+
+def test_a_divergence_needs_heads_of_the_same_size(state):
+    config, other = state.student.model.config, copy.deepcopy(state.teacher.model.config)
+    rows = other.text_config.vocab_size
+    settings = copy.deepcopy(state.settings)
+    for kind in ("k1", "forward_kl"):
+        settings.kd.kind = kind
+        check_same_vocabulary(settings, other, config)
+        other.text_config.vocab_size = rows + 64
+        if kind == "k1":
+            check_same_vocabulary(settings, other, config)
+        else:
+            with pytest.raises(
+                SettingsError, match=f"kd.kind=forward_kl: expected .* {rows:,} rows, .* {rows + 64:,};"
+            ):
+                check_same_vocabulary(settings, other, config)
+        other.text_config.vocab_size = rows
 
 
 def test_other_media_equal_separate_rows(state, material, world, monkeypatch):
