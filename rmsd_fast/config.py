@@ -26,6 +26,8 @@ DIFFERENCES = (("stage1", "untrained"), ("stage2", "stage1"), ("control", "stage
 ACCURACY_STEPS = 8
 # Benchmarks of which some answers are scored by a language model in the field.
 JUDGED = ("mathvista", "mathverse", "vstar")
+# `kd.kind` with the divergence of whole distributions, in place of an advantage for the sampled token.
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl")
 # Fields of a request to a server that settings of their own determine.
 REQUEST_FIELDS = ("messages", "model", "n", "stream", "temperature", "max_tokens", "max_completion_tokens")
 # Benchmarks about images.
@@ -45,7 +47,7 @@ BENCHMARKS = (
 FORMATS = ("auto", "rmsd", "ms-swift", "llava", "video-r1")
 TEACHERS = ("noisy", "reported", "biased", "imprecise", "blind")
 WORDINGS = ("reference", "paraphrased")
-VIEWS = hints.VIEWS
+VIEWS, MEDIA_VIEW = hints.VIEWS, hints.MEDIA_VIEW
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
@@ -321,6 +323,10 @@ class SftConfig:
     responses: str = choice("best", of=("best", "all", "random"))
     """`best` = T_best, the response of highest quality, with `teacher.selection` for ties and open questions; `all` =
     every response; `random` = one response. They choose among the complete responses that pass `teacher.filter`."""
+    hinted_share: float = number(0.0, least=0, most=1)
+    """Share of the questions of each step that are shown with one of their hints, a view of `self_teacher.views`, so
+    that the student learns to read hints before it is its own teacher. Pretrained language models can read them; the
+    generated students cannot."""
 
 
 @dataclass
@@ -473,22 +479,63 @@ class DistillConfig:
 
 
 @dataclass
+class JudgeConfig:
+    """A language model behind a server (extra `collect`).
+
+    `evaluate.judge` judges answers that rules cannot score (docs/evaluation.md), and `self_teacher.judge` writes
+    feedback about rollouts (docs/methods.md).
+    """
+
+    endpoint: str = ""
+    """Base URL of a server with OpenAI's chat completions, such as http://localhost:8000/v1; empty = no judge.
+    `evaluate.judge`: it judges answers to MathVista, MathVerse and `what` of V-STaR, as their authors' language models
+    do, for rmsd_fast.evaluate only. `self_teacher.judge`: it writes the view `feedback` about each rollout; without it,
+    `feedback` is `hints.feedback` of the question."""
+    model: str = ""
+    """Name of the judge's model on that server. V-STaR's authors use Qwen2.5-72B-Instruct."""
+    api_key_env: str = "OPENAI_API_KEY"
+    """Environment variable with the API key; empty = no key. The default is optional and sent only with https."""
+    temperature: float | None = number(0.0, least=0)
+    """Sampling temperature; null = the server's default, for models that accept no other value. In an evaluation, a
+    reply that cannot be read is requested again with 0.5 more, and then with 1.0 more, up to 2."""
+    max_tokens: int = number(1024, least=1)
+    """Maximum length of a reply in tokens, with its reasoning. With a higher one, only replies that were cut off are
+    requested again."""
+    token_limit: str = choice("max_tokens", of=("max_tokens", "max_completion_tokens"))
+    """Name under which `max_tokens` is sent; OpenAI's reasoning models accept only `max_completion_tokens`."""
+    extra_body: dict[str, Any] = field(default_factory=dict)
+    """Further fields of each request, such as {chat_template_kwargs: {enable_thinking: false}}."""
+    max_concurrency: int = number(16, least=1, most=4096)
+    """Maximum number of requests in flight. The number is adapted to the server, as in a collection."""
+    timeout_s: float = number(600.0, above=0, most=86400)
+    """Time-out of a request in seconds."""
+    attempts: int = number(8, least=1)
+    """Attempts of a request that fails at the server or on the way. Refusals because of rate limits do not count."""
+    outage_s: float = number(900.0, above=0, most=604800)
+    """Stop after this time in seconds in which requests were sent and none was answered."""
+
+
+@dataclass
 class SelfTeacherConfig:
     """The student's own model with hints in its prompt, which scores the rollouts of stage 2 again (docs/methods.md).
 
     `credit.*` and `kd.*` say what its log-probs are used for.
     """
 
-    kind: str = choice("none", of=("none", "frozen", "live", "ema"))
+    kind: str = choice("none", of=("none", "frozen", "live", "ema", "path"))
     """Weights of the self-teacher: `none` = no self-teacher, `frozen` = those of the stage-1 student, which is also the
-    reference (2606.05718), `live` = the policy's, or `ema` = a moving average of the policy's, in float32
-    (2605.06094)."""
+    reference (2606.05718), `live` = the policy's, `ema` = a moving average of the policy's, in float32 (2605.06094), or
+    `path` = those of another model, `self_teacher.path`, which are not trained."""
+    path: str = ""
+    """Local directory or Hub name of the model of `self_teacher.kind=path`, such as a larger student. It must be of the
+    student's family and have its tokenizer. It also scores rollouts of questions without hints."""
     views: list[str] = field(default_factory=list)
     """What the self-teacher is told: some of [answer, reasoning, half_reasoning, window, keyframes, cue, feedback,
-    best_answer]. `answer` is `hints.answer` of the question or, if it has none, its ground truth, `best_answer` the
-    best usable response of the pool (T_best), `half_reasoning` the first half of `hints.reasoning`, and the others are
-    `hints` of the question. One teacher reads all views together, except with `kd.kind=avsd`, where each view is a
-    teacher."""
+    context, best_answer, media]. `answer` is `hints.answer` of the question or, if it has none, its ground truth,
+    `best_answer` the best usable response of the pool (T_best), `half_reasoning` the first half of `hints.reasoning`,
+    and the others are `hints` of the question. `media` shows the files of `hints.media` in place of the question's.
+    With `self_teacher.judge`, `feedback` is a judge's advice about each rollout. One teacher reads all views together,
+    except with `kd.kind=avsd`, where each view is a teacher. Only `self_teacher.kind=path` needs none."""
     max_hint_tokens: int = number(512, least=1)
     """Longest hint in tokens. Longer hints, and hints with special tokens, are left out, and their number is limited by
     `data.max_bad_share`."""
@@ -498,11 +545,13 @@ class SelfTeacherConfig:
     """Interval in steps between the updates of `ema`."""
     until_step: int = number(0, least=0)
     """Number of steps of stage 2 with the self-teacher; 0 = all (2605.06094: 600)."""
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
 
 
 @dataclass
 class CreditConfig:
-    """Weights of the tokens of a rollout in the policy gradient. The KL to the reference is not weighted."""
+    """Weights of the tokens of a rollout in the policy gradient and in the divergence of `kd.kind`. The KL to the
+    reference is not weighted."""
 
     magnitude: str = choice("none", of=("none", "teacher"))
     """`none`, or `teacher` = a token's advantage grows if the self-teacher agrees with its direction (2605.06094)."""
@@ -512,6 +561,10 @@ class CreditConfig:
     """Share of the teacher's factor in the first step; the rest is 1 (2605.06094: 0.5)."""
     magnitude_steps: int = number(600, least=0)
     """Steps over which this share decreases linearly to 0; 0 = it does not decrease (2605.06094: 600)."""
+    magnitude_topk: int = number(0, least=0)
+    """0 = the teacher's factor compares the log-probs of the sampled token, otherwise those after both distributions
+    are renormalized over the teacher's so many most probable tokens and the sampled one (code of 2605.06094: 16). It
+    needs a pass of the student without a gradient."""
     position: str = choice("none", of=("none", "sigmoid"))
     """`none`, or `sigmoid` = early tokens count less (2605.21606)."""
     position_least: float = number(0.25, least=0, most=1)
@@ -520,6 +573,17 @@ class CreditConfig:
     """Part of the rollout after which the weights have risen by half (2605.21606: 0.3)."""
     position_width: float = number(0.1, above=0, most=10)
     """Width of the rise as a part of the rollout (2605.21606: 0.1)."""
+    prune: str = choice("none", of=("none", "overlap"))
+    """`none`, or `overlap` = tokens count less after the most probable tokens of student and self-teacher have become
+    different (Prune-OPD). It needs a pass of the student without a gradient."""
+    prune_topk: int = number(16, least=1)
+    """Number of most probable tokens that are compared (Prune-OPD: 16)."""
+    prune_overlap: float = number(0.7, above=0, most=1)
+    """Share of common tokens below which the weights decrease (Prune-OPD: 0.7)."""
+    prune_decay: float = number(0.01, above=0, most=1)
+    """Decrease of the weight for each token below this share (Prune-OPD: 0.01)."""
+    prune_floor: float = number(0.5, least=0)
+    """Lower bound of these weights; they start at 1 + this bound (Prune-OPD: 0.5)."""
     uncertainty: str = choice("none", of=("none", "task", "instance"))
     """Weights of the terms of stage 2's loss: `none` = as set, or learned: exp(-s) / 2 with one s per term (`task`), or
     exp(-s) with one s per term and question, by a network on the question's vision features (`instance`) (2603.21426).
@@ -531,16 +595,23 @@ class CreditConfig:
 
 @dataclass
 class KdConfig:
-    """Distillation from the self-teacher on the sampled tokens, in addition to the rewards."""
+    """Distillation from the self-teacher on the student's rollouts, in addition to the rewards."""
 
-    kind: str = choice("none", of=("none", "k1", "avsd"))
-    """Advantage that is added for each token: `none`, `k1` = log-prob of the self-teacher minus that of the student
-    (2606.05718), or `avsd` = the same of several teachers, one for each view, weighted by their agreement
-    (2605.20643)."""
+    kind: str = choice("none", of=("none", "k1", "avsd", *DIVERGENCES))
+    """`none`, an advantage that is added for each sampled token, or a divergence over the whole vocabulary that is
+    added to the loss. Advantages: `k1` = log-prob of the self-teacher minus that of the student (2606.05718), or `avsd`
+    = the same of several teachers, one for each view, weighted by their agreement (2605.20643). Divergences:
+    `forward_kl` = KL(teacher, student) (2605.21606), `reverse_kl` = KL(student, teacher), `jsd` with equal shares, or
+    `skew_kl` = KL(teacher, 0.1 teacher + 0.9 student)."""
     coef: float = number(1.0, above=0)
-    """Weight of this advantage against that of the rewards (open)."""
+    """Weight of this advantage against that of the rewards, or of the divergence in the loss (open)."""
     gap_clip: float = number(10.0, above=0)
     """Largest absolute value of this advantage, in nats (2606.05718: 10)."""
+    vocab_clip: float | None = number(None, above=0)
+    """Upper bound of what each entry of the vocabulary adds to the divergence of a token, in nats; an entry at the
+    bound has no gradient; null = no bound (2605.21606: 0.05)."""
+    temperature: float | None = number(None, above=0)
+    """Temperature of both distributions in the divergence; null = `rollout.temperature` (open)."""
 
 
 @dataclass
@@ -574,38 +645,6 @@ class CheckpointConfig:
     evaluation during it (`evaluate.every_steps`); 0 = only then."""
     keep: int = number(2, least=1)
     """Number of most recent checkpoints to keep."""
-
-
-@dataclass
-class JudgeConfig:
-    """A language model that judges answers which rules cannot score (docs/evaluation.md, extra `collect`)."""
-
-    endpoint: str = ""
-    """Base URL of a server with OpenAI's chat completions, such as http://localhost:8000/v1. It judges answers to
-    MathVista, MathVerse and `what` of V-STaR, as their authors' language models do. For rmsd_fast.evaluate only; empty
-    = no judge."""
-    model: str = ""
-    """Name of the judge's model on that server. V-STaR's authors use Qwen2.5-72B-Instruct."""
-    api_key_env: str = "OPENAI_API_KEY"
-    """Environment variable with the API key; empty = no key. The default is optional and sent only with https."""
-    temperature: float | None = number(0.0, least=0)
-    """Sampling temperature. A reply that cannot be read is requested again with 0.5 more, and then with 1.0 more, up to
-    2; null = the server's default, for models that accept no other value."""
-    max_tokens: int = number(1024, least=1)
-    """Maximum length of a reply in tokens, with its reasoning. With a higher one, only replies that were cut off are
-    requested again."""
-    token_limit: str = choice("max_tokens", of=("max_tokens", "max_completion_tokens"))
-    """Name under which `max_tokens` is sent; OpenAI's reasoning models accept only `max_completion_tokens`."""
-    extra_body: dict[str, Any] = field(default_factory=dict)
-    """Further fields of each request, such as {chat_template_kwargs: {enable_thinking: false}}."""
-    max_concurrency: int = number(16, least=1, most=4096)
-    """Maximum number of requests in flight. The number is adapted to the server, as in a collection."""
-    timeout_s: float = number(600.0, above=0, most=86400)
-    """Time-out of a request in seconds."""
-    attempts: int = number(8, least=1)
-    """Attempts of a request that fails at the server or on the way. Refusals because of rate limits do not count."""
-    outage_s: float = number(900.0, above=0, most=604800)
-    """Stop after this time in seconds in which requests were sent and none was answered."""
 
 
 @dataclass

@@ -79,17 +79,17 @@ class NoReply(Exception):
         self.cause = cause
 
 
-def client_settings(judge: JudgeConfig) -> tuple[CollectConfig, Teacher]:
-    """Return the settings of the client.
+def client_settings(judge: JudgeConfig, section: str = SECTION) -> tuple[CollectConfig, Teacher]:
+    """Return the settings of the client of a judge. `section` names them in messages.
 
     Raises:
         SettingsError: the URL is malformed, or the key is missing. No message contains a key.
     """
-    check_url(judge.endpoint, SECTION)
+    check_url(judge.endpoint, section)
     shared = {name: getattr(judge, name) for name in _SHARED}
     keys = [judge.api_key_env] if judge.api_key_env else []
     collect = CollectConfig(endpoint=[judge.endpoint], model=[judge.model], api_key_env=keys, several="never", **shared)
-    (teacher,) = teachers(collect, SECTION)
+    (teacher,) = teachers(collect, section)
     return collect, teacher
 
 
@@ -185,7 +185,7 @@ class Replies:
             if not isinstance(key, str) or not isinstance(text, str) or not isinstance(limit, int):
                 raise JudgeError(
                     f"{path}:{number}: expected 'key', 'max_tokens' and 'reply', got {', '.join(line) or 'nothing'}; "
-                    "this is another file, or of an earlier version: write to another --output, or delete it"
+                    "this is another file, or of an earlier version: move or delete it"
                 )
             self._replies[key] = StoredReply(text, line.get("finish_reason"), limit)
 

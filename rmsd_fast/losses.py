@@ -16,10 +16,12 @@ Each loss is a function, and an nn.Module that stores the settings. Modules own 
 
 - "triton": CUDA. A loop over chunks of tokens: torch GEMMs, and one Triton kernel per chunk that overwrites the logits
   with their gradient. The discriminator losses use one kernel in forward and one in backward.
-- "native": CPU, float32 and bfloat16. The same loop with the compiled row functions of csrc/.
+- "native": CPU, float32 and bfloat16. The same loop with the compiled row functions of csrc/, which do not implement
+  the bound `vocab_clip` of divergences.
 - "torch": any device and dtype. The same loop in eager torch.
 - "reference": eager torch on all rows at once (rmsd_kernels.reference). The others are tested against it.
-- "auto": "triton" for CUDA tensors (float64: "torch"). For CPU tensors: "native" if it was built, otherwise "torch".
+- "auto": "triton" for CUDA tensors (float64: "torch"). For CPU tensors: "native" if it was built and implements the
+  call, otherwise "torch".
 
 Memory. `memory_budget_bytes` bounds the logits that exist at once; a chunk has at least one row. A smaller budget means
 more chunks, and each extra chunk costs a little time. Losses whose gradient is known only in backward keep all logits

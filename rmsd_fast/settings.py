@@ -67,7 +67,7 @@ POOL_SETTINGS = (
     "teacher.unlabeled",
 )
 # Settings whose values are objects with keys of the user's choice.
-FREE = ("collect.extra_body", "evaluate.judge.extra_body")
+FREE = ("collect.extra_body", "evaluate.judge.extra_body", "self_teacher.judge.extra_body")
 
 
 @functools.cache
@@ -305,7 +305,51 @@ def _merge(schema: DictConfig, changes: DictConfig, where: str) -> DictConfig:
     try:
         return OmegaConf.merge(schema, changes)
     except OmegaConfBaseException as error:
-        raise SettingsError(f"{where}: {error.full_key}: {str(error).splitlines()[0]}") from None
+        raise SettingsError(f"{where}: {_wrong_kind(schema, changes) or str(error).splitlines()[0]}") from None
+
+
+# By type of the default; optional settings are numbers.
+_KINDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    type(None): "a number or null",
+}
+
+
+def _wrong_kind(schema: DictConfig, changes: DictConfig) -> str:
+    """Return a message about the first setting whose value is of another kind than expected; "" if there is none."""
+    for key in (*OmegaConf.to_container(changes), *_keys(changes)):
+        value = OmegaConf.select(changes, key)
+        try:
+            OmegaConf.merge(schema, _nested(key, value))
+        except OmegaConfBaseException:
+            default = OmegaConf.select(schema, key)
+            if isinstance(default, DictConfig) and is_dataclass(OmegaConf.get_type(default)):
+                if isinstance(value, DictConfig):
+                    continue
+                example = next(f"{key}.{name}=…" for name in default)
+                return f"{key}: expected settings below it, got {value}; write e.g. {example}"
+            if OmegaConf.is_list(default):
+                expected, example = "a list", f"[{value}]" if _is_plain(value) else _as_yaml(list(default))
+            elif OmegaConf.is_dict(default):
+                expected, example = "a mapping", "{name: value}"
+            else:
+                expected = _KINDS[type(default)]
+                example = _as_yaml(default)
+            return f"{key}: expected {expected}, got {_as_yaml(value)}; set e.g. {key}={example}"
+    return ""
+
+
+def _nested(key: str, value: object) -> DictConfig:
+    nested = OmegaConf.create({})
+    OmegaConf.update(nested, key, value, force_add=True)
+    return nested
+
+
+def _is_plain(value: object) -> bool:
+    return isinstance(value, str | int | float) and not isinstance(value, bool)
 
 
 def _refuse_unknown(keys: Sequence[str], known: set[str], where: str) -> None:

@@ -58,6 +58,10 @@ def _dry_run(settings, gpu_gib: float | None, resume: Path | None) -> int:
 
     plan, ready = describe_plan(settings, gpu_gib, resume)
     print(plan)
+    if ready:
+        from rmsd_fast.train_run import check_judge
+
+        check_judge(settings)
     return 0 if ready else 2
 
 

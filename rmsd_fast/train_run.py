@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from contextlib import closing, suppress
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from rmsd_fast.config import (
@@ -26,7 +27,7 @@ from rmsd_fast.report import ReportError, write_report
 from rmsd_fast.runtime.engine import release_memory
 from rmsd_fast.runtime.process_group import World, on_main
 from rmsd_fast.runtime.stop_signal import Stopped, StopSignal
-from rmsd_fast.setting_rules.uses import has_pool, uncertainty_lr_factor, uses_discriminator
+from rmsd_fast.setting_rules.uses import asks_judge, has_pool, uncertainty_lr_factor, uses_discriminator
 from rmsd_fast.stages import distill, sft
 from rmsd_fast.stages.build import build_distillation, build_imitation
 from rmsd_fast.stages.held_out import evaluate
@@ -75,6 +76,7 @@ def train(
     material = prepare_material(settings, world)
     notes = on_main(world, lambda: check_replay_start(settings, material, resume))
     servers = on_main(world, lambda: check_servers(settings, material.model_path))
+    on_main(world, lambda: check_judge(settings))
     notes += on_main(world, lambda: _plan_memory(settings, material.model_path, world))
     with dump_folder(settings, world, resume), run_folder(settings, world, resume) as folder:
         stop.run_folder = folder
@@ -209,8 +211,33 @@ def _imitation_steps(
 def distillation(run: TrainingRun) -> None:
     """Run the discriminator warm-up and stage 2. It ends by writing `export/`, and `discriminator/` if asked to."""
     state = build_distillation(run.stage1, run.settings, run.world, run.material, run.media)
-    with closing(state.rollouts):
+    with closing(state.rollouts), ask_judge(run, state):
         _distillation(run, state)
+
+
+def check_judge(settings: RunConfig) -> None:
+    """Check URL and key of a judge of stage 2, before stage 1. Its server is not asked yet.
+
+    Raises:
+        SettingsError: the URL is malformed, or the key is missing.
+    """
+    if asks_judge(settings):
+        from rmsd_fast.train_feedback import feedback_client
+
+        feedback_client(settings.self_teacher.judge)
+
+
+@contextmanager
+def ask_judge(run: TrainingRun, state: StageState) -> Iterator[None]:
+    """Let stage 2 ask the judge of `self_teacher.judge` inside the context, if there is one."""
+    if not asks_judge(run.settings):
+        yield
+        return
+    from rmsd_fast.train_feedback import Feedback
+
+    with closing(Feedback(run.settings.self_teacher.judge, run.folder, run.world, run.stop)) as feedback:
+        state.judge = feedback
+        yield
 
 
 def _distillation(run: TrainingRun, state: StageState) -> None:

@@ -52,6 +52,7 @@ SAME_LEVEL = {
     ("train", "evaluate"),
     ("train", "report"),
     ("evaluate", "collect"),  # the client, which asks the judge
+    ("train", "collect"),  # the same client
     ("report", "collect"),  # prices, which are settings of a collection
     ("lab", "report"),  # colors and ticks of its chart
     ("program", "runtime"),

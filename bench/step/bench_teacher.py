@@ -23,6 +23,7 @@ from bench.prefix.groups import Case, make_texts
 from bench.step import models
 from bench.step.models import SMALL, start, stop
 from rmsd_fast.config import RunConfig
+from rmsd_fast.method.hints import Hint
 from rmsd_fast.runtime.metrics import PhaseTimer
 from rmsd_fast.runtime.moving_average import MovingAverage
 from rmsd_fast.stages import distill
@@ -86,7 +87,7 @@ def test_self_teacher(case: TeacherCase, world, effort: Effort, publish: Callabl
     prompts = models.make_prompts(state, case.prefix, 1)
     prefix = len(prompts[0].input_ids)
     models.set_teacher(state, prompts, case.response, K)
-    state.hints = {prompts[0].question.id: (hint_of(state),)}
+    state.hints = {prompts[0].question.id: (Hint(hint_of(state)),)}
     state.average = MovingAverage(state.policy, 0.01)
     state.timer = ProcessorTimer(world.device)
     every = {kind: settings_of(case, prefix, kind) for kind in (PLAIN, *KINDS)}

@@ -12,6 +12,7 @@ from .heads.logprob import linear_logprob
 from .heads.policy_formula import PolicyLoss
 from .heads.policy_loss import linear_policy_loss
 from .heads.rank import linear_rank
+from .heads.topk import TopK, linear_topk
 from .shared_prefix.attention import SharedPrefixPlan, shared_prefix_attention
 from .shared_prefix.backends import attention_calls
 from .shared_prefix.decode import DecodePlan, shared_prefix_decode
@@ -23,6 +24,7 @@ __all__ = [
     "DiscriminatorOutput",
     "PolicyLoss",
     "SharedPrefixPlan",
+    "TopK",
     "attention_calls",
     "discriminator_loss",
     "last_token_values",
@@ -31,6 +33,7 @@ __all__ = [
     "linear_logprob",
     "linear_policy_loss",
     "linear_rank",
+    "linear_topk",
     "pairwise_discriminator_loss",
     "resize_frames",
     "shared_prefix_attention",

@@ -109,6 +109,8 @@ def row_variants(dtype: str) -> Iterator[Variant]:
     types |= dict.fromkeys(("share", "log_share", "log_rest"), "fp32")
     for kind in ("reverse_kl", "jsd"):
         yield variant(f"divergence {kind}", divergence._divergence_kernel, types, {"KIND": kind})
+    clipped = types | {"vocab_clip": "fp32"}
+    yield variant("divergence forward_kl clip", divergence._divergence_kernel, clipped, {"KIND": "forward_kl"})
     types = {"hidden_ptr": f"*{dtype}", "weight_ptr": f"*{dtype}", "targets_ptr": "*i64", "logit_ptr": "*fp32"}
     types |= dict.fromkeys(("hidden_row", "weight_row", "dim", "vocab"), "i32")
     constants = {"BLOCK": rows.DOT_BLOCK, "hidden_col": 1, "weight_col": 1}

@@ -20,11 +20,12 @@ options Yes and No if the record has none. Questions that no task type can grade
 
 The answer is the key `answer` or `solution`, otherwise the assistant's turn. If both exist and differ, the record is an
 error. If the answer contains exactly one `<answer>…</answer>`, only the text inside is used. The optional keys
-`task_type`, `options`, `duration`, `system`, `hints` and `id` are read from every format. A null value is treated as a
-missing key. All other keys are stored in `meta["source"]`. Keys with the same meaning must agree: a record that states
-its media, answer, task type or system text twice with different values is an error. Keys of two formats, or more than
-one user turn, are also errors. The id is `id` (Video-R1: `problem_id`), otherwise "<file stem>-<index from 0>", which
-the summary at the start counts (`meta["id_by_position"]`).
+`task_type`, `options`, `duration`, `system`, `hints` and `id` are read from every format, and so are the fields of
+other projects for teachers, see `hint_converters`. A null value is treated as a missing key. All other keys are stored
+in `meta["source"]`. Keys with the same meaning must agree: a record that states its media, answer, task type or system
+text twice with different values is an error. Keys of two formats, or more than one user turn, are also errors. The id
+is `id` (Video-R1: `problem_id`), otherwise "<file stem>-<index from 0>", which the summary at the start counts
+(`meta["id_by_position"]`).
 
 Video-R1's regression questions are graded as numeric questions. Set `teacher.numeric_metric=mra` for them.
 """
@@ -37,6 +38,7 @@ from typing import Any
 from rmsd_fast.data.easyvideor1 import groups_of, tagged_letter, with_video_marks, without_copies
 from rmsd_fast.data.errors import DataError
 from rmsd_fast.data.ground_truths import GroundTruthError, read_ground_truth
+from rmsd_fast.data.hint_converters import convert_hints
 from rmsd_fast.data.marks import with_video_mark
 from rmsd_fast.data.option_lists import find_options, shows_options
 from rmsd_fast.data.task_types import (
@@ -86,6 +88,8 @@ _PROBLEM_TYPES = {
 _TASKS_OF = {_YES_NO: ("mcq",), _MATH: ("mcq", "numeric")}
 _USER, _ASSISTANT = ("user", "human"), ("assistant", "gpt")
 _EXTRA = ("options", "duration", "system", "hints")
+# Fields of other projects from which hints come, by the hint that an error may be about.
+_SOURCES = {"keyframes": "key_frames", "cue": "key_items", "media.images": "teacher_images"}
 _SPLIT_TURNS = "split conversations of several turns into separate questions"
 
 Converted = tuple[dict[str, Any], dict[str, str]]
@@ -166,6 +170,11 @@ def convert(record: dict[str, Any], format: str, where: str, fallback_id: str, t
         raw, names, used = _chat(record, where, "conversations" if format == "llava" else "messages")
     if format == "llava" and len(raw.get("videos") or ()) == 1 and not raw.get("images"):
         raw["question"] = with_video_mark(raw["question"])
+    hints, read = convert_hints(record, raw, where)
+    if hints:
+        raw["hints"] = hints
+        names |= {f"hints.{name}": key for name, key in _SOURCES.items() if key in read}
+    used |= read
     meta = {"format": format} | ({} if "id" in raw else {"id_by_position": True})
     raw = {"id": fallback_id, **raw}
     reply = raw.pop("reply", None)

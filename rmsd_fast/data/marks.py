@@ -36,6 +36,11 @@ def mark_kinds(text: str) -> list[str]:
     return [(match["token"] or match["name"]).lower() for match in _SPELLINGS.finditer(text)]
 
 
+def without_marks(text: str) -> str:
+    """Return a text without its marks, in any spelling, and without white space at its ends."""
+    return _SPELLINGS.sub("", text).strip()
+
+
 class MarkError(ValueError):
     """The marks do not match the files. The message lists the marks and says what to do."""
 

@@ -67,6 +67,7 @@ class Prompt:
         position_ids: int64 [3, P]: time, height, width. The first response token has `next_position` on each axis.
         media: decoded media in the order of their placeholders, which is the order of `question.media`.
         vision_ids: the ids that a model treats as media or their delimiters, whether or not this prompt contains them.
+        teacher: the prompt with the media that a self-teacher is shown instead (`hints.media`); None = the same media.
     """
 
     question: Question
@@ -75,10 +76,21 @@ class Prompt:
     position_ids: torch.Tensor
     media: tuple[Frames, ...]
     vision_ids: tuple[int, ...] = ()
+    teacher: Prompt | None = None
 
     @property
     def next_position(self) -> int:
         return int(self.position_ids.max()) + 1
+
+    def with_text(self, ids: torch.Tensor) -> Prompt:
+        """Return the prompt with more text at its end, whose token ids are given, int64 [H]."""
+        following = (self.next_position + torch.arange(len(ids))).expand(3, len(ids))
+        return replace(
+            self,
+            input_ids=torch.cat([self.input_ids, ids]),
+            mm_token_type_ids=torch.cat([self.mm_token_type_ids, torch.zeros_like(ids)]),
+            position_ids=torch.cat([self.position_ids, following], dim=1),
+        )
 
 
 class PromptBuilder:
@@ -96,6 +108,7 @@ class PromptBuilder:
         eos_id: id of `<|im_end|>`, which ends every response.
         opening: text that the chat template adds at the start of a response: "", or `<think>` and a line break for
             Thinking models. It belongs to the prompt: a response's text includes it, but its ids begin after it.
+        other_media: ids of the questions whose prompts get a second one with the media of `hints.media`.
         banned_ids: int64, ids that generation must never choose: every special token except the end token, and
             embedding rows beyond the tokenizer's vocabulary.
     """
@@ -105,6 +118,7 @@ class PromptBuilder:
         self.preprocessor = student.preprocessor
         self.video = video
         self.prompt = prompt
+        self.other_media: frozenset[str] = frozenset()
         check_frame_counts(video, self.preprocessor)
         self._read, self._layout = (media.read, media.layout) if media else (read_media, read_layout)
         self._family, self._model = student.family, student.model
@@ -141,6 +155,9 @@ class PromptBuilder:
         self._refuse_times(prompt)
         if max_tokens is not None:
             _refuse_long(question, len(prompt.input_ids), max_tokens)
+        if question.id in self.other_media:
+            # It has an id of its own in messages, and no media of hints, so it is built like any prompt.
+            prompt = replace(prompt, teacher=self.build(question.with_hint_media(), max_tokens=max_tokens))
         return prompt
 
     def length(self, question: Question, *, max_tokens: int) -> int:

@@ -11,8 +11,9 @@ before the text. A part of a video is written `{"path": "a.mp4", "start": 3.5, "
 seconds; either bound may be omitted). Frames are taken from this part, while stamps and answers use the times of the
 whole file.
 
-`hints` is what a self-teacher may be told and the student is not: `{"answer", "reasoning", "cue", "feedback"}` are
-texts, `"window": [start, end]` and `"keyframes": [time, …]` are in seconds of the whole file. All of them are optional.
+`hints` is what a self-teacher may be told and the student is not: `{"answer", "reasoning", "cue", "feedback",
+"context"}` are texts, `"window": [start, end]` and `"keyframes": [time, …]` are in seconds of the whole file, and
+`"media": {"videos", "images"}` are files that it is shown instead of those of the question. All of them are optional.
 
 `converters` reads files of other trainers, and `ground_truths` reads ground truths. Relative paths are relative to the
 media root, and every path must be inside it after symbolic links are resolved. Media files do not have to exist on this
@@ -24,7 +25,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,9 @@ from rmsd_fast.config import FORMATS, SettingsError
 from rmsd_fast.data import converters
 from rmsd_fast.data.errors import DataError, OtherFileError, several_faults
 from rmsd_fast.data.ground_truths import GroundTruthError, check_times, read_ground_truth
-from rmsd_fast.data.hint_records import read_hints
+from rmsd_fast.data.hint_records import check_hint_media, hints_record, read_hints
 from rmsd_fast.data.json_records import read_records
-from rmsd_fast.data.marks import MARK, SPECIAL_TOKEN, MarkError, is_unicode, place_marks
+from rmsd_fast.data.marks import MARK, SPECIAL_TOKEN, MarkError, is_unicode, place_marks, without_marks
 from rmsd_fast.data.media_paths import Span, is_number, media_paths, split_spans, with_span
 from rmsd_fast.data.option_lists import MOST_OPTIONS, OptionsError, check_options, shows_options, without_options
 from rmsd_fast.files import write_text_atomic
@@ -78,7 +79,8 @@ class Question:
     duration: float | None = None
     """Duration of the video in seconds; if there are several videos, of the longest one."""
     hints: dict[str, Any] = field(default_factory=dict)
-    """What a self-teacher may be told, by name (`method.hints.FILE_HINTS`). Times are lists of seconds."""
+    """What a self-teacher may be told, by name (`method.hints.FILE_HINTS`). Times are lists of seconds. `media` has the
+    lists `videos`, `images` and `spans`, with the meaning of the question's own fields."""
     meta: dict[str, Any] = field(default_factory=dict)
     """Any other data. Training does not read it. For questions of a benchmark, `benchmark` is its name, and `groups`
     has the values of its breakdowns by name, such as {"duration": "short"}. `cluster` names questions that are not
@@ -97,6 +99,24 @@ class Question:
     def is_unlabeled(self) -> bool:
         """Return whether the ground truth of a closed task is missing, as `teacher.unlabeled=agreement` allows."""
         return self.task_type in CLOSED_TASKS and self.answer is None
+
+    def with_hint_media(self) -> Question:
+        """Return the question with the media of `hints.media` in place of its own, and without hints.
+
+        If the numbers of videos and images differ, the marks in the question are removed, and media come first.
+        """
+        shown = self.hints["media"]
+        videos, images = tuple(shown["videos"]), tuple(shown["images"])
+        same = (len(videos), len(images)) == (len(self.videos), len(self.images))
+        return replace(
+            self,
+            id=f"{self.id} (hints.media)",
+            question=self.question if same else without_marks(self.question),
+            videos=videos,
+            images=images,
+            spans=tuple(shown["spans"]),
+            hints={},
+        )
 
     @property
     def media(self) -> list[tuple[str, str, Span]]:
@@ -282,7 +302,7 @@ def parse_question(
             _check_times(parse_answer_body(answer, task), duration, spans or (None,) * len(videos))
         except GroundTruthError as error:
             raise fail("answer", "an interval of the video", raw["answer"], str(error)) from None
-    hints = read_hints(raw.get("hints"), fail)
+    hints = read_hints(raw.get("hints"), media_root, follow_symlinks, fail)
     _check_hint_times(hints, duration, spans or (None,) * len(videos), fail)
     meta = raw.get("meta")
     if meta is not None and not isinstance(meta, dict):
@@ -304,6 +324,8 @@ def parse_question(
             raise fail(
                 "question", "plain text", token[0], "remove special tokens of the model from question and options"
             )
+    if "media" in hints:
+        check_hint_media(hints["media"], marked, videos=len(videos), images=len(images), fail=fail)
     system = raw.get("system")
     if system is not None:
         if not isinstance(system, str) or not system.strip() or SPECIAL_TOKEN.search(system):
@@ -357,7 +379,7 @@ def write_questions(path: str | os.PathLike, questions: Iterable[Question], *, m
             if (value := getattr(question, name)) is not None:
                 record[name] = list(value) if isinstance(value, tuple) else value
         if question.hints:
-            record["hints"] = question.hints
+            record["hints"] = hints_record(question.hints, root)
         if question.meta:
             record["meta"] = question.meta
         lines.append(json.dumps(record, ensure_ascii=False))

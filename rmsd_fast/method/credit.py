@@ -2,15 +2,15 @@
 
     advantage of token t of rollout i = w_t * (A_i * u_t + kd.coef * g_t)
 
-A_i is the advantage of the rollout, u_t the magnitude weight, g_t the distillation advantage and w_t the position
-weight. All of them are constants in the loss. The policy loss is linear in an advantage that is multiplied by a number
-of at least 0, so this is exact with clipping and importance weights too.
+A_i is the advantage of the rollout, u_t the magnitude weight, g_t the distillation advantage, and w_t the position
+weight times the prune weight. All of them are constants in the loss. The policy loss is linear in an advantage that is
+multiplied by a number of at least 0, so this is exact with clipping and importance weights too.
 
 The self-teacher is the student's own model with hints in its prompt. Its views m have log-probs q_m of the student's
 tokens, and the student has p, both at the temperature of the rollouts. The gap of a view is q_m - p.
 
 Sources: magnitude weights: VISD (arXiv 2605.06094); k1: ViCuR (arXiv 2606.05718); position weights: PW-OPSD (arXiv
-2605.21606); several views: AVSD (arXiv 2605.20643).
+2605.21606); several views: AVSD (arXiv 2605.20643); overlap: Prune-OPD.
 """
 
 import math
@@ -50,6 +50,53 @@ def magnitude_weights(advantage: Tensor, gap: Tensor, *, clip: float, mix: float
     change = torch.exp(torch.sign(advantage) * gap) - 1
     # Written as a change from 1, so that no change gives exactly 1.
     return 1 + mix * change.clamp(-clip, clip), change.abs() > clip
+
+
+def renormalized_gap(
+    teacher_top: Tensor, student_top: Tensor, teacher_own: Tensor, student_own: Tensor, among: Tensor
+) -> Tensor:
+    """Return the gap log q(y | S) - log p(y | S) of each token y, where S has y and k other candidates.
+
+    S is the union of y and the teacher's k most probable tokens. If S is the whole vocabulary, this is the gap of the
+    sampled token.
+
+    Args:
+        teacher_top, student_top: log-probs of these k tokens under teacher and student, [T, k].
+        teacher_own, student_own: log-probs of y, [T].
+        among: whether y is one of the k tokens, bool [T].
+    """
+    gap = torch.zeros_like(teacher_own)
+    for sign, top, own in ((1, teacher_top, teacher_own), (-1, student_top, student_own)):
+        # y counts once.
+        extra = own.masked_fill(among, -math.inf).unsqueeze(1)
+        gap = gap + sign * (own - torch.logsumexp(torch.cat([top, extra], dim=1), dim=1))
+    return gap
+
+
+def overlap_shares(student_ids: Tensor, teacher_ids: Tensor) -> Tensor:
+    """Return which share of the student's k most probable tokens is among the teacher's, [T], in the default dtype.
+
+    Args:
+        student_ids, teacher_ids: distinct token ids in each row, int64 [T, k].
+    """
+    shared = (student_ids.unsqueeze(2) == teacher_ids.unsqueeze(1)).any(dim=2)
+    return shared.to(torch.get_default_dtype()).mean(dim=1)
+
+
+def prune_weights(overlap: Tensor, *, threshold: float, decay: float, floor: float) -> Tensor:
+    """Return w = clip(1 - decay * C, 0, 1) + floor, where C counts the overlaps below the threshold up to the token.
+
+    After the student has left the paths that the teacher considers probable, the teacher's judgment counts less. The
+    weights never rise.
+
+    Args:
+        overlap: share of common candidates at each token, [T].
+        threshold: overlap below which a token counts.
+        decay: decrease for each of these tokens.
+        floor: lower bound of the weights; the upper one is 1 + floor.
+    """
+    misses = torch.cumsum((overlap < threshold).to(overlap.dtype), dim=0)
+    return (1 - decay * misses).clamp(0, 1) + floor
 
 
 def k1_advantages(gap: Tensor, *, clip: float) -> Tensor:

@@ -4,26 +4,29 @@ A view is one kind of hint. The text of each view is fixed here; what it says co
 """
 
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 # Facts that a question file can state under `hints`.
-FILE_HINTS = ("answer", "reasoning", "window", "keyframes", "cue", "feedback")
-VIEWS = (*FILE_HINTS, "half_reasoning", "best_answer")
+FILE_HINTS = ("answer", "reasoning", "window", "keyframes", "cue", "feedback", "context")
+# The view that shows other media instead of adding a text. A question file states it under `hints`, too.
+MEDIA_VIEW = "media"
+VIEWS = (*FILE_HINTS, "half_reasoning", "best_answer", MEDIA_VIEW)
 
 
 def view_text(view: str, facts: Mapping[str, Any]) -> str | None:
     """Return the text of a view, or None if a question does not have its fact.
 
     Args:
-        view: one of VIEWS.
-        facts: what is known of the question: `answer`, `reasoning`, `cue`, `feedback` and `best_answer` as texts,
-            `window` as (start, end) and `keyframes` as a list, both in seconds.
+        view: one of VIEWS, except MEDIA_VIEW, which has no text.
+        facts: what is known of the question: `answer`, `reasoning`, `cue`, `feedback`, `context` and `best_answer` as
+            texts, `window` as (start, end) and `keyframes` as a list, both in seconds.
     Raises:
-        ValueError: the view is unknown.
+        ValueError: the view is unknown or has no text.
     """
-    if view not in VIEWS:
-        raise ValueError(f"view: expected one of {', '.join(VIEWS)}, got {view!r}")
+    if view not in VIEWS or view == MEDIA_VIEW:
+        raise ValueError(f"view: expected one of {', '.join(VIEWS[:-1])}, got {view!r}")
     fact = facts.get("reasoning" if view == "half_reasoning" else view)
     if fact is None:
         return None
@@ -39,6 +42,7 @@ def view_text(view: str, facts: Mapping[str, Any]) -> str | None:
         "reasoning": "A correct solution: ",
         "cue": "What to look at: ",
         "feedback": "Advice: ",
+        "context": "",
         "best_answer": "A good response: ",
     }
     return opening[view] + fact
@@ -59,15 +63,58 @@ def first_half(text: str) -> str | None:
     return text[:cut].rstrip() or None
 
 
-def hint_texts(views: Sequence[str], facts: Mapping[str, Any], *, together: bool) -> list[str]:
+@dataclass(frozen=True)
+class Hint:
+    """What a self-teacher is told, in addition to the student's prompt or in its place.
+
+    Attributes:
+        text: lines after the question; "" = none.
+        media: whether its prompt shows the media of `hints.media` in place of the student's.
+    """
+
+    text: str
+    media: bool = False
+
+
+def make_hints(
+    views: Sequence[str], facts: Mapping[str, Any], *, together: bool, refuse: Callable[[str], bool]
+) -> list[Hint]:
     """Return the hints of a question: one with all views that it has, or one for each of them.
 
     Args:
         views: some of VIEWS.
-        facts: see `view_text`.
+        facts: see `view_text`; MEDIA_VIEW is a fact if the question has other media that can be shown.
         together: whether one teacher reads all views.
+        refuse: function that returns whether the self-teacher cannot read a text, which is then left out.
     Returns:
         The hints in the order of the views; empty if the question has none of them.
     """
-    texts = [text for view in views if (text := view_text(view, facts)) is not None]
-    return ["\n".join(texts)] if together and texts else texts
+    shown = MEDIA_VIEW in views and MEDIA_VIEW in facts
+    texts = {view: view_text(view, facts) for view in views if view != MEDIA_VIEW}
+    if together:
+        text = "\n".join(text for text in texts.values() if text is not None)
+        text = "" if text and refuse(text) else text
+        return [Hint(text, shown)] if text or shown else []
+    hints = []
+    for view in views:
+        if view == MEDIA_VIEW:
+            hints += [Hint("", media=True)] if shown else []
+        elif texts[view] is not None and not refuse(texts[view]):
+            hints.append(Hint(texts[view]))
+    return hints
+
+
+def with_advice(hints: Sequence[Hint], advice: str | None, *, together: bool) -> list[Hint]:
+    """Return the hints of a question with the advice about one rollout, as the last line or as a hint of its own.
+
+    Args:
+        hints: result of `make_hints`.
+        advice: text of the view "feedback"; None = no advice.
+        together: whether one teacher reads all views.
+    """
+    if advice is None:
+        return list(hints)
+    if not together:
+        return [*hints, Hint(advice)]
+    (told,) = hints or [Hint("")]
+    return [Hint("\n".join(filter(None, (told.text, advice))), told.media)]

@@ -34,9 +34,12 @@ VALUE_HEAD = "value_head.safetensors"
 MOST_HASHED_AT_ONCE = 4
 
 
-def find_folder(path: str | Path) -> Path | None:
+def find_folder(path: str | Path, *, setting: str = "model.path") -> Path | None:
     """Return the local folder of a model: the path itself or a downloaded Hub snapshot. None if it is not downloaded.
 
+    Args:
+        path: local folder, or name of a model on the Hub.
+        setting: the setting with the path, for messages.
     Raises:
         ModelError: the path is neither a folder nor a valid Hub name.
     """
@@ -46,7 +49,7 @@ def find_folder(path: str | Path) -> Path | None:
     name = str(path)
     if folder.is_absolute() or name.startswith(".") or name.count("/") != 1:
         raise ModelError(
-            f"model.path: expected a model directory or a Hub name such as Qwen/Qwen3-VL-4B-Instruct, got {name!r}, "
+            f"{setting}: expected a model directory or a Hub name such as Qwen/Qwen3-VL-4B-Instruct, got {name!r}, "
             "which does not exist; check the path"
         )
     from huggingface_hub import snapshot_download
@@ -59,13 +62,13 @@ def find_folder(path: str | Path) -> Path | None:
         return None
 
 
-def resolve_folder(path: str | Path) -> Path:
-    """Return the local folder of a model, downloading it from the Hub if necessary.
+def resolve_folder(path: str | Path, *, setting: str = "model.path") -> Path:
+    """Return the local folder of a model, downloading it from the Hub if necessary. Arguments are as in `find_folder`.
 
     Raises:
         ModelError: the model does not exist or cannot be downloaded.
     """
-    folder = find_folder(path)
+    folder = find_folder(path, setting=setting)
     # An interrupted download is continued.
     if folder is not None and (Path(path).is_dir() or not missing_weights(folder)):
         return folder
@@ -79,7 +82,7 @@ def resolve_folder(path: str | Path) -> Path:
     except (OSError, HFValidationError, HfHubHTTPError) as error:
         offline = " unset HF_HUB_OFFLINE to download it;" if os.environ.get("HF_HUB_OFFLINE") else ""
         raise ModelError(
-            f"model.path: {name!r} is not a local directory and could not be downloaded from the Hub "
+            f"{setting}: {name!r} is not a local directory and could not be downloaded from the Hub "
             f"({first_line(error)});{offline} without a network, copy the model here and give its directory"
         ) from error
 
@@ -88,7 +91,7 @@ def read_family(folder: Path) -> Family:
     """Return the family of the model in a folder. Raise ModelError, naming it, if it is not supported."""
     path = folder / "config.json"
     if not path.is_file():
-        raise ModelError(f"{folder}: expected a model directory with config.json, got none; check model.path")
+        raise ModelError(f"{folder}: expected a model directory with config.json, got none; check the path")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         config.get("model_type")

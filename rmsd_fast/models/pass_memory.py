@@ -91,7 +91,9 @@ class PassSettings:
         trains: "policy" for a fused loss, "discriminator" for a scalar head, or "" for a pass without gradients.
         train_vision: whether the vision tower is trained, and runs inside of the pass.
         adapted: whether the model has an adapter, if model.adapter says so.
-        reference_heads: number of further heads whose logits a chunk of the loss holds, 1 with distill.kl=full.
+        reference_heads: number of further heads whose logits a chunk of a loss holds, 1 with distill.kl=full or a
+            divergence from a teacher.
+        losses: number of fused losses of a policy's pass. Each holds its gradients until backward.
         scores: whether a pass without gradients ends with the head.
         masked: whether the attention of padded rows takes a mask; flash_attention_2 does not.
     """
@@ -101,6 +103,7 @@ class PassSettings:
     train_vision: bool = False
     adapted: bool = True
     reference_heads: int = 0
+    losses: int = 1
     scores: bool = True
     masked: bool = True
 
@@ -454,7 +457,7 @@ def _loss(model, live: LiveBytes, shape: RowShape, settings: PassSettings, featu
     chosen = flat[torch.zeros(shape.scored, dtype=torch.int64)]
     weight = model.lm_head.weight
     needs_weight = bool(settings.trains) and weight.requires_grad
-    loss = _Heads.apply(chosen, weight) if settings.trains else None
+    losses = [_Heads.apply(chosen, weight) for _ in range(settings.losses)] if settings.trains else []
     live.meet(
         workspace_bytes(
             shape.scored,
@@ -464,7 +467,7 @@ def _loss(model, live: LiveBytes, shape: RowShape, settings: PassSettings, featu
             buffers=1 + settings.reference_heads,
         )
     )
-    return loss
+    return sum(losses[1:], start=losses[0]) if losses else None
 
 
 def _body(model, shape: RowShape, features: MediaFeatures, plan: Any, *, masked: bool = True) -> Tensor:

@@ -96,6 +96,16 @@ class MediaFeatures:
             [self.counts[prompt] for prompt in prompts],
         )
 
+    def join(self, other: MediaFeatures) -> MediaFeatures:
+        """Return the features of both lists of prompts, those of `other` last."""
+        layers = zip(self.deepstack, other.deepstack, strict=True)
+        return MediaFeatures(
+            self.pooled + other.pooled,
+            [first + second for first, second in layers],
+            self.kinds + other.kinds,
+            self.counts + other.counts,
+        )
+
     def media_of(self, prompt: int) -> range:
         """Return the indices of a prompt's media in `pooled`."""
         start = sum(self.counts[:prompt])

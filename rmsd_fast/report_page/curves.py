@@ -239,6 +239,24 @@ GROUPS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
                 include=(0.0, 1.0),
             ),
             Chart(
+                "Overlap with the self-teacher",
+                "share of common most probable tokens, and the mean weight that follows from it",
+                (("credit/overlap", "overlap"), ("credit/prune_weight", "weight")),
+                include=(0.0, 1.0),
+            ),
+            Chart(
+                "Divergence of the self-teacher",
+                "between the distributions of self-teacher and student, nats per token",
+                (("kd/divergence", "divergence"),),
+                include=(0.0,),
+            ),
+            Chart(
+                "Rollouts with a judge's feedback",
+                "share of rollouts whose feedback the self-teacher is told",
+                (("self_teacher/feedback_share", "rollouts"),),
+                include=(0.0, 1.0),
+            ),
+            Chart(
                 "Log-variances of the terms of the loss",
                 "s of rewards, distillation and imitation; the weight of a term falls as its s rises",
                 (("uncertainty/pg", "rewards"), ("uncertainty/kd", "distillation"), ("uncertainty/sft", "imitation")),

@@ -52,7 +52,7 @@ class Condition:
         first_share: share of the stage's steps after which the condition is checked, once two windows are complete.
         stages: stages in which the condition is checked.
         only_if: another metric and a bound; steps where that metric is below the bound are skipped.
-        only_without: another metric; steps that have a value of it are skipped.
+        only_without: other metrics; steps that have a value of one of them are skipped.
         dtype: the `model.dtype` that the bounds are for; None = any.
     """
 
@@ -66,7 +66,7 @@ class Condition:
     first_share: float = 0.0
     stages: tuple[str, ...] = ("warm_up", "distill")
     only_if: tuple[str, float] | None = None
-    only_without: str | None = None
+    only_without: tuple[str, ...] = ()
     dtype: str | None = None
 
     def is_broken(self, values: Sequence[float]) -> bool:
@@ -224,7 +224,7 @@ CONDITIONS = (
         high=0.5,
         window=20,
         # With distillation from the self-teacher, tokens of these rollouts have advantages.
-        only_without="kd/clipped_share",
+        only_without=("kd/clipped_share", "kd/divergence"),
     ),
     Condition(
         "the student drifts far from the stage-1 student",
@@ -252,6 +252,15 @@ CONDITIONS = (
         "The self-teacher does not score the rollouts of questions without hints, so they learn from rewards alone.",
         "add hints to the questions in data.train, choose self_teacher.views that they have, or raise "
         "self_teacher.max_hint_tokens if hints were left out.",
+        low=HINTED,
+        window=20,
+    ),
+    Condition(
+        "many rollouts have no feedback",
+        "self_teacher/feedback_share",
+        "The judge's replies about the others were empty, cut off or rejected, or the self-teacher cannot read them.",
+        "see the warnings in the output; raise self_teacher.judge.max_tokens or self_teacher.max_hint_tokens, or use "
+        "another model.",
         low=HINTED,
         window=20,
     ),
@@ -315,7 +324,7 @@ class AlarmWatch:
                 other, least = condition.only_if
                 if isinstance(values.get(other), int | float) and values[other] < least:
                     continue
-            if condition.only_without and isinstance(values.get(condition.only_without), int | float):
+            if any(isinstance(values.get(name), int | float) for name in condition.only_without):
                 continue
             recent = self._values.setdefault((stage, condition), deque(maxlen=2 * condition.window))
             recent.append(value)

@@ -8,6 +8,7 @@ from rmsd_fast.config import (
     REQUEST_FIELDS,
     SUBTITLED,
     TASK_TYPES,
+    JudgeConfig,
     MadeConfig,
     RunConfig,
     SettingsError,
@@ -92,8 +93,7 @@ def _check_judge(settings: RunConfig) -> None:
             f"evaluate.judge.endpoint: expected a benchmark with judged answers ({', '.join(JUDGED)}), got "
             f"evaluate.benchmark={evaluate.benchmark or 'empty'}; leave the judge out"
         )
-    if not evaluate.judge.model:
-        raise SettingsError("evaluate.judge.model: expected the name of a model, got nothing; set it")
+    check_judge_model(evaluate.judge, "evaluate.judge", "the evaluation")
     if evaluate.parse != "lenient":
         raise SettingsError(
             "evaluate.parse: expected lenient with evaluate.judge, since a judge reads answers in any form, got "
@@ -104,10 +104,19 @@ def _check_judge(settings: RunConfig) -> None:
             "evaluate.rollouts: expected 0 with evaluate.judge, since only greedy answers are judged, got "
             f"{evaluate.rollouts}; leave one of the two out"
         )
-    for name in evaluate.judge.extra_body:
+
+
+def check_judge_model(judge: JudgeConfig, section: str, program: str) -> None:
+    """Raise SettingsError if a judge has no model, or if its `extra_body` has a field of each request.
+
+    `section` and `program` name the settings and what sends the requests in the messages.
+    """
+    if not judge.model:
+        raise SettingsError(f"{section}.model: expected the name of a model, got nothing; set it")
+    for name in judge.extra_body:
         if name in REQUEST_FIELDS:
             raise SettingsError(
-                f"evaluate.judge.extra_body: expected other fields, got {name!r}, which the evaluation sets; remove it"
+                f"{section}.extra_body: expected other fields, got {name!r}, which {program} sets; remove it"
             )
 
 

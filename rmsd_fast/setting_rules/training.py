@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from urllib.parse import urlsplit
 
-from rmsd_fast.config import STAGES, TRACKERS, VIEWS, RolloutConfig, RunConfig, SettingsError
-from rmsd_fast.setting_rules.evaluation import check_evaluated, check_room
+from rmsd_fast.config import DIVERGENCES, MEDIA_VIEW, STAGES, TRACKERS, VIEWS, RolloutConfig, RunConfig, SettingsError
+from rmsd_fast.setting_rules.evaluation import check_evaluated, check_judge_model, check_room
 from rmsd_fast.setting_rules.uses import (
+    asks_judge,
     loss_terms,
     makes_rollouts,
     rewards_rollouts,
@@ -103,8 +104,8 @@ def _check_gradient(settings: RunConfig) -> None:
         return
     if kd.kind == "none":
         raise SettingsError(
-            "kd.kind: expected k1 or avsd if no reward has a weight, since stage 2 has nothing else to learn from, got "
-            "none; give a reward a weight, e.g. reward.delta=0.4, or set kd.kind=k1"
+            "kd.kind: expected k1 or another one if no reward has a weight, since stage 2 has nothing else to learn "
+            "from, got none; give a reward a weight, e.g. reward.delta=0.4, or set kd.kind=k1"
         )
     if 0 < teacher.until_step < steps:
         raise SettingsError(
@@ -116,6 +117,11 @@ def _check_gradient(settings: RunConfig) -> None:
 
 def _check_uncertainty(settings: RunConfig) -> None:
     form, terms = settings.credit.uncertainty, loss_terms(settings)
+    if form != "none" and settings.kd.kind in DIVERGENCES:
+        raise SettingsError(
+            "kd.kind: expected none, k1 or avsd with credit.uncertainty, which weighs the advantages of tokens, got "
+            f"{settings.kd.kind}; set kd.kind=k1, or credit.uncertainty=none"
+        )
     if form == "none":
         return
     if len(terms) < 2:
@@ -143,40 +149,60 @@ def _check_self_teacher(settings: RunConfig) -> None:
     used_by = [
         *([f"kd.kind={kd.kind}"] if kd.kind != "none" else []),
         *([f"credit.magnitude={credit.magnitude}"] if credit.magnitude != "none" else []),
+        *([f"credit.prune={credit.prune}"] if credit.prune != "none" else []),
     ]
     if used_by and teacher.kind == "none":
         raise SettingsError(
-            f"self_teacher.kind: expected frozen, live or ema, whose log-probs {used_by[0]} needs, got none; set e.g. "
-            "self_teacher.kind=frozen self_teacher.views=[answer]"
+            f"self_teacher.kind: expected frozen, live, ema or path, whose log-probs {used_by[0]} needs, got none; set "
+            "e.g. self_teacher.kind=frozen self_teacher.views=[answer]"
         )
     if not set(teacher.views) <= set(VIEWS) or len(set(teacher.views)) < len(teacher.views):
         raise SettingsError(
             f"self_teacher.views: expected some of {list(VIEWS)}, each at most once, got {teacher.views}; set e.g. "
             "self_teacher.views=[answer]"
         )
+    if "sft" in settings.stages and settings.sft.hinted_share > 0 and not set(teacher.views) - {MEDIA_VIEW}:
+        raise SettingsError(
+            "self_teacher.views: expected one or more hints with a text for sft.hinted_share, which says how many "
+            f"questions are shown with them, got {teacher.views}; set e.g. self_teacher.views=[answer]"
+        )
     if teacher.kind == "none":
         return
     if not used_by:
         raise SettingsError(
-            f"self_teacher.kind: expected none, since neither kd.kind nor credit.magnitude uses a self-teacher, got "
-            f"{teacher.kind}; set kd.kind=k1 or credit.magnitude=teacher, or self_teacher.kind=none"
+            f"self_teacher.kind: expected none, since neither kd.kind nor credit.magnitude nor credit.prune uses a "
+            f"self-teacher, got {teacher.kind}; set kd.kind=k1 or credit.magnitude=teacher, or self_teacher.kind=none"
         )
-    if not teacher.views:
+    if teacher.kind == "path" and not teacher.path:
+        raise SettingsError(
+            "self_teacher.path: expected the folder or Hub name of a model with self_teacher.kind=path, got nothing; "
+            "set it, or another self_teacher.kind"
+        )
+    if not teacher.views and teacher.kind != "path":
         raise SettingsError(
             "self_teacher.views: expected one or more hints, without which the self-teacher knows no more than the "
             "student, got none; set e.g. self_teacher.views=[answer]"
         )
+    if asks_judge(settings):
+        check_judge_model(teacher.judge, "self_teacher.judge", "stage 2")
     if kd.kind == "avsd" and len(teacher.views) < 2:
         raise SettingsError(
             "self_teacher.views: expected two or more with kd.kind=avsd, which weighs teachers by their agreement, "
             f"got {teacher.views}; add a view, or set kd.kind=k1"
         )
+    for name, compares in (("prune", credit.prune != "none"), ("magnitude_topk", credit.magnitude_topk > 0)):
+        if kd.kind == "avsd" and compares:
+            raise SettingsError(
+                f"kd.kind: expected another one than avsd with credit.{name}={getattr(credit, name)}, which compares "
+                f"the most probable tokens of a single self-teacher, got avsd; set kd.kind=k1, or leave credit.{name} "
+                "out"
+            )
     if credit.magnitude == "teacher" and not rewards_rollouts(settings):
         raise SettingsError(
             "credit.magnitude: expected none if no reward has a weight, since it weights the advantages of the "
             "rewards, got teacher; give a reward a weight, e.g. reward.delta=0.4, or set credit.magnitude=none"
         )
-    if "distill" in settings.stages:
+    if "distill" in settings.stages and set(teacher.views) - {"media"}:
         longest = teacher.max_hint_tokens + settings.rollout.max_new_tokens
         check_room(settings, longest, "a hint of self_teacher.max_hint_tokens and a rollout of rollout.max_new_tokens")
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-from rmsd_fast.config import ACCURACY_STEPS, RunConfig, SettingsError
+from rmsd_fast.config import ACCURACY_STEPS, DIVERGENCES, RunConfig, SettingsError
 from rmsd_fast.setting_rules.uses import (
     has_pool,
     imitates_in_stage2,
     makes_rollouts,
     quotes_pool,
     rewards_rollouts,
+    shows_hints,
     teaching_steps,
     uses_discriminator,
     uses_frozen_tower,
@@ -211,15 +212,18 @@ def _of_rollouts(settings: RunConfig, *, trains: bool) -> list[_Rule]:
 def _of_self_teacher(settings: RunConfig) -> list[_Rule]:
     """Return the rules of the self-teacher and token credit."""
     stages, distill, teacher, credit = settings.stages, settings.distill, settings.self_teacher, settings.credit
-    only_magnitude = credit.magnitude == "teacher" and settings.kd.kind == "none"
+    only_magnitude = credit.magnitude == "teacher" and settings.kd.kind == credit.prune == "none"
+    # Stage 1 can show hints without a self-teacher.
+    shown = {"kind", "views", "max_hint_tokens"} if shows_hints(settings) else {"kind"}
+    of_teacher = ["self_teacher.judge.", *(f"self_teacher.{f.name}" for f in fields(teacher) if f.name not in shown)]
     return [
         (
-            ["self_teacher.", "credit.", "kd."],
+            [*of_teacher, "self_teacher.kind", "credit.", "kd."],
             "distill" not in stages,
             "stage distill is not in stages; add it to stages",
         ),
         (
-            [f"self_teacher.{f.name}" for f in fields(settings.self_teacher) if f.name != "kind"],
+            of_teacher,
             settings.self_teacher.kind == "none",
             "self_teacher.kind is none; set self_teacher.kind=frozen",
         ),
@@ -229,7 +233,27 @@ def _of_self_teacher(settings: RunConfig) -> list[_Rule]:
             f"self_teacher.kind={settings.self_teacher.kind} has no average; set self_teacher.kind=ema",
         ),
         (
-            ["credit.magnitude_clip", "credit.magnitude_mix", "credit.magnitude_steps"],
+            ["self_teacher.path"],
+            teacher.kind not in ("none", "path"),
+            f"self_teacher.kind={teacher.kind} has the student's weights; set self_teacher.kind=path",
+        ),
+        (
+            ["self_teacher.max_hint_tokens"],
+            not set(teacher.views) - {"media"},
+            "self_teacher.views has no texts; add e.g. answer to self_teacher.views",
+        ),
+        (
+            ["self_teacher.judge."],
+            "feedback" not in teacher.views,
+            "the judge writes feedback, which is not in self_teacher.views; add feedback to self_teacher.views",
+        ),
+        (
+            ["self_teacher.judge."],
+            not teacher.judge.endpoint,
+            "there is no judge; set self_teacher.judge.endpoint",
+        ),
+        (
+            [f"credit.magnitude_{name}" for name in ("clip", "mix", "steps", "topk")],
             settings.credit.magnitude == "none",
             "credit.magnitude is none; set credit.magnitude=teacher",
         ),
@@ -237,6 +261,11 @@ def _of_self_teacher(settings: RunConfig) -> list[_Rule]:
             ["credit.position_least", "credit.position_start", "credit.position_width"],
             settings.credit.position == "none",
             "credit.position is none; set credit.position=sigmoid",
+        ),
+        (
+            [f"credit.prune_{name}" for name in ("topk", "overlap", "decay", "floor")],
+            settings.credit.prune == "none",
+            "credit.prune is none; set credit.prune=overlap",
         ),
         (
             ["credit.uncertainty_lr_factor"],
@@ -264,6 +293,16 @@ def _of_self_teacher(settings: RunConfig) -> list[_Rule]:
             f"credit.magnitude_steps={credit.magnitude_steps} ends the use of the self-teacher; set a lower value",
         ),
         (["kd.coef", "kd.gap_clip"], settings.kd.kind == "none", "kd.kind is none; set kd.kind=k1"),
+        (
+            ["kd.gap_clip"],
+            settings.kd.kind in DIVERGENCES,
+            f"kd.kind={settings.kd.kind} has no advantages of its own; set kd.vocab_clip",
+        ),
+        (
+            ["kd.vocab_clip", "kd.temperature"],
+            settings.kd.kind not in DIVERGENCES,
+            f"kd.kind={settings.kd.kind} has no divergence over the vocabulary; set kd.kind=forward_kl",
+        ),
     ]
 
 

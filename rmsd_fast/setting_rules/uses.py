@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rmsd_fast.config import RunConfig
+from rmsd_fast.config import DIVERGENCES, RunConfig
 
 
 def uses_reference(settings: RunConfig) -> bool:
@@ -22,12 +22,48 @@ def uses_ema(settings: RunConfig) -> bool:
     return "distill" in settings.stages and settings.self_teacher.kind == "ema"
 
 
+def uses_other_teacher(settings: RunConfig) -> bool:
+    """Return whether the self-teacher of stage 2 is a model of its own."""
+    return "distill" in settings.stages and settings.self_teacher.kind == "path"
+
+
+def weighs_magnitude(settings: RunConfig, step: int) -> bool:
+    """Return whether the magnitude weights of a step of stage 2, counted from 0, may differ from 1."""
+    credit = settings.credit
+    return credit.magnitude == "teacher" and (not credit.magnitude_steps or step < credit.magnitude_steps)
+
+
 def teaches(settings: RunConfig, step: int) -> bool:
     """Return whether a step of stage 2, counted from 0, uses the self-teacher."""
     teacher, credit = settings.self_teacher, settings.credit
-    weighted = credit.magnitude == "teacher" and (not credit.magnitude_steps or step < credit.magnitude_steps)
+    weighted = weighs_magnitude(settings, step)
     in_time = not teacher.until_step or step < teacher.until_step
-    return teacher.kind != "none" and in_time and (weighted or settings.kd.kind != "none")
+    used = weighted or settings.kd.kind != "none" or credit.prune != "none"
+    return teacher.kind != "none" and in_time and used
+
+
+def distills_vocabulary(settings: RunConfig, step: int = 0) -> bool:
+    """Return whether a step of stage 2, counted from 0, has a divergence from the self-teacher's distributions."""
+    return settings.kd.kind in DIVERGENCES and teaches(settings, step)
+
+
+def compared_tokens(settings: RunConfig, step: int = 0) -> tuple[int, int]:
+    """Return how many most probable tokens of the self-teacher a step of stage 2 needs, and how many of the student.
+
+    Both are 0 unless log-probs are renormalized or the overlap is computed.
+    """
+    credit = settings.credit
+    if not teaches(settings, step):
+        return 0, 0
+    overlap = credit.prune_topk if credit.prune == "overlap" else 0
+    renormalized = credit.magnitude_topk if weighs_magnitude(settings, step) else 0
+    return max(overlap, renormalized), overlap
+
+
+def has_policy_gradient(settings: RunConfig) -> bool:
+    """Return whether the policy loss of stage 2 can have a gradient, apart from that of the distillation."""
+    compared = settings.distill.kl_coef > 0 or settings.reward.kl_in_reward > 0
+    return rewards_rollouts(settings) or compared
 
 
 def teaching_steps(settings: RunConfig) -> int:
@@ -36,10 +72,36 @@ def teaching_steps(settings: RunConfig) -> int:
     return next((step for step in range(steps) if not teaches(settings, step)), steps)
 
 
-def quotes_pool(settings: RunConfig) -> bool:
-    """Return whether the self-teacher is told answers of the teacher pool."""
+def reads_hints(settings: RunConfig) -> bool:
+    """Return whether stage 2 has a self-teacher that is told anything."""
     teacher = settings.self_teacher
-    return "distill" in settings.stages and teacher.kind != "none" and "best_answer" in teacher.views
+    return "distill" in settings.stages and teacher.kind != "none" and bool(teacher.views)
+
+
+def asks_judge(settings: RunConfig) -> bool:
+    """Return whether a judge writes feedback about each rollout of stage 2."""
+    teacher = settings.self_teacher
+    return reads_hints(settings) and "feedback" in teacher.views and bool(teacher.judge.endpoint)
+
+
+def shows_media(settings: RunConfig) -> bool:
+    """Return whether the self-teacher of stage 2 is shown other media than the student."""
+    return reads_hints(settings) and "media" in settings.self_teacher.views
+
+
+def question_views(settings: RunConfig) -> list[str]:
+    """Return the views of `self_teacher.views` that are about questions, and not about rollouts."""
+    return [view for view in settings.self_teacher.views if view != "feedback" or not asks_judge(settings)]
+
+
+def shows_hints(settings: RunConfig) -> bool:
+    """Return whether a stage shows hints to a model: stage 2 to the self-teacher, or stage 1 to the student."""
+    return reads_hints(settings) or ("sft" in settings.stages and settings.sft.hinted_share > 0)
+
+
+def quotes_pool(settings: RunConfig) -> bool:
+    """Return whether hints contain answers of the teacher pool."""
+    return shows_hints(settings) and "best_answer" in settings.self_teacher.views
 
 
 def imitates_in_stage2(settings: RunConfig) -> bool:
@@ -69,7 +131,9 @@ def uses_pool(settings: RunConfig) -> bool:
 def weights_tokens(settings: RunConfig) -> bool:
     """Return whether the tokens of a rollout may have different advantages."""
     credit = settings.credit
-    return settings.kd.kind != "none" or (credit.magnitude, credit.position, credit.uncertainty) != ("none",) * 3
+    return settings.kd.kind != "none" or {credit.magnitude, credit.position, credit.prune, credit.uncertainty} != {
+        "none"
+    }
 
 
 def loss_terms(settings: RunConfig) -> list[str]:
@@ -120,6 +184,18 @@ def uses_servers(settings: RunConfig) -> bool:
 def warm_up_steps(settings: RunConfig) -> int:
     """Return the number of steps of the warm-up, 0 without one. Stage 2 continues to count rollout steps from there."""
     return settings.discriminator.warm_up_steps if "warm_up" in settings.stages else 0
+
+
+def stage_sizes(settings: RunConfig) -> dict[str, tuple[int, int]]:
+    """Return steps and questions per step of each stage of a run."""
+    late = settings.distill
+    sizes = {
+        "sft": (settings.sft.steps, settings.sft.batch_size),
+        "control": (late.steps, late.batch_size),
+        "warm_up": (settings.discriminator.warm_up_steps, late.batch_size),
+        "distill": (late.steps, late.batch_size),
+    }
+    return {stage: size for stage, size in sizes.items() if stage in settings.stages}
 
 
 def rollout_steps(settings: RunConfig) -> range:

@@ -23,6 +23,7 @@ from rmsd_fast.models.policy import Policy
 from rmsd_fast.models.quantize import QuantizedBase, import_bitsandbytes, quantize
 from rmsd_fast.models.shared_prefix import enable_shared_prefix, unsupported
 from rmsd_fast.models.students import Student, freeze, load_student
+from rmsd_fast.models.teacher_folder import equal_towers
 from rmsd_fast.rollout.base import RolloutEngine
 from rmsd_fast.rollout.copied import CopyRollout
 from rmsd_fast.rollout.hf import HfRollout
@@ -33,11 +34,21 @@ from rmsd_fast.runtime.moving_average import MovingAverage
 from rmsd_fast.runtime.process_group import World
 from rmsd_fast.runtime.term_weights import TermWeights
 from rmsd_fast.setting_rules.evaluation import check_room
-from rmsd_fast.setting_rules.uses import imitates_in_stage2, loss_terms, uses_discriminator, uses_ema, uses_reference
+from rmsd_fast.setting_rules.uses import (
+    imitates_in_stage2,
+    loss_terms,
+    reads_hints,
+    uses_discriminator,
+    uses_ema,
+    uses_other_teacher,
+    uses_reference,
+)
 from rmsd_fast.stages.hints import read_hints
 from rmsd_fast.stages.material import Material
 from rmsd_fast.stages.rollout_servers import connect
 from rmsd_fast.stages.state import StageState
+from rmsd_fast.stages.top_tokens import check_top_tokens
+from rmsd_fast.stages.vocabulary import check_same_vocabulary
 from rmsd_fast.teacher.targets import Targets, build_targets
 
 log = logging.getLogger("rmsd_fast")
@@ -115,9 +126,12 @@ def build_imitation(
     student = load(path, settings, world)
     builder = PromptBuilder(student, settings.video, media)
     targets = read_targets(material, builder, settings, world)
-    taught = "distill" in settings.stages and settings.self_teacher.kind != "none"
-    # Faults of hints, which only stage 2 uses, must not appear after hours of stage 1.
-    hints = read_hints(material, builder, targets, settings, world) if taught else {}
+    # Faults of hints that only stage 2 uses must not appear after hours of stage 1.
+    hints = read_hints(material, builder, targets, settings, world) if reads_hints(settings) else {}
+    if stage == "sft" and settings.sft.hinted_share:
+        hints = read_hints(material, builder, targets, settings, world, apart=True)
+    if stage == "distill":
+        builder.other_media = frozenset(name for name, told in hints.items() if any(hint.media for hint in told))
     if settings.model.adapter == "lora":
         add_adapter(student.model, POLICY, settings.model, seed=settings.seed)
     policy = make_policy(student, settings, training.train_vision)
@@ -134,6 +148,7 @@ def build_imitation(
         policy,
         train_vision=training.train_vision,
         hints=hints,
+        hinted_share=settings.sft.hinted_share if stage == "sft" else 0.0,
         features=features,
     )
 
@@ -148,7 +163,8 @@ def read_targets(material: Material, builder: PromptBuilder, settings: RunConfig
             `micro_tokens`.
         DataError: more than `data.max_bad_share` of the answers are left out, most of them for other reasons.
     """
-    room = settings.micro_tokens - settings.data.max_prompt_tokens
+    hint = settings.self_teacher.max_hint_tokens if "sft" in settings.stages and settings.sft.hinted_share else 0
+    room = settings.micro_tokens - settings.data.max_prompt_tokens - hint
     refused: dict[str, list[str]] = {}
     asked = longest = 0
 
@@ -174,7 +190,7 @@ def read_targets(material: Material, builder: PromptBuilder, settings: RunConfig
     if number > settings.data.max_bad_share * asked:
         most = max(refused, key=lambda reason: len(refused[reason]))
         if most == "too_long":
-            check_room(settings, longest, "the longest teacher response")
+            check_room(settings, longest + hint, "the longest teacher response" + " with a hint" * bool(hint))
         raise DataError(
             f"teacher pool: {number:,} of {counted(asked, 'answer')} cannot be used to train this student: "
             f"{', '.join(f'{reason} {len(texts):,}' for reason, texts in refused.items())} ({most}: {REASONS[most]}), "
@@ -208,6 +224,14 @@ def build_distillation(
         # It runs in the policy's engine, which gathers its weights under ZeRO-3.
         without = partial(state.policy, adapted=False)
         state.reference = without if lora else make_reference(load(path, settings, world))
+    if uses_other_teacher(settings):
+        teacher = load(settings.self_teacher.path, settings, world)
+        state.teacher = make_reference(teacher)
+        check_same_vocabulary(settings, teacher.model.config, state.student.model.config)
+        if not state.train_vision:
+            with state.policy.full_weights(state.student.model.model.visual):
+                state.shares_tower = equal_towers(teacher.model, state.student.model)
+    check_top_tokens(settings, state.student.model.config.text_config.vocab_size)
     if uses_ema(settings):
         state.average = MovingAverage(state.policy, settings.self_teacher.ema_rate)
     if settings.credit.uncertainty != "none" and "distill" in settings.stages:
@@ -268,7 +292,7 @@ def make_policy(student: Student, settings: RunConfig, train_vision: bool) -> Po
 
 
 def make_reference(student: Student) -> Policy:
-    """Return the frozen module that computes the reference's log-probs."""
+    """Return the frozen module that computes log-probs of the reference, or of a teacher of its own."""
     return Policy(student.model).eval().requires_grad_(False)
 
 

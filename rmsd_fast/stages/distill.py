@@ -22,6 +22,8 @@ from rmsd_fast.models.students import MediaFeatures, encode_media
 from rmsd_fast.rollout.base import Rollout, Sampling
 from rmsd_fast.runtime.process_group import any_rank, global_sum
 from rmsd_fast.setting_rules.uses import (
+    compared_tokens,
+    distills_vocabulary,
     imitates_in_stage2,
     samples_reference,
     teaches,
@@ -31,6 +33,7 @@ from rmsd_fast.setting_rules.uses import (
 )
 from rmsd_fast.stages.degeneration import degeneration_record
 from rmsd_fast.stages.discriminator_pass import discriminator_pass
+from rmsd_fast.stages.feedback import set_hints
 from rmsd_fast.stages.groups import RolloutGroup, group_record, make_group, quality_record, set_advantages
 from rmsd_fast.stages.imitation import imitated_tokens, set_imitated, with_imitation
 from rmsd_fast.stages.parity import check_parity
@@ -39,7 +42,9 @@ from rmsd_fast.stages.state import StageState, StepResult, apply_or_discard, enc
 from rmsd_fast.stages.step_metrics import Metric, global_metrics, mean
 from rmsd_fast.stages.teach import teach
 from rmsd_fast.stages.token_credit import set_token_advantages
+from rmsd_fast.stages.top_tokens import read_top_tokens
 from rmsd_fast.stages.uncertainty import WeighedStep, add_answer_values, learn_weights, weigh_terms
+from rmsd_fast.stages.vocabulary import add_divergence
 
 
 def warm_up_step(state: StageState, prompts: list[Prompt], number: int) -> StepResult:
@@ -140,9 +145,14 @@ def step(state: StageState, prompts: list[Prompt], number: int) -> StepResult:
         # The discriminator reads the rollouts again.
         tokens += _rollout_tokens(groups) + teacher_tokens
         engines.append(state.discriminator)
+    hinted = set_hints(state, groups, step=number)
+    teacher_head, distills = None, distills_vocabulary(settings, number)
     if teaches(settings, number):
         with state.timer("teacher"):
-            teach(state, groups, features)
+            top, student_top = compared_tokens(settings, number)
+            teacher_head = teach(state, groups, features, top=top)
+            if top:
+                read_top_tokens(state, groups, features, top=top, student_top=student_top)
     with state.timer("reference"):
         policy_passes = _reference_pass(state, groups, features)
     for group in groups:
@@ -150,7 +160,8 @@ def step(state: StageState, prompts: list[Prompt], number: int) -> StepResult:
     credited = set_token_advantages(groups, settings, step=number) if weights_tokens(settings) else {}
     weighed = None if state.term_weights is None else weigh_terms(state, groups, features, counts)
     with state.timer("policy"):
-        trained, trained_tokens = _policy_pass(state, groups, policy_passes, counts, weighed)
+        distilled = (teacher_head,) if distills else None
+        trained, trained_tokens = _policy_pass(state, groups, policy_passes, counts, weighed, distilled)
     with state.timer("optimizer"):
         norms, skipped = apply_or_discard(engines)
         if weighed is not None and not skipped:
@@ -162,7 +173,7 @@ def step(state: StageState, prompts: list[Prompt], number: int) -> StepResult:
     work = {"tokens": tokens, "tokens_computed": computed + trained_tokens}
     described = {**group_record(groups, settings), **degeneration_record(groups, state.builder)}
     learned = {} if weighed is None else weighed.record
-    record = {**described, **trained, **credited, **selected, **learned, **work, **scored}
+    record = {**described, **trained, **hinted, **credited, **selected, **learned, **work, **scored}
     metrics = global_metrics(record, state.world)
     metrics["policy/grad_norm"] = norms[0]
     if scored:
@@ -325,6 +336,7 @@ def _policy_pass(
     policy_passes: list[_PolicyPass],
     counts: dict[str, float],
     weighed: WeighedStep | None,
+    distilled: tuple[torch.Tensor | None] | None = None,
 ) -> tuple[dict[str, Metric], int]:
     """Run forward and backward of the policy loss. The gradients are then complete but not applied.
 
@@ -335,6 +347,8 @@ def _policy_pass(
         counts: tokens and sequences of the rollouts, and tokens of the imitated responses, in the global batch: the
             normalizers of the loss.
         weighed: terms of the loss to which the imitated responses are added; None without `credit.uncertainty`.
+        distilled: the self-teacher's head for a divergence from its distributions, see `stages.vocabulary`, or (None,)
+            if it is the policy's; None = there is no divergence.
     Returns:
         This process's part of the metrics, and the number of tokens that the model processed.
     """
@@ -344,9 +358,11 @@ def _policy_pass(
     # With kl_coef = 0, the KL is measured only if the reward needs the reference's log-probs anyway. "full" would need
     # the reference's hidden states, so k3 is used instead.
     kl = {} if distill.kl == "full" and not exact_kl else {"kl": distill.kl, "kl_coef": distill.kl_coef}
+    normalizer = counts["tokens"] if token_mean else counts["sequences"]
     totals: dict[str, torch.Tensor] = {}
     tokens, imitated, sft_loss = 0, 0, 0.0
     owners, parts = [], []
+    divergences: list[tuple[torch.Tensor, torch.Tensor]] = []
     for policy_pass in policy_passes:
         read, rows = policy_pass.read, policy_pass.read.rows
         indices, sampled = _rollout_indices(read, groups), len(policy_pass.rollout_logp)
@@ -369,7 +385,7 @@ def _policy_pass(
             linear_policy_loss,
             advantages=advantages,
             token_weights=None if token_mean else each_token(1.0 / policy_pass.lengths),
-            normalizer=counts["tokens"] if token_mean else counts["sequences"],
+            normalizer=normalizer,
             temperature=state.settings.rollout.temperature,
             ignore_index=None,
             rollout_logp=policy_pass.rollout_logp,
@@ -379,7 +395,10 @@ def _policy_pass(
             **kl,
             **reference,
         )
-        head = policy_pass.of_rollouts(_own_head(head) if exact_kl and lora else head)
+        head = _own_head(head) if exact_kl and lora else head
+        if distilled is not None and sampled:
+            head = add_divergence(state, groups, indices, head, teacher_head=distilled[0], normalizer=normalizer)
+        head = policy_pass.of_rollouts(head)
         if policy_pass.imitated is not None:
             loss, more = head if sampled else None, {}
             answered = [i for i, r in _response_indices(read) if r >= len(groups[i].rollouts)]
@@ -399,6 +418,8 @@ def _policy_pass(
                 parts.append(result.metrics["sft_parts"])
         if not sampled:
             continue
+        if distilled is not None:
+            divergences.append((result.metrics["divergence"], result.metrics["divergence_weight"]))
         tokens += sampled
         totals["loss"] = totals.get("loss", 0) + result.metrics.get("policy_loss", result.loss.detach())
         totals["engine_logp"] = totals.get("engine_logp", 0) + policy_pass.rollout_logp.sum()
@@ -411,6 +432,10 @@ def _policy_pass(
     drift = totals.pop("engine_logp") - totals["logp"]
     record: dict[str, Metric] = {"policy/loss": totals.pop("loss"), "policy/engine_kl": (mean, drift, tokens)}
     record |= {f"policy/{name}": (mean, total, tokens) for name, total in sorted(totals.items())}
+    if distilled is not None:
+        record["kd/divergence"] = (mean, *(sum(column) for column in zip(*divergences, strict=True)))
+        for group in groups:
+            group.teacher_hidden = []
     if imitates_in_stage2(state.settings):
         record["policy/sft_loss"] = (mean, sft_loss * counts["imitated"], imitated)
     return record, sum(policy_pass.read.rows.input_ids.numel() for policy_pass in policy_passes)

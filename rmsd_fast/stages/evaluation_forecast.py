@@ -129,6 +129,18 @@ def _builder(path: str, settings: RunConfig, media: MediaReader) -> PromptBuilde
     return PromptBuilder(student, video_of(settings), media, prompt=settings.evaluate.prompt)
 
 
+def describe_protocol(path: str, settings: RunConfig) -> str:
+    """Return a line about the model, and how it is asked and scored."""
+    evaluate = settings.evaluate
+    asked = [f"{evaluate.benchmark or 'own questions'}", f"prompt {evaluate.prompt}", f"parsing {evaluate.parse}"]
+    asked += ["subtitles"] * evaluate.subtitles + ["without video"] * evaluate.without_video
+    asked += [f"{counted(evaluate.rollouts, 'sample')} each"] if evaluate.rollouts else []
+    asked += [f"reranker {evaluate.reranker}"] if evaluate.reranker else []
+    judge = evaluate.judge
+    asked += [f"judge {judge.model} at {judge.endpoint} (not asked yet)"] if judge.endpoint else []
+    return f"model: {path}; {', '.join(asked)}"
+
+
 def describe_questions(questions: Sequence[Question], lengths: PromptLengths, settings: RunConfig) -> list[str]:
     """Return lines about the questions of an evaluation, their media and their prompts."""
     absent, files = absent_media(questions)
@@ -184,7 +196,7 @@ def describe_evaluation(
     lengths = read_lengths(path, questions, settings, media, world, most=most)
 
     def describe() -> list[str]:
-        lines = describe_questions(questions, lengths, settings)
+        lines = [describe_protocol(path, settings), *describe_questions(questions, lengths, settings)]
         if not lengths.tokens:
             return [*lines, "memory: not planned, since no prompt could be read"]
         return lines + check_evaluation_memory(path, questions, lengths.tokens[-1], settings, world)

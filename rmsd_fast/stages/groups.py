@@ -11,6 +11,7 @@ from rmsd_fast.data.prompts import Prompt, PromptBuilder, ResponseError
 from rmsd_fast.data.records import Question
 from rmsd_fast.method.advantages import degenerate_groups
 from rmsd_fast.method.answers import has_outer_format, has_task_format, is_empty_answer, parse_answer
+from rmsd_fast.method.hints import Hint
 from rmsd_fast.method.matching import Pairs, expected_pairs, order_pairs, sample_matches, sampled_pairs
 from rmsd_fast.method.quality import quality_against, quality_score
 from rmsd_fast.method.rewards import RewardWeights, composite_advantages, composite_reward
@@ -19,6 +20,7 @@ from rmsd_fast.setting_rules.uses import has_pool, rewards_rollouts, uses_discri
 from rmsd_fast.stages.step_metrics import Metric, mean
 from rmsd_fast.teacher.scores import quality_settings
 from rmsd_fast.teacher.targets import Targets
+from rmsd_kernels import TopK
 
 
 @dataclass
@@ -42,10 +44,19 @@ class RolloutGroup:
         advantages: advantage of each rollout; empty in the warm-up.
         ref_logp: the reference's log-probs of each rollout's tokens, [R] each; empty unless the self-teacher's passes
             have computed them.
-        teacher_logp: the self-teacher's log-probs of each rollout's tokens with each hint, [M, R] each; empty without
-            hints.
+        hints: what the self-teacher is told about each rollout; empty unless a step has a self-teacher.
+        teacher_logp: the self-teacher's log-probs of each rollout's tokens with each hint, [M, R] each; M is 0 for a
+            rollout without hints, and the list is empty if no rollout has any.
+        teacher_hidden: the self-teacher's hidden states that predict each rollout's tokens, [R, D] each, in the dtype
+            of the model, or None for a rollout without hints; empty without hints, unless a divergence needs them, and
+            after the policy's passes.
+        teacher_top: the self-teacher's most probable tokens at each position of the rollouts, [R, k] each, or
+            None for a rollout without hints; empty without hints, or if nothing compares them.
+        student_top: those of the policy, [R, k'] each, and its log-probs of the teacher's tokens and of the sampled
+            one, [R, k + 1].
         token_advantages: advantage of each rollout's tokens, [R] each; empty if all tokens have that of the rollout.
         token_terms: the terms that add up to these, by name, [R] each: pg, of the rewards, and kd, of the self-teacher.
+        token_weights: weight of each rollout's tokens, [R] each; empty if all are 1.
         imitated: token ids of the teacher response that the policy also imitates, int64 [R]; None if there is none.
         sft_weight: learned weight of its cross entropy; 1 without `credit.uncertainty`.
     """
@@ -64,9 +75,14 @@ class RolloutGroup:
     log_ratio: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
     reward: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
     advantages: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+    hints: list[list[Hint]] = field(default_factory=list)
     ref_logp: list[torch.Tensor] = field(default_factory=list)
     teacher_logp: list[torch.Tensor] = field(default_factory=list)
+    teacher_hidden: list[torch.Tensor | None] = field(default_factory=list)
+    teacher_top: list[TopK | None] = field(default_factory=list)
+    student_top: list[TopK] = field(default_factory=list)
     token_advantages: list[torch.Tensor] = field(default_factory=list)
+    token_weights: list[torch.Tensor] = field(default_factory=list)
     token_terms: list[dict[str, torch.Tensor]] = field(default_factory=list)
     imitated: torch.Tensor | None = None
     sft_weight: float = 1.0

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 
 from rmsd_fast.config import RunConfig, SettingsError
 from rmsd_fast.data.errors import DataError, counted
 from rmsd_fast.data.prompts import HintError, PromptBuilder
 from rmsd_fast.data.records import Question
+from rmsd_fast.method.hints import Hint
 from rmsd_fast.runtime.process_group import World
-from rmsd_fast.setting_rules.uses import rewards_rollouts
+from rmsd_fast.setting_rules.uses import asks_judge, question_views, rewards_rollouts
 from rmsd_fast.stages.inputs import Inputs
 from rmsd_fast.teacher.hints import build_hints
 from rmsd_fast.teacher.targets import Targets, build_targets
@@ -19,20 +21,35 @@ log = logging.getLogger("rmsd_fast")
 
 
 def read_hints(
-    inputs: Inputs, builder: PromptBuilder, targets: Mapping[str, Targets], settings: RunConfig, world: World
-) -> dict[str, tuple[str, ...]]:
-    """Return the texts that the self-teacher is told about each training question.
+    inputs: Inputs,
+    builder: PromptBuilder,
+    targets: Mapping[str, Targets],
+    settings: RunConfig,
+    world: World,
+    *,
+    apart: bool = False,
+) -> dict[str, tuple[Hint, ...]]:
+    """Return what the self-teacher is told about each training question. A judge's feedback is not part of it.
 
+    Args:
+        inputs: the training questions.
+        builder: builder of the student's prompts.
+        targets: the pool's answers to the questions, by id.
+        settings: settings of the run.
+        world: this process in the run.
+        apart: whether each view is a hint of its own, as stage 1 shows them to the student.
     Raises:
         SettingsError: no question has any of `self_teacher.views`, or, if no reward has a weight, more than
             `data.max_bad_share` of the questions have none.
-        DataError: more than `data.max_bad_share` of the hints cannot be used, or the student cannot know to which clock
-            their times refer.
+        DataError: more than `data.max_bad_share` of the hints cannot be used, or the self-teacher cannot know to which
+            clock their times refer.
     """
-    teacher = settings.self_teacher
-    if not builder.states_times:
-        for question in inputs.train:
-            _refuse_late(question, teacher.views)
+    teacher, views = settings.self_teacher, question_views(settings)
+    for question in inputs.train:
+        if not builder.states_times:
+            _refuse_late(question, views)
+        if together(settings):
+            _refuse_other_clock(question, views, states_times=builder.states_times)
     refused: dict[str, list[str]] = {}
     asked = 0
 
@@ -46,8 +63,16 @@ def read_hints(
             return True
         return False
 
-    together = settings.kd.kind != "avsd"
-    hints = build_hints(inputs.train, targets, teacher.views, refuse, together=together, seed=settings.seed)
+    def absent(question: Question) -> bool:
+        nonlocal asked
+        asked += 1
+        if missing := _absent_media(question):
+            refused.setdefault("missing_media", []).append(f"{missing[0]} does not exist; check data.media_root")
+        return bool(missing)
+
+    hints = build_hints(
+        *(inputs.train, targets, views, refuse, absent), together=together(settings) and not apart, seed=settings.seed
+    )
     number = sum(map(len, refused.values()))
     if number > settings.data.max_bad_share * asked:
         reasons = ", ".join(f"{reason} {len(faults):,}" for reason, faults in refused.items())
@@ -59,7 +84,7 @@ def read_hints(
     line = describe_hints(hints, settings)
     if world.is_main:
         left_out = f", {counted(number, 'hint')} left out" if number else ""
-        without = sum(not texts for texts in hints.values())
+        without = 0 if always_scored(settings) else sum(not told for told in hints.values())
         level = logging.WARNING if without > settings.data.max_bad_share * len(hints) else logging.INFO
         log.log(level, "%s%s", line, left_out)
     return hints
@@ -76,34 +101,69 @@ def plan_hints(inputs: Inputs, settings: RunConfig) -> str:
         seed=settings.seed,
         imitate=settings.sft.responses,
     )
-    together, views = settings.kd.kind != "avsd", settings.self_teacher.views
-    hints = build_hints(inputs.train, targets, views, lambda text: False, together=together, seed=settings.seed)
+    hints = build_hints(
+        *(inputs.train, targets, question_views(settings), lambda text: False, lambda q: bool(_absent_media(q))),
+        together=together(settings),
+        seed=settings.seed,
+    )
     return describe_hints(hints, settings)
 
 
-def describe_hints(hints: Mapping[str, tuple[str, ...]], settings: RunConfig) -> str:
+def together(settings: RunConfig) -> bool:
+    """Return whether one self-teacher reads all views."""
+    return settings.kd.kind != "avsd"
+
+
+def always_scored(settings: RunConfig) -> bool:
+    """Return whether the self-teacher also scores rollouts of questions without hints, or all rollouts get feedback."""
+    return settings.self_teacher.kind == "path" or asks_judge(settings)
+
+
+def describe_hints(hints: Mapping[str, tuple[Hint, ...]], settings: RunConfig) -> str:
     """Return a line that says how many questions have hints.
 
     Raises:
         SettingsError: no question has any, or, if no reward has a weight, too many have none.
     """
-    hinted, views = sum(map(bool, hints.values())), settings.self_teacher.views
+    hinted, views = sum(map(bool, hints.values())), question_views(settings)
     without = len(hints) - hinted
-    if not hinted:
+    judged = ", and a judge writes feedback" if asks_judge(settings) else ""
+    if not hinted and views:
         raise SettingsError(
             f"self_teacher.views: expected hints that the training questions have, got {views}, of which no "
             "question has any; add the field hints to data.train, or set self_teacher.views=[answer]"
         )
     most = settings.data.max_bad_share
-    if not rewards_rollouts(settings) and without > most * len(hints):
-        first = next(name for name, texts in hints.items() if not texts)
+    learns = rewards_rollouts(settings) or always_scored(settings) or "distill" not in settings.stages
+    if not learns and without > most * len(hints):
+        first = next(name for name, told in hints.items() if not told)
         raise SettingsError(
             f"self_teacher.views: expected at most {most:g} of the training questions (data.max_bad_share) without a "
             "hint if no reward has a weight, since nothing is learned from them, got "
             f"{without:,} of {len(hints):,} without any of {views}, first {first!r}; remove these questions, add their "
             "hints to data.train, or raise data.max_bad_share"
         )
-    return f"self-teacher: {hinted:,} of {counted(len(hints), 'question')} have hints"
+    return f"self-teacher: {hinted:,} of {counted(len(hints), 'question')} have hints{judged}"
+
+
+def _absent_media(question: Question) -> list[str]:
+    """Return the files of `hints.media` that do not exist."""
+    shown = question.hints.get("media") or {}
+    return [path for name in ("videos", "images") for path in shown.get(name, ()) if not os.path.exists(path)]
+
+
+def _refuse_other_clock(question: Question, views: list[str], *, states_times: bool) -> None:
+    """Raise DataError for times of the student's video if the self-teacher is shown other media."""
+    timed = [view for view in ("window", "keyframes") if view in views and view in question.hints]
+    if not timed or "media" not in views or "media" not in question.hints:
+        return
+    videos = question.hints["media"]["videos"]
+    if not states_times or not videos or not set(videos) <= set(question.videos):
+        raise DataError(
+            f"hints of question {question.id!r}: expected no {' and '.join(timed)} next to hints.media, since the "
+            "self-teacher is shown other media, whose times differ or are not stated, got times; leave "
+            f"{timed[0]} or media out of self_teacher.views, or show parts of the same videos to a Qwen3-VL"
+        )
 
 
 def _refuse_late(question: Question, views: list[str]) -> None:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 from rmsd_fast.config import ModelError, RunConfig, SettingsError, UserError
 from rmsd_fast.data.benchmarks import load_benchmark
-from rmsd_fast.data.errors import DataError, all_faults
+from rmsd_fast.data.errors import DataError, all_faults, counted
 from rmsd_fast.data.records import Question, load_questions, question_format
 from rmsd_fast.made.teacher import is_simulated
+from rmsd_fast.setting_rules.uses import stage_sizes
 from rmsd_fast.settings import POOL_SETTINGS, load_settings
 from rmsd_fast.teacher.diagnostics import pool_statistics
 from rmsd_fast.teacher.pool import check_pool, load_pool
@@ -77,6 +78,8 @@ def read_inputs(
             faults.append(error)
     if faults:
         raise all_faults(faults)
+    if answered:
+        summary += _describe_passes(len(answered), settings)
     scores: Scores = {}
     statistics: dict = {}
     simulated = False
@@ -94,6 +97,20 @@ def read_inputs(
         if summary.faults:
             raise DataError("\n".join([*summary.faults, *summary.lines]))
     return Inputs(answered, heldout, scores, simulated, statistics, summary)
+
+
+def _describe_passes(questions: int, settings: RunConfig) -> Summary:
+    """Describe how often each stage sees the questions."""
+    sizes = stage_sizes(settings)
+    shares = ", ".join(f"{stage} {steps * batch / questions:.3g}" for stage, (steps, batch) in sizes.items())
+    summary = Summary([f"passes over all {counted(questions, 'question')}: {shares}"])
+    large = {"sft" if stage == "sft" else "distill": batch for stage, (_, batch) in sizes.items() if batch > questions}
+    for section, batch in large.items():
+        summary.warnings.append(
+            f"{section}.batch_size={batch} is more than the {counted(questions, 'training question')}, so a step sees "
+            "some of them several times; lower it"
+        )
+    return summary
 
 
 def _frame_family(path: str) -> str | None:

@@ -7,9 +7,11 @@ import os
 from dataclasses import dataclass
 from errno import EACCES, EPERM, EROFS
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from rmsd_fast import environment
 from rmsd_fast.config import MadeConfig, NotInstalled, RunConfig, SettingsError
 from rmsd_fast.data.benchmarks import benchmark_files
 from rmsd_fast.data.question_text import question_text
@@ -27,6 +29,7 @@ from rmsd_fast.models.folders import ModelFolder, model_digests, open_folder, re
 from rmsd_fast.models.liger import check_liger
 from rmsd_fast.models.quantize import import_bitsandbytes
 from rmsd_fast.models.students import DTYPES
+from rmsd_fast.models.teacher_folder import check_teacher
 from rmsd_fast.rollout.dump import INFO
 from rmsd_fast.rollout.vllm import check_family, check_length
 from rmsd_fast.rollout.vllm_process import check_vllm
@@ -34,7 +37,14 @@ from rmsd_fast.runtime.engine import import_adamw_8bit
 from rmsd_fast.runtime.process_group import World, on_main
 from rmsd_fast.runtime.trackers import check_trackers
 from rmsd_fast.setting_rules.evaluation import refuse_evaluation_only
-from rmsd_fast.setting_rules.uses import makes_rollouts, uses_pool, uses_servers, uses_vllm
+from rmsd_fast.setting_rules.uses import (
+    asks_judge,
+    makes_rollouts,
+    uses_other_teacher,
+    uses_pool,
+    uses_servers,
+    uses_vllm,
+)
 from rmsd_fast.stages.inputs import Inputs, read_inputs
 from rmsd_fast.teacher.pool import load_pool
 from rmsd_kernels.implementations import resolve_impl
@@ -51,15 +61,20 @@ class Material(Inputs):
     Attributes:
         model_path: folder or Hub name of the model.
         files: paths of the input files by role. Each file of a benchmark's folder has a role of its own.
+        teacher_path: folder or Hub name of the model of `self_teacher.kind=path`; "" if there is none.
     """
 
     model_path: str
     files: dict[str, str]
+    teacher_path: str = ""
 
     def fingerprints(self) -> dict:
-        """Return the hash of every input file by role, and of every file of the model by name."""
-        digests = {role: file_digest(path) for role, path in self.files.items()}
-        return {**digests, "model": model_digests(resolve_folder(self.model_path))}
+        """Return the hash of every input file by role, and of every file of the models by name."""
+        digests: dict[str, Any] = {role: file_digest(path) for role, path in self.files.items()}
+        digests["model"] = model_digests(resolve_folder(self.model_path))
+        if self.teacher_path:
+            digests["self_teacher"] = model_digests(resolve_folder(self.teacher_path, setting="self_teacher.path"))
+        return digests
 
 
 def prepare_material(
@@ -104,12 +119,19 @@ def prepare_material(
         folder = files.pop("heldout")
         annotation = benchmark_files(settings.evaluate.benchmark, folder)
         files |= {f"heldout/{file.relative_to(folder)}": str(file) for file in annotation}
+    teacher_path = settings.self_teacher.path if training and uses_other_teacher(settings) else ""
+
+    def check_models() -> None:
+        model = check_model(resolve_folder(model_path), settings, training=training)
+        if teacher_path:
+            check_teacher(open_folder(resolve_folder(teacher_path, setting="self_teacher.path")), model)
+
     # This is checked before a run folder is created. The main process downloads a Hub model, and the other processes
     # find it in the cache.
-    on_main(world, lambda: bool(check_model(resolve_folder(model_path), settings, training=training)))
+    on_main(world, check_models)
     if training and makes_rollouts(settings) and settings.rollout.engine == "replay":
         files["replay"] = str(Path(settings.rollout.replay) / INFO)
-    return Material(**vars(inputs), model_path=model_path, files=files)
+    return Material(**vars(inputs), model_path=model_path, files=files, teacher_path=teacher_path)
 
 
 def model_path_of(settings: RunConfig) -> str:
@@ -168,6 +190,8 @@ def check_packages(settings: RunConfig, *, training: bool) -> None:
         import_adamw_8bit()
     if training and uses_vllm(settings):
         check_vllm()
+    if training and asks_judge(settings) and (reason := environment.why_not(("httpx2",), extras="collect")):
+        raise NotInstalled(f"self_teacher.judge: {reason}")
 
 
 def check_batches(settings: RunConfig, processes: int) -> None:

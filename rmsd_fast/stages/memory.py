@@ -17,6 +17,7 @@ import torch
 from rmsd_fast.config import ModelConfig, RunConfig
 from rmsd_fast.models.adapters import target_layers
 from rmsd_fast.models.families import family_of
+from rmsd_fast.models.folders import find_folder
 from rmsd_fast.models.pass_memory import (
     ACTIVATIONS,
     HEADS,
@@ -36,14 +37,20 @@ from rmsd_fast.runtime.engine import LARGEST_BUCKET
 from rmsd_fast.runtime.engine_memory import EngineMemory, engine_memory
 from rmsd_fast.setting_rules.uses import (
     aligns_imitation,
+    compared_tokens,
+    distills_vocabulary,
+    has_policy_gradient,
     imitates_in_stage2,
     samples_reference,
+    shows_media,
     uses_discriminator,
     uses_ema,
+    uses_other_teacher,
     uses_reference,
     uses_servers,
     uses_vllm,
 )
+from rmsd_kernels.heads.topk import TEMPORARY_BYTES
 
 GIB = 2**30
 WEIGHTS, GRADIENTS, OPTIMIZER, BUCKETS, ROLLOUT, MEDIA, CONTEXT = (
@@ -166,6 +173,19 @@ def plan_memory(settings: RunConfig, config: dict[str, Any], *, processes: int, 
     return MemoryPlan(device, stages)
 
 
+def teacher_config(settings: RunConfig) -> dict[str, Any]:
+    """Return the contents of the config.json of `self_teacher.path`; {} if there is no such teacher or it is not here.
+
+    Raises:
+        ModelError: the path is neither a folder nor a valid Hub name.
+    """
+    folder = (
+        find_folder(settings.self_teacher.path, setting="self_teacher.path") if uses_other_teacher(settings) else None
+    )
+    path = folder / "config.json" if folder else None
+    return json.loads(path.read_text(encoding="utf-8")) if path and path.is_file() else {}
+
+
 def plan_evaluation(
     settings: RunConfig, config: dict[str, Any], *, device: str, batches: EvaluatedBatches | None = None
 ) -> StagePlan:
@@ -234,6 +254,8 @@ class _Planner:
         self.train_vision = training.train_vision and stage != "evaluate"
         batch = settings.evaluate.prompts_per_batch if stage == "evaluate" else training.batch_size
         self.questions = max(1, batch // processes)
+        # Prompts for the student, and for a self-teacher with other media.
+        self.prompts_each = 2 if shows_media(settings) and stage in ("warm_up", "distill") else 1
         # Questions of an evaluation may be about the same media, which are then encoded and prefilled once.
         self.media, self.images = self.questions, False
         self.width = 2 if settings.model.dtype == "bfloat16" else 4
@@ -251,7 +273,9 @@ class _Planner:
     def imitation(self) -> StagePlan:
         """Return the plan of stage 1 or the control."""
         counts = {"best": 1, "random": 1, "all": self.settings.teacher.responses}
-        responses = [self.settings.rollout.max_new_tokens] * counts[self.settings.sft.responses]
+        hinted = self.stage == "sft" and self.settings.sft.hinted_share > 0
+        hint = self.settings.self_teacher.max_hint_tokens + TAIL_TOKENS if hinted else 0
+        responses = [hint + self.settings.rollout.max_new_tokens] * counts[self.settings.sft.responses]
         policy = self._engine(self._trained_by_policy(), self._largest())
         own = self.size.total + (self.size.adapter if self.lora else 0)
         held = self._states([policy], {"split": own}, copies=1)
@@ -282,6 +306,10 @@ class _Planner:
             # ZeRO-3 does not split a reference.
             weights["whole" if referenced else "split"] += self.size.total
         held = self._states(engines, weights, copies=2 if judged and mode == "separate" else 1)
+        other = self._planner_of_teacher()
+        if other is not None:
+            # Like a reference, it is not split by ZeRO-3.
+            held[WEIGHTS] += self.width * other.size.total + other._changed_by_nf4()
         lasting = sum(engine.lasting for engine in engines)
         if uses_vllm(settings) and self.device == "cpu":
             # On a CPU, vLLM does not sleep between rollouts.
@@ -309,9 +337,22 @@ class _Planner:
                 phases["selection"] = self._selection(held, lasting)
             # The policy's passes, which the reference reads too, contain one teacher response per question.
             drawn = drawn + answers[:1]
-        if settings.self_teacher.kind != "none":
+        if other is not None:
+            phases |= self._other_teacher(other, held, gradients)
+        elif settings.self_teacher.kind != "none":
+            # A trained tower encodes the media of a pass inside of it.
+            more = 0 if self.train_vision else self.prompts_each - 1
+            shown = {VISION: more * self._features(self.questions)}
             rows = self._pass(self._hinted(), "", adapted=settings.self_teacher.kind != "frozen")
-            phases["teacher"] = self._add(held, rows, {WEIGHTS: average.step}, gradients=gradients)
+            phases["teacher"] = self._add(held, rows, shown, {WEIGHTS: average.step}, gradients=gradients)
+        if any(compared_tokens(settings)):
+            blocks = {HEADS: TEMPORARY_BYTES[self.device]}
+            phases["teacher"] = self._add(phases["teacher"], blocks, gradients=gradients)
+            phases["student"] = self._add(held, self._pass(drawn, "", adapted=True), blocks, gradients=gradients)
+        # What the teacher's passes leave for a divergence is held from them on.
+        for name, size in self._kept_of_teacher().items():
+            held = self._add(held, {name: size})
+            phases["teacher"][name] = phases["teacher"].get(name, 0) + size
         if referenced:
             rows = self._pass(drawn, "")
             phases["reference"] = self._add(held, rows, gradients=gradients)
@@ -353,18 +394,63 @@ class _Planner:
         states = {"host" if on_host else "optimizer": 4 * part}
         return EngineMemory(step=self.width * in_pass, **states)
 
+    def _planner_of_teacher(self) -> _Planner | None:
+        """Return a planner with the sizes of the model of `self_teacher.path`; None if there is no such teacher."""
+        config = teacher_config(self.settings)
+        if not config:
+            return None
+        config = complete_config(config)
+        size = count_parameters(config, self.settings.model)
+        other = _Planner(self.settings, config, size, self.processes, self.device, self.stage)
+        # Its tower is not trained, and it has no adapter of stage 1.
+        other.train_vision = other.starts = False
+        return other
+
+    def _other_teacher(self, other: _Planner, held: dict[str, int], gradients: int) -> dict[str, dict[str, int]]:
+        """Return the phases of a teacher with weights of its own. The student's vision features are kept meanwhile.
+
+        The plan assumes that its vision tower differs from the student's.
+        """
+        student = {} if self.train_vision else {VISION: self._features(self.questions)}
+        rows = other._pass(self._hinted(), "")
+        rows[VISION] += (self.prompts_each - 1) * other._features(self.questions)
+        return {
+            "teacher vision": self._add(held, other._tower(), student, gradients=gradients),
+            "teacher": self._add(held, rows, student, gradients=gradients),
+        }
+
     def _selection(self, held: dict[str, int], gradients: int) -> dict[str, int]:
         """Return the bytes of the passes that score the best responses of each question, see `teacher.selection`."""
         teacher = self.settings.teacher
         answers = [self.settings.rollout.max_new_tokens] * (teacher.responses + teacher.hinted)
         return self._add(held, self._pass(answers, "", adapted=True), gradients=gradients)
 
+    def _kept_of_teacher(self) -> dict[str, int]:
+        """Return the bytes on the device that the self-teacher's passes leave for a divergence over the vocabulary."""
+        if not distills_vocabulary(self.settings):
+            return {}
+        # The average's head; that of another teacher is part of its model.
+        head = self.text["vocab_size"] * self.text["hidden_size"] * self.width
+        kept = {WEIGHTS: head if uses_ema(self.settings) and not self.lora else 0}
+        return kept | ({HEADS: self._teacher_hidden()} if self.device == "cpu" else {})
+
+    def _teacher_hidden(self) -> int:
+        """Return the bytes in host memory of the self-teacher's hidden states of a step's rollouts."""
+        rollout = self.settings.rollout
+        tokens = self.questions * rollout.n * rollout.max_new_tokens
+        return tokens * self._teacher_width() * self.width if distills_vocabulary(self.settings) else 0
+
+    def _teacher_width(self) -> int:
+        """Return the hidden size of the self-teacher."""
+        config = teacher_config(self.settings)
+        return (complete_config(config)["text_config"] if config else self.text)["hidden_size"]
+
     def _hinted(self) -> list[int]:
         """Return the tokens after each prompt in the self-teacher's passes: hints, ends of the turn, and rollouts."""
         settings = self.settings
         teacher, drawn = settings.self_teacher, settings.rollout.max_new_tokens + TAIL_TOKENS
-        views = len(teacher.views) if settings.kd.kind == "avsd" else 1
-        hinted = [drawn + teacher.max_hint_tokens] * (views * settings.rollout.n)
+        views = max(1, len(teacher.views)) if settings.kd.kind == "avsd" else 1
+        hinted = [drawn + (teacher.max_hint_tokens if teacher.views else 0)] * (views * settings.rollout.n)
         plain = [drawn] * settings.rollout.n if teacher.kind == "frozen" and samples_reference(settings) else []
         return plain + hinted
 
@@ -470,6 +556,7 @@ class _Planner:
         full_kl = (
             kind == "policy" and self.stage == "distill" and settings.distill.kl == "full" and settings.distill.kl_coef
         )
+        divergence = kind == "policy" and self.stage == "distill" and distills_vocabulary(settings)
         inside = self.train_vision or (self.stage in ("sft", "control") and self._inside)
         how = PassSettings(
             device=self.device,
@@ -478,7 +565,8 @@ class _Planner:
             # The reference and a scalar head alone read the backbone without trained adapters. A frozen adapter adds as
             # much to their passes, and nothing to passes that have another one.
             adapted=bool(kind) or self.starts or adapted,
-            reference_heads=int(bool(full_kl)),
+            reference_heads=int(bool(full_kl or divergence)),
+            losses=2 if divergence and has_policy_gradient(settings) else 1,
             scores=scores,
             masked=settings.model.attention != "flash_attention_2",
         )
@@ -489,6 +577,7 @@ class _Planner:
         features = 0 if self.train_vision else features
         sizes[VISION] = sizes.get(VISION, 0) + features
         copies = shape.scored * self.text["hidden_size"] if full_kl else 0
+        copies += shape.scored * self._teacher_width() if divergence else 0
         if kind == "policy" and self.stage == "distill" and imitates_in_stage2(settings):
             # Both losses have a gradient of the head, and copies of the hidden states that they read.
             head = 0 if self.lora else self.text["vocab_size"] * self.text["hidden_size"]
@@ -658,7 +747,7 @@ class _Planner:
         cache = data.cache_mib * 2**20
         # Questions about the same media share their frames if the cache holds them until the last one is read.
         media = self.media if cache >= data.decode_threads * of_medium else self.questions
-        return (1 + ahead) * media * of_medium + cache
+        return (1 + ahead) * self.prompts_each * media * of_medium + cache
 
     def _embedding_cache(self) -> int:
         return 0 if self.train_vision else self.settings.data.embedding_cache_mib * 2**20
@@ -668,6 +757,7 @@ class _Planner:
         if self.device != "cpu":
             host = sum(engine.host for engine in engines) + self._embedding_cache()
             host += 0 if self._frames_on_device else self._frames()
+            host += self._teacher_hidden() if self.stage == "distill" else 0
             if uses_vllm(self.settings) and self.stage in ("warm_up", "distill"):
                 # vLLM keeps its weights in host memory while it sleeps.
                 host += self.size.total * self.width

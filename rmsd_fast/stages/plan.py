@@ -11,7 +11,8 @@ import torch
 from rmsd_fast.config import ModelError, NotInstalled, RunConfig, SettingsError, UserError, first_line
 from rmsd_fast.data.errors import counted
 from rmsd_fast.files import file_digest
-from rmsd_fast.models.folders import find_folder
+from rmsd_fast.models.folders import find_folder, open_folder
+from rmsd_fast.models.teacher_folder import check_teacher
 from rmsd_fast.runtime.trackers import missing_trackers
 from rmsd_fast.setting_rules.evaluation import refuse_evaluation_only
 from rmsd_fast.setting_rules.uses import (
@@ -21,14 +22,17 @@ from rmsd_fast.setting_rules.uses import (
     loss_terms,
     quotes_pool,
     rewards_rollouts,
+    shows_hints,
+    stage_sizes,
     uses_discriminator,
+    uses_other_teacher,
     uses_pool,
     uses_servers,
 )
 from rmsd_fast.stages.hints import plan_hints
 from rmsd_fast.stages.inputs import read_inputs
 from rmsd_fast.stages.material import check_batches, check_model, check_packages
-from rmsd_fast.stages.memory import GIB, plan_memory
+from rmsd_fast.stages.memory import GIB, plan_memory, teacher_config
 from rmsd_fast.stages.memory_advice import device_room, fit_lines
 from rmsd_fast.stages.rollout_dump import plan_rollout_files
 from rmsd_fast.stages.rollout_servers import describe_servers
@@ -73,6 +77,8 @@ def describe_plan(settings: RunConfig, gpu_gib: float | None = None, resume: Pat
     folder, about_model, fault = _model(settings)
     present += [about_model] if about_model else []
     missing += [fault] if fault else []
+    about_teacher, no_teacher = _other_teacher(settings, folder if not fault else None)
+    present, missing = [*present, *about_teacher], [*missing, *no_teacher]
     train = settings.data.train
     about_dump, no_dump = plan_rollout_files(
         settings, folder, file_digest(train) if os.path.isfile(train) else "", resume
@@ -106,16 +112,10 @@ def describe_plan(settings: RunConfig, gpu_gib: float | None = None, resume: Pat
 
 def _stage_lines(settings: RunConfig) -> list[str]:
     lines = []
-    late = settings.distill
-    for stage, steps, batch in (
-        ("sft", settings.sft.steps, settings.sft.batch_size),
-        ("control", late.steps, late.batch_size),
-        ("warm_up", settings.discriminator.warm_up_steps, late.batch_size),
-        ("distill", late.steps, late.batch_size),
-    ):
-        if stage not in settings.stages:
-            continue
+    for stage, (steps, batch) in stage_sizes(settings).items():
         what = f"{steps} steps of {batch} questions"
+        if stage == "sft" and settings.sft.hinted_share:
+            what += f", a share of {settings.sft.hinted_share:g} with hints ({', '.join(settings.self_teacher.views)})"
         if stage in ("control", "distill") and settings.evaluate.every_steps:
             what += f", evaluated every {settings.evaluate.every_steps} steps"
         if stage in ("warm_up", "distill"):
@@ -135,6 +135,7 @@ def _stage_lines(settings: RunConfig) -> list[str]:
             lines.append(f"  learned weights of the terms {terms}, by {credit.uncertainty}")
         if teacher.kind != "none":
             told = f"told {', '.join(teacher.views)}; hints of at most {teacher.max_hint_tokens} tokens"
+            told = told if teacher.views else "told nothing"
             until = f", for {teacher.until_step} steps" if teacher.until_step else ""
             lines.append(f"  self-teacher: {teacher.kind}{until}, {told}; kd {kd.kind}, magnitude {credit.magnitude}")
     return lines
@@ -167,9 +168,8 @@ def _inputs(settings: RunConfig) -> tuple[list[str], list[str]]:
     if files:
         inputs = read_inputs(settings, files, dict.fromkeys(files, settings.data.media_root))
         present += inputs.summary.text().splitlines()
-        taught = "distill" in settings.stages and settings.self_teacher.kind != "none"
         # A missing pool is listed above, and the best answers come from it.
-        if taught and inputs.train and ("pool" in files or not quotes_pool(settings)):
+        if shows_hints(settings) and inputs.train and ("pool" in files or not quotes_pool(settings)):
             try:
                 present.append(plan_hints(inputs, settings))
             except SettingsError as error:
@@ -216,6 +216,30 @@ def _model(settings: RunConfig) -> tuple[Path | None, str, str]:
     return folder, f"model.path: {path}{opened}", ""
 
 
+def _other_teacher(settings: RunConfig, student: Path | None) -> tuple[list[str], list[str]]:
+    """Return a line that describes the model of `self_teacher.path`, and its problem; both lists may be empty.
+
+    Args:
+        settings: settings of the run.
+        student: folder of the student; None if it is not local or has a problem.
+    """
+    if not uses_other_teacher(settings):
+        return [], []
+    path = settings.self_teacher.path
+    try:
+        folder = find_folder(path, setting="self_teacher.path")
+        if folder is None:
+            where = "not a local folder; if it is a Hub name, the run downloads it from the Hub"
+            return [f"self_teacher.path: {path}, {where}"], []
+        model = open_folder(folder)
+        if student is None:
+            return [f"self_teacher.path: {path}, to be compared with the student when the run starts"], []
+        check_teacher(model, open_folder(student))
+    except ModelError as error:
+        return [], [str(error)]
+    return [f"self_teacher.path: {path}"], []
+
+
 def _memory_lines(
     settings: RunConfig, folder: Path | None, processes: int, gpu_gib: float | None
 ) -> tuple[list[str], list[str]]:
@@ -228,6 +252,9 @@ def _memory_lines(
             f"memory: cannot be planned before {path} is downloaded; for the plan alone, download config.json and set "
             "model.path to its folder"
         ], []
+    if uses_other_teacher(settings) and not teacher_config(settings):
+        path = settings.self_teacher.path
+        return [f"memory: cannot be planned before {path} (self_teacher.path) is here with its config.json"], []
     config = json.loads((folder / "config.json").read_text())
     here = torch.cuda.is_available() and gpu_gib is None
     device = "cuda" if here or gpu_gib is not None else "cpu"

@@ -12,6 +12,9 @@ import torch
 from rmsd_fast.config import RunConfig, UserError
 from rmsd_fast.data.media_cache import ByteLru
 from rmsd_fast.data.prompts import Prompt, PromptBuilder
+from rmsd_fast.data.records import Question
+from rmsd_fast.method.hints import Hint
+from rmsd_fast.models.policy import Policy
 from rmsd_fast.models.students import MediaFeatures, Student, encode_media
 from rmsd_fast.rollout.base import RolloutEngine
 from rmsd_fast.runtime.engine import Engine, gradients_finite
@@ -36,8 +39,13 @@ class StageState:
         reference: takes the arguments of `Policy.forward`: a frozen `Policy`, or with adapters the policy's engine with
             adapters off; None if nothing needs it.
         parity_checked: whether this process has compared log-probs of rollout engine and trainer.
-        hints: texts that the self-teacher is told about each training question, by id; empty without a self-teacher.
+        hints: what the self-teacher is told about each training question, by id; empty without a self-teacher.
+        hinted_share: share of the questions of an imitation step that are shown with a hint.
+        judge: takes pairs of a question and a rollout's text, and returns a judge's advice about each, or None where it
+            gives none. All processes call it together. None if no judge is asked.
         average: weights of the self-teacher with `self_teacher.kind=ema`.
+        teacher: the frozen model of `self_teacher.kind=path`; None with other kinds.
+        shares_tower: whether the vision features of the student's frozen tower are also those of `teacher`.
         term_weights: log-variances of the terms of the loss, with `credit.uncertainty`.
         accuracies: pair accuracies of the latest steps of the warm-up, for `discriminator.warm_up_accuracy`.
     """
@@ -55,8 +63,12 @@ class StageState:
     rollouts: RolloutEngine | None = None
     dump: RolloutDump | None = None
     skipped_in_a_row: int = 0
-    hints: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    hints: dict[str, tuple[Hint, ...]] = field(default_factory=dict)
+    hinted_share: float = 0.0
+    judge: Callable[[list[tuple[Question, str]]], list[str | None]] | None = None
     average: MovingAverage | None = None
+    teacher: Policy | None = None
+    shares_tower: bool = False
     term_weights: TermWeights | None = None
     features: ByteLru[list[torch.Tensor]] | None = None
     accuracies: list[float] = field(default_factory=list)

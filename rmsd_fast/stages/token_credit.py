@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import torch
 
-from rmsd_fast.config import RunConfig
+from rmsd_fast.config import CreditConfig, RunConfig
 from rmsd_fast.method.credit import (
     avsd_advantages,
     k1_advantages,
     magnitude_mix,
     magnitude_weights,
+    overlap_shares,
     position_weights,
+    prune_weights,
+    renormalized_gap,
 )
 from rmsd_fast.setting_rules.uses import teaches
 from rmsd_fast.stages.groups import RolloutGroup
@@ -33,12 +36,13 @@ def set_token_advantages(groups: list[RolloutGroup], settings: RunConfig, *, ste
     mix = magnitude_mix(step, mix=credit.magnitude_mix, steps=credit.magnitude_steps)
     # With a share of 0, all weights are 1, clipped or not.
     weighs = credit.magnitude == "teacher" and mix > 0
-    totals = dict.fromkeys(("gap", "size", "clipped", "weighted", "limited", "tokens", "hinted"), 0.0)
+    names = ("gap", "size", "clipped", "weighted", "limited", "tokens", "hinted", "overlap", "prune")
+    totals = dict.fromkeys(names, 0.0)
     for group in groups:
-        group.token_advantages, group.token_terms = [], []
+        group.token_advantages, group.token_terms, group.token_weights = [], [], []
         for i, rollout in enumerate(group.rollouts):
             advantage, distilled = group.advantages[i].expand(len(rollout.token_ids)), None
-            if i < len(group.teacher_logp):
+            if i < len(group.teacher_logp) and len(group.teacher_logp[i]):
                 teacher_logp = group.teacher_logp[i]
                 gap = (teacher_logp - rollout.logp).mean(dim=0)
                 added = torch.zeros_like(gap)
@@ -47,11 +51,12 @@ def set_token_advantages(groups: list[RolloutGroup], settings: RunConfig, *, ste
                 elif kd.kind == "avsd":
                     added = avsd_advantages(teacher_logp, rollout.logp, clip=kd.gap_clip)
                 if weighs:
-                    weights, clipped = magnitude_weights(advantage, gap, clip=credit.magnitude_clip, mix=mix)
+                    compared = _renormalized_gap(group, i, credit.magnitude_topk) if credit.magnitude_topk else gap
+                    weights, clipped = magnitude_weights(advantage, compared, clip=credit.magnitude_clip, mix=mix)
                     totals["clipped"] += float(clipped[advantage != 0].sum())
                     totals["weighted"] += float((advantage != 0).sum())
                     advantage = advantage * weights
-                if kd.kind != "none":
+                if kd.kind in ("k1", "avsd"):
                     distilled = kd.coef * added
                 totals["limited"] += float((added.abs() == kd.gap_clip).sum())
                 totals["gap"] += float(gap.double().sum())
@@ -59,20 +64,50 @@ def set_token_advantages(groups: list[RolloutGroup], settings: RunConfig, *, ste
                 totals["tokens"] += len(gap)
                 totals["hinted"] += 1
             terms = {"pg": advantage} if distilled is None else {"pg": advantage, "kd": distilled}
-            advantage = sum(terms.values())
-            if credit.position == "sigmoid":
-                weights = position_weights(
-                    len(advantage),
-                    least=credit.position_least,
-                    start=credit.position_start,
-                    width=credit.position_width,
-                ).to(advantage.dtype)
+            advantage, weights = sum(terms.values()), _token_weights(group, i, credit, totals)
+            if weights is not None:
                 advantage, terms = advantage * weights, {name: term * weights for name, term in terms.items()}
+                group.token_weights.append(weights)
             group.token_advantages.append(advantage)
             group.token_terms.append(terms)
     # A step without the self-teacher has no share of hinted rollouts.
     asked = sum(len(group.rollouts) for group in groups) if teaches(settings, step) else 0
     return _record(totals, asked, settings)
+
+
+def _renormalized_gap(group: RolloutGroup, i: int, k: int) -> torch.Tensor:
+    """Return the gaps of a rollout's tokens among the self-teacher's k most probable tokens and the token itself."""
+    teacher, student, own = group.teacher_top[i], group.student_top[i], group.rollouts[i].token_ids
+    among = (teacher.ids[:, :k] == own.unsqueeze(1)).any(dim=1)
+    of_student = student.at_ids
+    return renormalized_gap(
+        *(teacher.logp[:, :k], of_student[:, :k]), *(group.teacher_logp[i][0], of_student[:, -1]), among
+    )
+
+
+def _token_weights(group: RolloutGroup, i: int, credit: CreditConfig, totals: dict[str, float]) -> torch.Tensor | None:
+    """Return the weights of a rollout's tokens, and add what was compared to totals; None if all of them are 1."""
+    weights, length = None, len(group.rollouts[i].token_ids)
+    if credit.position == "sigmoid":
+        weights = position_weights(
+            length,
+            least=credit.position_least,
+            start=credit.position_start,
+            width=credit.position_width,
+        ).to(group.advantages.dtype)
+    if credit.prune == "none":
+        return weights
+    weights = torch.ones(length) if weights is None else weights
+    if group.teacher_top and group.teacher_top[i] is not None:
+        k = credit.prune_topk
+        overlap = overlap_shares(group.student_top[i].ids, group.teacher_top[i].ids[:, :k])
+        pruned = prune_weights(
+            overlap, threshold=credit.prune_overlap, decay=credit.prune_decay, floor=credit.prune_floor
+        )
+        totals["overlap"] += float(overlap.double().sum())
+        totals["prune"] += float(pruned.double().sum())
+        weights = weights * pruned
+    return weights
 
 
 def _record(totals: dict[str, float], asked: int, settings: RunConfig) -> dict[str, Metric]:
@@ -86,6 +121,9 @@ def _record(totals: dict[str, float], asked: int, settings: RunConfig) -> dict[s
     }
     if settings.credit.magnitude == "teacher":
         record["credit/clipped_share"] = (mean, totals["clipped"], totals["weighted"])
-    if settings.kd.kind != "none":
+    if settings.credit.prune == "overlap":
+        record["credit/overlap"] = (mean, totals["overlap"], tokens)
+        record["credit/prune_weight"] = (mean, totals["prune"], tokens)
+    if settings.kd.kind in ("k1", "avsd"):
         record["kd/clipped_share"] = (mean, totals["limited"], tokens)
     return record

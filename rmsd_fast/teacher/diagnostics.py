@@ -44,7 +44,7 @@ def pool_statistics(scores: Scores, questions: Sequence[Question], cfg: TeacherC
         - valid_share, as_sent_share, kept_share, truncated_share: shares of answers that are valid, valid as sent, kept
           at tau, truncated;
         - reasoned_share: share of valid answers with reasoning;
-        - empty_share, best_share: shares of questions with no answer kept, and with an answer that stage 1 can imitate;
+        - empty_share, best_share: shares of questions with no answer kept, and with an answer of quality above 0;
         - reasons: number of invalid answers by reason.
 
         Both sd are population values (divided by n).

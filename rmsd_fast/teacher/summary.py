@@ -124,8 +124,8 @@ def describe_pool(
             f"teacher: {counted(every['responses'], 'answer')}{named}, up to K={cfg.responses} of each question "
             f"({', '.join(counts)}), read with teacher.parse={cfg.parse}",
             *_table(statistics),
-            "  as sent: in the format before rewriting; T_best: questions with an answer of quality above 0, which "
-            "stage 1 imitates",
+            "  as sent: in the format before rewriting; T_best: questions with an answer of quality above 0, "
+            "before the filter",
         ]
     )
     if every["unlabeled"]:

@@ -124,8 +124,16 @@ CASES = {
     "reverse_kl": _divergence("reverse_kl", "logits", temperature="temperature", token_weights="weights"),
     "jsd": _divergence("jsd", "head", alpha=0.3),
     "skew_kl": _divergence("skew_kl", "logits"),
+    "forward_kl_clipped": _divergence("forward_kl", "head", vocab_clip=0.02, token_weights="weights"),
+    "reverse_kl_clipped": _divergence("reverse_kl", "logits", vocab_clip=0.02, temperature="temperature"),
+    "jsd_clipped": _divergence("jsd", "head", vocab_clip=0.005),
+    "skew_kl_clipped": _divergence("skew_kl", "logits", vocab_clip=0.02),
+    "topk_clipped": _divergence("forward_kl", "topk", vocab_clip=0.02),
     "topk": _divergence("jsd", "topk", temperature="temperature"),
 }
+
+# Divergences with vocab_clip.
+CLIPPED_CASES = {name for name in CASES if name.endswith("_clipped") and not name.startswith("policy")}
 
 
 def run(case, x, upstream=0.7, **kw):

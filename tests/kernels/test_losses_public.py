@@ -276,10 +276,17 @@ def test_invalid_divergence_arguments(head):
         ({"teacher_logits": logits, "kind": "kl"}, ValueError, "kind: expected one of 'forward_kl'"),
         ({"teacher_logits": logits, "alpha": 0.5}, ValueError, "alpha: has no effect"),
         ({"teacher_logits": logits, "kind": "jsd", "alpha": 1.0}, ValueError, "alpha"),
+        ({"teacher_logits": logits, "vocab_clip": 0.0}, ValueError, "vocab_clip: expected a finite number above 0"),
+        (
+            {"hidden": hidden.float(), "weight": weight.float(), "teacher_logits": logits}
+            | {"vocab_clip": 0.1, "impl": "native"},
+            RuntimeError,
+            "'native' does not support this call: csrc/ does not implement this loss; use 'auto' or 'torch'",
+        ),
     ]
     for change, error, message in cases:
         with pytest.raises(error, match=message):
-            losses.linear_divergence(hidden, weight, **change)
+            losses.linear_divergence(**({"hidden": hidden, "weight": weight} | change))
 
 
 PAIRS = {

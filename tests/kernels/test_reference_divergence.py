@@ -71,6 +71,52 @@ def test_divergence_gradients(kind, alpha):
     assert gradcheck(function, (hidden, weight))
 
 
+def test_bounded_summands_by_hand():
+    # p = (0.5, 0.25, 0.25), q = (0.25, 0.5, 0.25): the summands of KL(p||q) are 0.5 ln 2, -0.25 ln 2 and 0.
+    hidden = torch.eye(3, dtype=torch.float64)[:1].requires_grad_()
+    weight = torch.tensor([[0.25], [0.5], [0.25]], dtype=torch.float64).log() @ torch.ones(1, 3, dtype=torch.float64)
+    teacher = torch.tensor([[0.5, 0.25, 0.25]], dtype=torch.float64).log()
+    for kind, first in (("forward_kl", 0), ("reverse_kl", 1)):
+        z = (hidden @ weight.T).detach().requires_grad_()
+        loss = linear_divergence(
+            z, torch.eye(3, dtype=torch.float64), teacher_logits=teacher, kind=kind, vocab_clip=0.1
+        )
+        assert loss.item() == pytest.approx(0.1 - 0.25 * math.log(2))
+        slope = torch.autograd.grad(loss, z)[0][0]
+        # forward_kl: the free entries give sum_v -p_v d log q_v. reverse_kl: sum_v (log q_v - log p_v + 1) d q_v.
+        p, q = torch.tensor([0.5, 0.25, 0.25]).double(), torch.tensor([0.25, 0.5, 0.25]).double()
+        free = torch.ones(3).double()
+        free[first] = 0
+        f = free * (-p / q if kind == "forward_kl" else (q / p).log() + 1)
+        assert slope.tolist() == pytest.approx((q * (f - (q * f).sum())).tolist())
+
+
+@pytest.mark.parametrize(("kind", "alpha"), KINDS)
+def test_a_high_bound_changes_nothing_and_clipped_entries_have_no_gradient(kind, alpha):
+    hidden, weight, _ = tensors()
+    logits = torch.randn(T, V, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    settings = {"teacher_logits": logits, "kind": kind, "alpha": alpha}
+    plain = linear_divergence(hidden, weight, **settings)
+    for bound in (1e9, float(plain.detach()) * T + 1e3):
+        loss = linear_divergence(hidden, weight, vocab_clip=bound, **settings)
+        assert loss.item() == pytest.approx(plain.item(), abs=1e-13)
+        pairs = zip(*(torch.autograd.grad(x, (hidden, weight), retain_graph=True) for x in (loss, plain)), strict=True)
+        assert all(torch.allclose(a, b, atol=1e-13) for a, b in pairs)
+    assert gradcheck(lambda h, w: linear_divergence(h, w, vocab_clip=0.02, **settings), (hidden, weight))
+    low = linear_divergence(hidden, weight, vocab_clip=0.02, **settings)
+    assert low.item() < plain.item() - 1e-3
+    # The teacher of one entry rules the others out, so its summand is the only one, and it is clipped.
+    certain = torch.full((T, V), -1e4, dtype=torch.float64)
+    certain[:, 0] = 0
+    loss = linear_divergence(hidden, weight, teacher_logits=certain, vocab_clip=1e-4)
+    assert loss.item() == pytest.approx(1e-4)
+    assert all((g == 0).all() for g in torch.autograd.grad(loss, (hidden, weight)))
+    ruled_out = torch.zeros(T, V, dtype=torch.float64)
+    ruled_out[:, 0] = -float("inf")
+    loss = linear_divergence(hidden, weight, teacher_logits=ruled_out, kind=kind, alpha=alpha, vocab_clip=0.02)
+    assert loss.isfinite() and all(g.isfinite().all() for g in torch.autograd.grad(loss, (hidden, weight)))
+
+
 @pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd", "skew_kl"])
 def test_divergence_vanishes_at_the_teacher_and_a_teacher_may_rule_tokens_out(kind):
     hidden, weight, _ = tensors()

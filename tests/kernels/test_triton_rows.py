@@ -478,6 +478,35 @@ def divergences(device, dtype):
 
 
 @case
+def divergences_with_bounded_summands(device, dtype):
+    from rmsd_kernels.heads import triton_rows
+
+    worst = []
+    for kind, alpha in (("forward_kl", None), ("reverse_kl", None), ("jsd", 0.3), ("skew_kl", None)):
+        for vocab, tempered in ((VOCAB, False), (37, True)):
+            setup = Setup(device, dtype, vocab)
+            teacher = (setup.logits.float() + setup.normal(ROWS, vocab)).to(dtype)
+            if vocab > 30:
+                # Infinite summands of the reverse KL are clipped.
+                teacher[0, 7:20] = -math.inf
+            temperature, scale = setup.uniform(0.5, 2.0) if tempered else None, setup.uniform()
+            arguments = (temperature, kind, alpha, scale)
+            doubles = (double(temperature), kind, alpha, double(scale))
+            unbounded = torch_rows.divergence_(setup.logits.clone().float(), teacher.float(), *arguments)
+            for clip in (1e-3, 1e30):
+                gradient, eager, exact = setup.logits.clone(), setup.logits.clone().float(), setup.logits.double()
+                value = triton_rows.divergence_(gradient, teacher, *arguments, vocab_clip=clip)
+                eager_value = torch_rows.divergence_(eager, teacher.float(), *arguments, vocab_clip=clip)
+                exact_value = torch_rows.divergence_(exact, teacher.double(), *doubles, vocab_clip=clip)
+                worst.append(compare(f"{kind} value", value, eager_value, exact_value))
+                worst.append(compare_gradients(gradient, as_stored(eager, dtype), exact))
+                finite = unbounded.isfinite()
+                close = torch.allclose(value[finite], unbounded[finite], rtol=1e-3, atol=1e-5)
+                assert close == (clip > 1), (kind, clip)
+    return max(worst)
+
+
+@case
 def scale_unless_one(device, dtype):
     from rmsd_kernels.heads import triton_rows
 

@@ -673,3 +673,65 @@ def test_tasks_of_benchmarks_are_refused_in_question_files(tmp_path):
         DataError, match="field 'task_type': .* got 'boxes'; only the readers of evaluate.benchmark make"
     ):
         load(tmp_path, record)
+
+
+ASKED = {"messages": [{"role": "user", "content": "<image>\nHow many cups?"}], "images": ["a.png"], "solution": "2"}
+
+
+def test_what_other_projects_tell_a_teacher_becomes_hints(tmp_path):
+    prompt = "<image>\nHow many cups?\n\nReference solution:\nOne and one.\n\nNow think on your own."
+    added = "Reference solution:\nOne and one.\n\nNow think on your own."
+    turns = [{"role": "system", "content": "x"}, {"role": "user", "content": [{"type": "text", "text": prompt}]}]
+    for teacher_prompt in (prompt, turns, [*turns, {"role": "assistant", "content": None}]):
+        (question,) = load(tmp_path, ASKED | {"teacher_prompt": teacher_prompt})
+        assert question.hints == {"context": added} and question.question == "How many cups?"
+        assert "source" not in question.meta
+    (question,) = load(tmp_path, ASKED | {"teacher_prompt": "Look twice. How many cups?"})
+    assert question.hints == {"context": "Look twice."}
+    (question,) = load(tmp_path, ASKED | {"teacher_prompt": "How many cups?", "teacher_images": None})
+    assert question.hints == {}
+    # Other pictures, of any number.
+    (question,) = load(tmp_path, ASKED | {"teacher_images": ["b.png", {"path": "c.png"}]})
+    shown = [str(tmp_path.resolve() / name) for name in ("b.png", "c.png")]
+    assert question.hints == {"media": {"videos": [], "images": shown, "spans": []}}
+    # TRL's field, and its own one next to ours.
+    (question,) = load(tmp_path, ASKED | {"privileged_context": "Two.", "hints": {"answer": "2 cups"}})
+    assert question.hints == {"answer": "2 cups", "context": "Two."}
+
+
+def test_key_frames_and_items_of_stgr_become_hints(tmp_path):
+    frames = [{"idx": 7, "time": 3.5, "path": "7.jpg"}, {"idx": 2, "time": 1, "path": "2.jpg"}]
+    items = {"2": {"red cup": [[0.1, 0.2, 0.3, 0.4]]}, "7": {"red cup": [[0, 0, 1, 1]], "a hand ": []}}
+    (question,) = load(tmp_path, LLAVA | {"key_frames": frames, "key_items": items})
+    assert question.hints == {"keyframes": [1, 3.5], "cue": "red cup, a hand"}
+    (question,) = load(tmp_path, LLAVA | {"key_frames": [], "key_items": {}})
+    assert question.hints == {} and "source" not in question.meta
+    # Another meaning of the same names.
+    (question,) = load(tmp_path, LLAVA | {"key_frames": [3, 5]})
+    assert question.hints == {} and question.meta["source"] == {"key_frames": [3, 5]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"teacher_prompt": "Two."}, "'teacher_prompt': expected a text that contains the user's turn, got 'Two.'"),
+        ({"teacher_prompt": [{"role": "system", "content": "x"}]}, "'teacher_prompt': expected a text, or turns"),
+        (
+            {"teacher_prompt": "How many cups? Two.", "privileged_context": "2"},
+            "'privileged_context': expected no other hint 'context', got 'Two.'",
+        ),
+        ({"privileged_context": ["2"]}, r"'hints.context': expected non-empty plain text"),
+        ({"teacher_images": []}, "'hints.media': expected at least one path"),
+        ({"teacher_images": ["../b.png"]}, "'teacher_images': expected a path inside the media root"),
+        ({"teacher_images": ["b.png"], "videos": ["v.mp4"]}, "'teacher_images': expected none in a record with videos"),
+        ({"key_frames": [{"time": 9}], "images": []}, "'key_frames': expected a video"),
+    ],
+)
+def test_fields_for_teachers_that_cannot_be_read_are_refused(tmp_path, changes, says):
+    record = ASKED | changes
+    if "videos" in changes or record["images"] == []:
+        record["messages"] = [{"role": "user", "content": "How many cups?"}]
+    if record["images"] == []:
+        record |= {"images": ["a.png"]}
+    with pytest.raises(DataError, match=says):
+        load(tmp_path, record)

@@ -13,7 +13,10 @@ from rmsd_fast.method.credit import (
     k1_advantages,
     magnitude_mix,
     magnitude_weights,
+    overlap_shares,
     position_weights,
+    prune_weights,
+    renormalized_gap,
 )
 
 
@@ -105,3 +108,51 @@ def test_position_weights() -> None:
     weights = position_weights(300, **settings)
     assert bool((weights.diff() > 0).all()) and float(weights.min()) > 0.25 and float(weights.max()) < 1
     assert torch.equal(position_weights(7, least=1.0, start=0.3, width=0.1), torch.ones(7, dtype=torch.float64))
+
+
+def test_renormalized_gap_by_hand() -> None:
+    # The teacher's two most probable tokens are 0 and 1. The first token is one of them, the second is not.
+    teacher = torch.tensor([[0.5, 0.3, 0.1, 0.1]] * 2, dtype=torch.float64).log()
+    student = torch.tensor([[0.1, 0.4, 0.3, 0.2]] * 2, dtype=torch.float64).log()
+    own, among = torch.tensor([1, 3]), torch.tensor([True, False])
+    rows = torch.arange(2)
+    gap = renormalized_gap(teacher[:, :2], student[:, :2], teacher[rows, own], student[rows, own], among)
+    expected = [math.log((0.3 / 0.8) / (0.4 / 0.5)), math.log((0.1 / 0.9) / (0.2 / 0.7))]
+    assert gap.tolist() == pytest.approx(expected)
+
+
+def test_renormalized_gap_over_the_whole_vocabulary_is_that_of_the_sampled_token() -> None:
+    teacher, student = (torch.log_softmax(_random(40, 11, seed=seed), -1) for seed in (0, 1))
+    own = torch.arange(40) % 11
+    q, p = (x.gather(1, own[:, None])[:, 0] for x in (teacher, student))
+    for k in (1, 5, 10, 11):
+        top = teacher.topk(k, -1)
+        among = (top.indices == own[:, None]).any(1)
+        gap = renormalized_gap(top.values, student.gather(1, top.indices), q, p, among)
+        # Union written out with sets.
+        for t in range(40):
+            union = sorted({*top.indices[t].tolist(), int(own[t])})
+            of_q, of_p = (x[t, union].logsumexp(0) for x in (teacher, student))
+            assert float(gap[t]) == pytest.approx(float(q[t] - of_q - p[t] + of_p), abs=1e-12)
+        assert torch.allclose(gap, q - p, atol=1e-12) == (k == 11)
+    # Equal distributions have no gap.
+    assert renormalized_gap(top.values, top.values, q, q, among).abs().max() < 1e-12
+
+
+def test_overlap_shares_by_hand() -> None:
+    student = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8], [1, 2, 3, 4]])
+    teacher = torch.tensor([[4, 3, 2, 1], [5, 9, 8, 0], [5, 6, 7, 8]])
+    assert overlap_shares(student, teacher).tolist() == [1.0, 0.5, 0.0]
+
+
+def test_prune_weights_by_hand_and_never_rise() -> None:
+    overlap = torch.tensor([1.0, 0.6, 0.7, 0.0, 1.0])
+    settings = {"threshold": 0.7, "decay": 0.4, "floor": 0.5}
+    assert prune_weights(overlap, **settings).tolist() == pytest.approx([1.5, 1.1, 1.1, 0.7, 0.7])
+    # After three tokens below the threshold, the lower bound is reached.
+    assert prune_weights(torch.zeros(4), **settings).tolist() == pytest.approx([1.1, 0.7, 0.5, 0.5])
+    assert torch.equal(prune_weights(torch.ones(9), **settings), torch.full((9,), 1.5))
+    random = prune_weights(torch.rand(500, generator=torch.Generator().manual_seed(0)), **settings | {"decay": 0.01})
+    assert bool((random[1:] <= random[:-1]).all()) and float(random.min()) >= 0.5 and float(random.max()) <= 1.5
+    # A decay of 0 cannot be set; the smallest effect is none before the first miss.
+    assert float(prune_weights(torch.tensor([0.7]), **settings)) == 1.5

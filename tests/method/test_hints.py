@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 import torch
 
 from rmsd_fast.data.errors import DataError
 from rmsd_fast.data.records import Question, load_questions, write_questions
-from rmsd_fast.method.hints import hint_texts, view_text
+from rmsd_fast.method.hints import Hint, make_hints, view_text, with_advice
 from rmsd_fast.teacher.hints import build_hints
 from rmsd_fast.teacher.scores import ScoredResponse
 from rmsd_fast.teacher.targets import Targets
@@ -21,6 +22,7 @@ HINTS = {
     "keyframes": [2, 3.25],
     "cue": "The cube at the left edge.",
     "feedback": "Count again.",
+    "context": "Reference solution: left.",
 }
 
 
@@ -38,6 +40,7 @@ def test_texts_of_views() -> None:
         "keyframes": "Frames that show the answer, in seconds: 2, 3.25.",
         "cue": "What to look at: The cube at the left edge.",
         "feedback": "Advice: Count again.",
+        "context": "Reference solution: left.",
         "best_answer": "A good response: <think>a</think><answer>b</answer>",
     }
     for view, text in expected.items():
@@ -48,9 +51,27 @@ def test_texts_of_views() -> None:
     # A missing fact leaves the other views.
     without = {name: fact for name, fact in facts.items() if name != "window"}
     views = ["answer", "window", "cue"]
-    assert hint_texts(views, without, together=False) == [expected["answer"], expected["cue"]]
-    assert hint_texts(views, without, together=True) == [f"{expected['answer']}\n{expected['cue']}"]
-    assert hint_texts(["window"], without, together=True) == []
+    make = partial(make_hints, facts=without, refuse=lambda text: False)
+    assert make(views, together=False) == [Hint(expected["answer"]), Hint(expected["cue"])]
+    assert make(views, together=True) == [Hint(f"{expected['answer']}\n{expected['cue']}")]
+    assert make(["window"], together=True) == make(["media"], together=True) == []
+    with pytest.raises(ValueError, match="got 'media'"):
+        view_text("media", facts)
+
+
+def test_hints_with_media_and_advice() -> None:
+    facts, views = {"cue": "Left.", "answer": "B", "media": {}}, ["cue", "media", "answer"]
+    make = partial(make_hints, facts=facts, refuse=lambda text: "B" in text)
+    cue = "What to look at: Left."
+    # One teacher reads all views, and a text that it cannot read leaves the media.
+    assert make(views, together=True) == [Hint("", media=True)]
+    assert make(["cue", "media"], together=True) == [Hint(cue, media=True)]
+    assert make(views, together=False) == [Hint(cue), Hint("", media=True)]
+    hints = make(["cue", "media"], together=True)
+    assert with_advice(hints, "Advice: x", together=True) == [Hint(f"{cue}\nAdvice: x", media=True)]
+    assert with_advice([], "Advice: x", together=True) == [Hint("Advice: x")]
+    assert with_advice(make(views, together=False), "Advice: x", together=False)[2:] == [Hint("Advice: x")]
+    assert with_advice(hints, None, together=True) == hints
 
 
 @pytest.mark.parametrize(
@@ -149,11 +170,13 @@ def test_hints_of_questions() -> None:
         Question("c", "What?", "open", videos=("v",)),
     ]
     targets = {"a": _targets(0.0, 0.5, 1.0), "b": _targets(0.0), "c": _targets()}
-    hints = build_hints(asked, targets, ["answer", "best_answer"], lambda text: False, together=False, seed=0)
+    build = partial(build_hints, asked, targets, together=False, seed=0)
+    views, absent = ["answer", "best_answer"], lambda question: False
+    hints = build(views, lambda text: False, absent)
     assert hints == {
-        "a": ("The correct answer: B. blue", "A good response: answer 2"),
-        "b": ("The correct answer: 1 to 2, at the start",),
+        "a": (Hint("The correct answer: B. blue"), Hint("A good response: answer 2")),
+        "b": (Hint("The correct answer: 1 to 2, at the start"),),
         "c": (),
     }
-    refused = build_hints(asked, targets, ["answer", "best_answer"], lambda text: "B" in text, together=False, seed=0)
-    assert refused["a"] == ("A good response: answer 2",) and refused["b"] == hints["b"]
+    refused = build(views, lambda text: "B" in text, absent)
+    assert refused["a"] == (Hint("A good response: answer 2"),) and refused["b"] == hints["b"]

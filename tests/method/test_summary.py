@@ -40,8 +40,7 @@ def described(texts: list[str], questions=None, unanswered=(), others=(), **teac
 
 
 MEANING = (
-    "  as sent: in the format before rewriting; T_best: questions with an answer of quality above 0, which stage 1 "
-    "imitates"
+    "  as sent: in the format before rewriting; T_best: questions with an answer of quality above 0, before the filter"
 )
 
 

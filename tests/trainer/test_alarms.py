@@ -40,6 +40,7 @@ def raised(*args, totals=None, **options) -> list[tuple[str, int, float]]:
         ("policy/kl", 1.5, 0.5, 20),
         ("self_teacher/gap_size", 0.0005, 0.01, 20),
         ("self_teacher/hinted_share", 0.3, 0.6, 40),
+        ("self_teacher/feedback_share", 0.3, 0.6, 40),
         ("credit/clipped_share", 0.95, 0.8, 20),
         ("kd/clipped_share", 0.95, 0.8, 20),
         ("policy/importance_ratio", 1.2, 1.05, 20),

@@ -33,6 +33,7 @@ from rmsd_fast.stages.evaluation_forecast import (
     BatchTime,
     check_evaluation_memory,
     describe_evaluation,
+    describe_protocol,
     describe_questions,
     duration,
     forecast_line,
@@ -103,6 +104,25 @@ def test_a_dry_run_finds_questions_without_a_clock(folder: Path, material: Mater
             material.model_path, [replace(whole, videos=("no.mp4",))], settings, WORLD, media
         )
         assert lines[-1] == "memory: not planned, since no prompt could be read"
+
+
+def test_the_protocol_names_what_changes_the_score() -> None:
+    settings = load_settings(
+        "benchmarks",
+        [
+            *(
+                "evaluate.benchmark=mathvista",
+                "evaluate.parse=lenient",
+                "evaluate.judge.endpoint=http://localhost:1/v1",
+            ),
+            *("evaluate.judge.model=judge", "data.heldout=math.json"),
+        ],
+        trains=False,
+    )
+    assert describe_protocol("student", settings) == (
+        "model: student; mathvista, prompt benchmark, parsing lenient, judge judge at http://localhost:1/v1 (not asked "
+        "yet)"
+    )
 
 
 def test_spread_is_even() -> None:
@@ -230,6 +250,7 @@ def test_a_batch_of_the_evaluation_is_timed_with_cold_caches(folder: Path, mater
         assert media.take_counts()["decoded"] == 2
         lines, lengths = describe_evaluation(material.model_path, asked, settings, WORLD, media)
         assert "for 9 questions" in line and line.endswith("(from 3 questions)")
+        assert lines[0] == f"model: {material.model_path}; own questions, prompt rmsd, parsing strict"
         assert lengths.read == 9 and any(text.startswith("memory: ") for text in lines)
         # Without another batch, the timed one is the whole evaluation, and there are fewer batches than processes.
         line = time_questions(student, asked[:1], settings, WORLD, media)
@@ -284,7 +305,7 @@ def test_a_dry_run_of_the_program(folder: Path, material: Material, tmp_path: Pa
     done = rehearse()
     assert done.returncode == 0, done.stderr[-3000:]
     starts = [line.split(":")[0] for line in done.stdout.splitlines()]
-    assert starts == ["questions", "frames", "prompts", "memory", "time", "ready"]
+    assert starts == ["model", "questions", "frames", "prompts", "memory", "time", "ready"]
     assert sorted(tmp_path.rglob("*")) == before
     # One of three videos is damaged, so a third of the questions cannot be used.
     sorted(made.glob("*/clips/heldout-*.mp4"))[0].write_bytes(b"no video")

@@ -14,7 +14,8 @@ from rmsd_fast.data.errors import DataError
 from rmsd_fast.made.labels import keep_labels
 from rmsd_fast.made.meaning import meaning_score
 from rmsd_fast.method.answers import CLOSED_TASKS, parse_answer
-from rmsd_fast.stages.inputs import read_inputs
+from rmsd_fast.settings import load_settings
+from rmsd_fast.stages.inputs import _describe_passes, read_inputs
 from rmsd_fast.stages.material import prepare_material
 
 GOOD = {"question": "What is poured?", "task_type": "mcq", "options": ["tea", "milk"], "answer": "B"}
@@ -222,3 +223,11 @@ def test_a_share_of_the_generated_questions_keeps_its_ground_truth(tmp_path):
     assert not any(q.has_truth for q in keep_labels(whole.train, share=0.0, seed=0))
     # The run with fewer labels did not write a second pool for the same material.
     assert prepare_material(tiny_settings(tmp_path / "a"), WORLD).train == whole.train
+
+
+def test_passes_over_the_questions_are_stated() -> None:
+    sizes = ["sft.steps=3", "sft.batch_size=2", "distill.steps=2", "distill.batch_size=5"]
+    summary = _describe_passes(4, load_settings("quickstart", ["stages=[sft,distill]", *sizes]))
+    assert summary.lines == ["passes over all 4 questions: sft 1.5, distill 2.5"]
+    (warning,) = summary.warnings
+    assert warning.startswith("distill.batch_size=5 is more than the 4 training questions, so a step sees some of them")

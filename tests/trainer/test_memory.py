@@ -130,6 +130,85 @@ def test_the_plan_counts_a_self_teacher():
         assert memory._Planner(settings, CONFIG, size, 2, "cuda", "distill")._hinted() == expected
 
 
+def test_the_plan_counts_a_divergence(simple_counts, monkeypatch):
+    passes = []
+    monkeypatch.setattr(memory, "_counted_pass", lambda config, model, shape, how: passes.append(how) or {})
+    taught = ["self_teacher.views=[answer]", "reward.alpha=0", STAGES, "micro_tokens=40000", "rollout.n=2"]
+    size, width, vocabulary = count_parameters(CONFIG, ModelConfig()), 64, 512
+    unrewarded = [f"{name}=0" for name in ("distill.kl_coef", "reward.beta", "reward.eta", "reward.delta")]
+    planners = {}
+    for kind, distilled, more in (
+        ("frozen", "k1", []),
+        ("frozen", "forward_kl", []),
+        ("ema", "k1", []),
+        ("ema", "forward_kl", []),
+        ("live", "forward_kl", unrewarded),
+    ):
+        settings = load_settings(
+            "rmsd_qwen3vl_4b", [*taught, f"self_teacher.kind={kind}", f"kd.kind={distilled}", *more]
+        )
+        planners[kind, distilled] = memory._Planner(settings, CONFIG, size, 2, "cuda", "distill")
+    plans = {case: planner.distillation() for case, planner in planners.items()}
+    for kind in ("frozen", "ema"):
+        plain, whole = plans[kind, "k1"], plans[kind, "forward_kl"]
+        # Hidden states of 64 questions per process wait in host memory, in bfloat16.
+        assert whole.host - plain.host == 64 * 2 * 1024 * width * 2
+        head = vocabulary * width * 2 if kind == "ema" else 0
+        for phase in ("teacher", "policy"):
+            assert whole.phases[phase]["weights"] - plain.phases[phase]["weights"] == head
+    # The policy's passes hold logits of the teacher, its hidden states, and gradients of each loss that has any.
+    expected = {("frozen", "k1"): (0, 1), ("frozen", "forward_kl"): (1, 2), ("live", "forward_kl"): (1, 1)}
+    for case, counts in expected.items():
+        sizes = planners[case]._pass([1024] * 2, "policy")
+        how, scored = passes[-1], planners[case]._rows([1024] * 2).scored
+        assert (how.reference_heads, how.losses) == counts
+        assert sizes.get(HEADS, 0) == counts[0] * scored * width * 2
+    # Comparing the most probable tokens adds a pass of the policy, with blocks of float32 logits.
+    settings = load_settings(
+        "rmsd_qwen3vl_4b", [*taught, "self_teacher.kind=live", "kd.kind=k1", "credit.prune=overlap"]
+    )
+    pruned = memory._Planner(settings, CONFIG, size, 2, "cuda", "distill").distillation().phases
+    assert pruned["student"][HEADS] == 256 << 20 == pruned["teacher"][HEADS]
+    shape = RowShape("shared", (20,), ((8, 8),), (0,))
+    found = []
+    for how in (PassSettings("cpu", "policy"), PassSettings("cpu", "policy", reference_heads=1, losses=2)):
+        phases = pass_memory._count_with(_layers(2), ModelConfig(dtype="bfloat16"), shape, how)
+        found.append(phases["heads"][HEADS])
+    # 16 rows of logits of the teacher, gradients of 16 hidden states and the head, and the value of the second loss.
+    assert found[1] - found[0] == 16 * vocabulary * 2 + (16 + vocabulary) * width * 2 + 2
+
+
+def test_the_plan_counts_a_teacher_of_its_own_and_other_media(tmp_path):
+    taught = ["kd.kind=k1", "reward.alpha=0", STAGES, "micro_tokens=40000"]
+    larger = config_4b()
+    larger["text_config"] |= dict(vocab_size=512, hidden_size=128, num_hidden_layers=2)
+    larger["vision_config"] |= dict(depth=2, hidden_size=64, out_hidden_size=128, deepstack_visual_indexes=[0, 1])
+    (tmp_path / "config.json").write_text(json.dumps(larger))
+    size = count_parameters(larger, ModelConfig())
+
+    def phases(*overrides, zero=2):
+        settings = load_settings("rmsd_qwen3vl_4b", [*taught, *overrides, f"runtime.zero_stage={zero}"])
+        return plan_memory(settings, CONFIG, processes=2, device="cuda").stages["distill"].phases
+
+    live = phases("self_teacher.kind=live", "self_teacher.views=[answer]")
+    for zero in (2, 3):
+        plain = phases("self_teacher.kind=live", "self_teacher.views=[answer]", zero=zero)
+        other = phases("self_teacher.kind=path", f"self_teacher.path={tmp_path}", zero=zero)
+        # Its weights are in bfloat16, whole, and there in all phases.
+        for name in ("policy", "rollout", "teacher"):
+            assert other[name]["weights"] - plain[name]["weights"] == 2 * size.total
+    # A token has the features of three layers of 128 numbers, and the student's of two layers of 64 are kept.
+    features = {name: phase.get("vision", 0) for name, phase in other.items()}
+    tokens, rest = divmod(features["teacher"] - plain["teacher"]["vision"], 2 * 3 * 128)
+    assert tokens > 1000 and rest == 0
+    assert "teacher vision" in other and "teacher vision" not in live
+    # With other media, frames and features of a step exist twice.
+    shown = phases("self_teacher.kind=live", "self_teacher.views=[answer,media]")
+    assert shown["teacher"]["vision"] == 2 * live["teacher"]["vision"]
+    cache = 1024 * 2**20
+    assert shown["policy"]["media"] - cache == 2 * (live["policy"]["media"] - cache)
+
+
 def test_the_plan_counts_imitated_responses():
     plans, size = {}, count_parameters(CONFIG, ModelConfig())
     # Each process has one question.

@@ -339,3 +339,25 @@ def test_every_number_has_bounds_that_are_checked(key):
 def test_a_value_above_both_bounds_names_them():
     with pytest.raises(SettingsError, match="expected a number above 0 and at most 86400, got 100000.0"):
         load_settings("", ["data.decode_timeout_s=100000"])
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        (
+            "rollout.server_urls=http://a:1",
+            "rollout.server_urls: expected a list, got http://a:1; set e.g. .*=.http://a:1.$",
+        ),
+        ("stages=null", r"stages: expected a list, got null; set e.g. stages=\[sft,control,warm_up,distill\]$"),
+        ("rollout.n=[1]", r"rollout.n: expected a whole number, got \[1\]; set e.g. rollout.n=8$"),
+        ("sft.lr=fast", "sft.lr: expected a number, got fast"),
+        ("video.fps=fast", "video.fps: expected a number or null, got fast; set e.g. video.fps=null"),
+        ("evaluate.subtitles=perhaps", "evaluate.subtitles: expected true or false, got perhaps"),
+        ("name=[1]", r"name: expected a text, got \[1\]"),
+        ("rollout=3", "rollout: expected settings below it, got 3; write e.g. rollout.n=…$"),
+        ("evaluate.judge.extra_body=3", "evaluate.judge.extra_body: expected a mapping, got 3"),
+    ],
+)
+def test_values_of_another_kind_are_refused_with_an_example(override: str, says: str) -> None:
+    with pytest.raises(SettingsError, match=rf"^override: {says}"):
+        load_settings("quickstart", [override])

@@ -24,6 +24,7 @@ def linear_divergence(
     teacher_topk: tuple[Tensor, Tensor] | None = None,
     kind: str = "forward_kl",
     alpha: float | None = None,
+    vocab_clip: float | None = None,
     temperature: float | Tensor = 1.0,
     token_weights: Tensor | None = None,
     normalizer: float | Tensor | None = None,
@@ -46,6 +47,9 @@ def linear_divergence(
         kind: "forward_kl": KL(p||q). "reverse_kl": KL(q||p). "jsd": alpha KL(p||m) + (1-alpha) KL(q||m) with
             m = alpha p + (1-alpha) q. "skew_kl": KL(p||m).
         alpha: share of p in m, in (0, 1), for "jsd" (None means 0.5) and "skew_kl" (None means 0.1) only.
+        vocab_clip: upper bound of each entry's summand of the divergence, in nats, above 0: a row's divergence is then
+            sum over v of min(summand_v, vocab_clip), and a clipped summand has no gradient. The summand of forward_kl
+            is p_v (log p_v - log q_v). With teacher_topk, the entries are the k ids. None: no bound.
         temperature: divides the logits of both sides; above 0, one number or one per row, [T]. The loss is not
             multiplied by its square.
         token_weights: weight of each row, [T], floating; a constant. Rows with weight 0 are skipped. None means 1.
@@ -70,6 +74,8 @@ def linear_divergence(
         checks.check_number("alpha", alpha, above=0.0)
         if alpha >= 1:
             raise ValueError(f"alpha: expected a number in (0, 1), got {alpha!r}")
+    if vocab_clip is not None:
+        checks.check_number("vocab_clip", vocab_clip, above=0.0)
     _check_teacher(hidden, weight, teacher_hidden, teacher_weight, teacher_logits, teacher_topk)
     execution = execution_of(impl, memory_budget_bytes)
     if impl == "reference":
@@ -82,6 +88,7 @@ def linear_divergence(
             teacher_topk=teacher_topk,
             kind=kind,
             alpha=alpha,
+            vocab_clip=vocab_clip,
             temperature=temperature,
             token_weights=token_weights,
             normalizer=normalizer,
@@ -102,6 +109,7 @@ def linear_divergence(
         temperature=per_row_temperature(temperature, hidden),
         kind=kind,
         alpha=alpha,
+        vocab_clip=vocab_clip,
         scale=weights,
         skip_zero_scale=token_weights is not None,
         execution=execution,

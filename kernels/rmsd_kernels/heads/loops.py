@@ -21,7 +21,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from ..implementations import can_run_triton
+from ..implementations import can_run_triton, resolve_impl
 from ..ops import accumulation_dtype, record_op
 from . import torch_rows
 from .chunks import Gradients, Loop, chunk_buffers, empty_logits, live_first, scored_rows
@@ -176,6 +176,7 @@ def head_divergence(
     temperature: Tensor | None,
     kind: str,
     alpha: float | None,
+    vocab_clip: float | None,
     scale: Tensor,
     skip_zero_scale: bool,
     needs: Needs,
@@ -188,6 +189,10 @@ def head_divergence(
     nonzero_rows = torch.nonzero(scale).flatten() if skip_zero_scale else None
     buffers = 1 + (teacher_weight is not None)
     need_grad = needs.hidden or needs.weight
+    bound = {} if vocab_clip is None else {"vocab_clip": vocab_clip}
+    if bound:
+        # csrc/ does not implement the bound.
+        execution = execution._replace(impl=resolve_impl(execution.impl, hidden, native_form=False))
     with Loop(hidden, weight, nonzero_rows, execution, buffers, need_weight=needs.weight) as loop:
         values = torch.zeros(len(hidden), dtype=loop.dtype, device=hidden.device)
         gradients = Gradients(loop, needs)
@@ -203,12 +208,14 @@ def head_divergence(
             row_temperature = None if temperature is None else temperature[index]
             row_scale = scale[index] if need_grad else None
             if topk_ids is None:
-                row_values = loop.backend.divergence_(logits, teacher_rows, row_temperature, kind, alpha, row_scale)
+                arguments = (logits, teacher_rows, row_temperature, kind, alpha, row_scale)
+                row_values = loop.backend.divergence_(*arguments, **bound)
             else:
                 # With only k logits per row, a fused kernel would not be faster.
                 ids = topk_ids[index]
                 chosen = logits.gather(1, ids).to(loop.dtype)
-                row_values = torch_rows.divergence_(chosen, teacher_rows, row_temperature, kind, alpha, row_scale)
+                arguments = (chosen, teacher_rows, row_temperature, kind, alpha, row_scale)
+                row_values = torch_rows.divergence_(*arguments, **bound)
                 if need_grad:
                     logits.zero_().scatter_add_(1, ids, chosen.to(logits.dtype))
             values[index] = row_values
@@ -221,8 +228,8 @@ def head_divergence(
 
 @head_divergence.register_fake
 def _(
-    hidden, weight, teacher, teacher_weight, topk_ids, temperature, kind, alpha, scale, skip_zero_scale, needs,
-    execution,
+    hidden, weight, teacher, teacher_weight, topk_ids, temperature, kind, alpha, vocab_clip, scale, skip_zero_scale,
+    needs, execution,
 ):  # fmt: skip
     values = hidden.new_empty(hidden.shape[0], dtype=accumulation_dtype(hidden))
     return values, *_fake_gradients(hidden, weight, None, needs)[:2]

@@ -20,6 +20,7 @@ from torch import Tensor
 from .policy_formula import PolicyLoss, policy_loss, row_weights, scored_of
 from .row_formula import divergence_of_rows, head_logits, score_rows, temperature_rows
 from .row_types import PolicySettings
+from .topk import TopK
 
 
 def linear_logprob(
@@ -140,6 +141,7 @@ def linear_divergence(
     teacher_topk: tuple[Tensor, Tensor] | None = None,
     kind: str = "forward_kl",
     alpha: float | None = None,
+    vocab_clip: float | None = None,
     temperature: float | Tensor = 1.0,
     token_weights: Tensor | None = None,
     normalizer: float | Tensor | None = None,
@@ -163,8 +165,20 @@ def linear_divergence(
     else:
         teacher_z = teacher_rows.to(student_z.dtype)
         teacher_z = teacher_z if scale is None else teacher_z / scale.unsqueeze(1)
-    divergence = divergence_of_rows(teacher_z.log_softmax(-1), student_z.log_softmax(-1), kind, alpha)
+    divergence = divergence_of_rows(teacher_z.log_softmax(-1), student_z.log_softmax(-1), kind, alpha, vocab_clip)
     return weighted_sum(divergence, _rows(token_weights, keep, divergence.dtype), normalizer)
+
+
+@torch.no_grad()
+def linear_topk(
+    hidden: Tensor, weight: Tensor, k: int, *, ids: Tensor | None = None, temperature: float | Tensor = 1.0
+) -> TopK:
+    """Return the k most probable tokens with their log-probs, and log-probs of ids. See the public function."""
+    keep = torch.arange(len(hidden), device=hidden.device)
+    scale = temperature_rows(temperature, keep, hidden)
+    logp = head_logits(hidden, weight, None, scale, None).log_softmax(dim=-1)
+    best = logp.topk(k, dim=-1)
+    return TopK(best.values, best.indices, None if ids is None else logp.gather(1, ids))
 
 
 def _scored_rows(targets: Tensor, ignore_index: int | None) -> Tensor:

@@ -63,23 +63,40 @@ def head_logits(
     return logits if scale is None else logits / scale.unsqueeze(1)
 
 
-def divergence_of_rows(teacher: Tensor, student: Tensor, kind: str, alpha: float | None) -> Tensor:
-    """Return the divergence [n] between log-probabilities [n, V] of teacher and student; kinds as linear_divergence."""
+def divergence_of_rows(
+    teacher: Tensor, student: Tensor, kind: str, alpha: float | None, vocab_clip: float | None = None
+) -> Tensor:
+    """Return the divergence [n] between log-probabilities [n, V] of teacher and student, as in linear_divergence."""
+    terms = divergence_terms(teacher, student, kind, alpha)
+    if vocab_clip is not None:
+        clipped = terms.detach() > vocab_clip
+        # A summand may be infinite, and the gradient of a clamp would then be 0 * inf.
+        teacher, student = teacher.masked_fill(clipped, 0.0), student.masked_fill(clipped, 0.0)
+        terms = divergence_terms(teacher, student, kind, alpha).masked_fill(clipped, vocab_clip)
+    return terms.sum(dim=-1)
+
+
+def divergence_terms(teacher: Tensor, student: Tensor, kind: str, alpha: float | None) -> Tensor:
+    """Return the summands [n, V] of `divergence_of_rows`, one for each entry of the vocabulary."""
     if kind == "forward_kl":
-        return expectation(teacher, teacher - student)
+        return _weighted(teacher, teacher - student)
     if kind == "reverse_kl":
-        return expectation(student, student - teacher)
+        return _weighted(student, student - teacher)
     alpha = {"jsd": 0.5, "skew_kl": 0.1}[kind] if alpha is None else alpha
     share = torch.tensor(alpha, dtype=student.dtype, device=student.device)
     mixture = torch.logaddexp(teacher + share.log(), student + (1 - share).log())
-    skew = expectation(teacher, teacher - mixture)
-    return skew if kind == "skew_kl" else alpha * skew + (1 - alpha) * expectation(student, student - mixture)
+    skew = _weighted(teacher, teacher - mixture)
+    return skew if kind == "skew_kl" else alpha * skew + (1 - alpha) * _weighted(student, student - mixture)
 
 
 def expectation(log_probability: Tensor, value: Tensor) -> Tensor:
     """Return the sum over the vocabulary of exp(log_probability) * value. A probability of 0 contributes 0."""
+    return _weighted(log_probability, value).sum(dim=-1)
+
+
+def _weighted(log_probability: Tensor, value: Tensor) -> Tensor:
     impossible = log_probability == -float("inf")
-    return (log_probability.exp() * value.masked_fill(impossible, 0.0)).sum(dim=-1)
+    return log_probability.exp() * value.masked_fill(impossible, 0.0)
 
 
 def _pick(logp_V: Tensor, target: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..ops import accumulation_dtype
-from .row_formula import divergence_of_rows, expectation
+from .row_formula import divergence_of_rows, divergence_terms, expectation
 from .row_types import EXP_LIMIT, PolicyTerms, RowInputs, RowReference, RowStats
 
 _TEMPORARY_BYTES = 16 << 20
@@ -140,8 +140,9 @@ def divergence_(
     kind: str,
     alpha: float | None,
     scale: Tensor | None,
+    vocab_clip: float | None = None,
 ) -> Tensor:
-    """Return the divergence [n] between teacher and student; kinds as in linear_divergence.
+    """Return the divergence [n] between teacher and student; kinds and vocab_clip as in linear_divergence.
 
     With scale [n], overwrite logits with the gradient of the sum of scale * divergence; without it, only read them.
     """
@@ -154,27 +155,41 @@ def divergence_(
         if factor is not None:
             z, teacher_z = z / factor, teacher_z / factor
         log_q, log_p = z.log_softmax(dim=-1), teacher_z.log_softmax(dim=-1)
-        value = divergence_of_rows(log_p, log_q, kind, alpha)
+        if vocab_clip is None:
+            value, free = divergence_of_rows(log_p, log_q, kind, alpha), None
+        else:
+            terms = divergence_terms(log_p, log_q, kind, alpha)
+            value, free = terms.clamp(max=vocab_clip).sum(dim=-1), ~(terms > vocab_clip)
         if scale is not None:
-            dz = _divergence_slope(log_p, log_q, kind, share) * scale[rows].unsqueeze(1)
+            dz = _divergence_slope(log_p, log_q, kind, share, free) * scale[rows].unsqueeze(1)
             logits[rows] = dz if factor is None else dz / factor
         return (value,)
 
     return _by_blocks(block, logits)[0]
 
 
-def _divergence_slope(log_p: Tensor, log_q: Tensor, kind: str, share: float) -> Tensor:
-    """Return the derivative of a divergence with respect to the student's z: q * (f - sum q f), f = d value / dq."""
+def _divergence_slope(log_p: Tensor, log_q: Tensor, kind: str, share: float, free: Tensor | None) -> Tensor:
+    """Return the derivative of a divergence with respect to the student's z: q * (f - sum q f), f = d value / dq.
+
+    free: entries whose summand is not clipped; the others have f = 0. None means all.
+    """
     q = log_q.exp()
     if kind == "forward_kl":
-        return q - log_p.exp()
+        p = log_p.exp()
+        if free is None:
+            return q - p
+        p = p * free
+        return q * p.sum(dim=-1, keepdim=True) - p
     if kind == "reverse_kl":
-        slope = log_q - log_p
+        # A constant in f cancels in q * (f - sum q f), but not if f is 0 in some entries.
+        slope = log_q - log_p + (0.0 if free is None else 1.0)
     else:
         log_m = torch.logaddexp(log_p + math.log(share), log_q + math.log1p(-share))
         # jsd: the derivatives of the two terms through m cancel except for this part.
         slope = (1 - share) * (log_q - log_m) if kind == "jsd" else -(1 - share) * (log_p - log_m).exp()
     slope = slope.masked_fill(log_q == -math.inf, 0.0)
+    if free is not None:
+        slope = slope.masked_fill(~free, 0.0)
     return q * (slope - (q * slope).sum(dim=-1, keepdim=True))
 
 

@@ -94,6 +94,47 @@ def _slope_of_block(log_p, log_q, log_share, log_rest, share, middle, KIND: tl.c
     return dz
 
 
+@triton.jit
+def _bounded_block(log_p, log_q, log_share, log_rest, share, vocab_clip, KIND: tl.constexpr):
+    """Return min(summand, vocab_clip), q f and q of each entry; f is 0 where the summand is clipped."""
+    q = exp2(log_q)
+    p = exp2(log_p)
+    if KIND == "forward_kl":
+        term = _times(p, log_p, log_p - log_q)
+        slope = -p
+    elif KIND == "reverse_kl":
+        term = _times(q, log_q, log_q - log_p)
+        # The derivative of q (log q - log p) has a constant, which cancels only if no entry is clipped.
+        slope = _times(q, log_q, log_q - log_p + LOG2E)
+    else:
+        log_m = _log2_mixture(log_p, log_q, log_share, log_rest)
+        term = _times(p, log_p, log_p - log_m)
+        if KIND == "jsd":
+            slope = (1.0 - share) * _times(q, log_q, log_q - log_m)
+            term = share * term + slope
+        else:
+            slope = -(1.0 - share) * _times(q, log_q, exp2(log_p - log_m))
+    bounded = tl.minimum(term, vocab_clip, propagate_nan=tl.PropagateNan.ALL)
+    return bounded, tl.where(term > vocab_clip, 0.0, slope), q
+
+
+@triton.jit
+def _add_bounded_block(
+    value, mean_slope, log_p, log_q, log_share, log_rest, share, vocab_clip, KIND: tl.constexpr, LANE: tl.constexpr
+):
+    """Add a block to the divergence and to sum q f, like `_add_block`."""
+    term, slope, _ = _bounded_block(log_p, log_q, log_share, log_rest, share, vocab_clip, KIND)
+    shape: tl.constexpr = [term.shape[0] // LANE, LANE]
+    return value + tl.sum(tl.reshape(term, shape), 1), mean_slope + tl.sum(tl.reshape(slope, shape), 1)
+
+
+@triton.jit
+def _slope_of_bounded_block(log_p, log_q, log_share, log_rest, share, vocab_clip, middle, KIND: tl.constexpr):
+    """Return the derivative with respect to z, like `_slope_of_block`."""
+    _, slope, q = _bounded_block(log_p, log_q, log_share, log_rest, share, vocab_clip, KIND)
+    return slope - q * middle
+
+
 @triton.jit(do_not_specialize_on_alignment=SLICED)
 def _divergence_kernel(
     logits_ptr,
@@ -107,6 +148,7 @@ def _divergence_kernel(
     share,
     log_share,
     log_rest,
+    vocab_clip,
     KIND: tl.constexpr,
     BLOCK: tl.constexpr,
     LANE: tl.constexpr,
@@ -141,12 +183,22 @@ def _divergence_kernel(
     if whole < vocab:
         log_q = _log2_softmax(student_row, whole + offsets, view, scale, top_q, log_q_total, True)
         log_p = _log2_softmax(teacher_row, whole + offsets, view, scale, top_p, log_p_total, True)
-        value, mean_slope = _add_block(value, mean_slope, log_p, log_q, log_share, log_rest, share, KIND, LANE)
+        if vocab_clip is None:
+            value, mean_slope = _add_block(value, mean_slope, log_p, log_q, log_share, log_rest, share, KIND, LANE)
+        else:
+            value, mean_slope = _add_bounded_block(
+                value, mean_slope, log_p, log_q, log_share, log_rest, share, vocab_clip, KIND, LANE
+            )
     for i in tl.range(0, blocks, num_stages=STAGES):
         col = (blocks - 1 - i) * BLOCK + offsets
         log_q = _log2_softmax(student_row, col, view, scale, top_q, log_q_total, False)
         log_p = _log2_softmax(teacher_row, col, view, scale, top_p, log_p_total, False)
-        value, mean_slope = _add_block(value, mean_slope, log_p, log_q, log_share, log_rest, share, KIND, LANE)
+        if vocab_clip is None:
+            value, mean_slope = _add_block(value, mean_slope, log_p, log_q, log_share, log_rest, share, KIND, LANE)
+        else:
+            value, mean_slope = _add_bounded_block(
+                value, mean_slope, log_p, log_q, log_share, log_rest, share, vocab_clip, KIND, LANE
+            )
     total = tl.sum(value, 0)
     tl.store(value_ptr + row, total * LN2)
 
@@ -155,19 +207,27 @@ def _divergence_kernel(
         if KIND == "reverse_kl" or KIND == "jsd":
             factor *= LN2
         middle = total
-        if KIND == "jsd" or KIND == "skew_kl":
+        if KIND == "jsd" or KIND == "skew_kl" or vocab_clip is not None:
             middle = tl.sum(mean_slope, 0)
         for start in tl.range(0, whole, BLOCK, num_stages=STAGES):
             col = start + offsets
             log_q = _log2_softmax(student_row, col, view, scale, top_q, log_q_total, False)
             log_p = _log2_softmax(teacher_row, col, view, scale, top_p, log_p_total, False)
-            dz = _slope_of_block(log_p, log_q, log_share, log_rest, share, middle, KIND) * factor
+            if vocab_clip is None:
+                dz = _slope_of_block(log_p, log_q, log_share, log_rest, share, middle, KIND)
+            else:
+                dz = _slope_of_bounded_block(log_p, log_q, log_share, log_rest, share, vocab_clip, middle, KIND)
+            dz *= factor
             tl.store(student_row + col, dz.to(logits_ptr.dtype.element_ty))
         if whole < vocab:
             col = whole + offsets
             log_q = _log2_softmax(student_row, col, view, scale, top_q, log_q_total, True)
             log_p = _log2_softmax(teacher_row, col, view, scale, top_p, log_p_total, True)
-            dz = _slope_of_block(log_p, log_q, log_share, log_rest, share, middle, KIND) * factor
+            if vocab_clip is None:
+                dz = _slope_of_block(log_p, log_q, log_share, log_rest, share, middle, KIND)
+            else:
+                dz = _slope_of_bounded_block(log_p, log_q, log_share, log_rest, share, vocab_clip, middle, KIND)
+            dz *= factor
             tl.store(student_row + col, dz.to(logits_ptr.dtype.element_ty), mask=col < vocab)
 
 
@@ -178,8 +238,9 @@ def divergence_(
     kind: str,
     alpha: float | None,
     scale: Tensor | None,
+    vocab_clip: float | None = None,
 ) -> Tensor:
-    """Return the divergence [n] between teacher and student; kinds as in linear_divergence.
+    """Return the divergence [n] between teacher and student; kinds and vocab_clip as in linear_divergence.
 
     With scale [n], overwrite logits with the gradient of the sum of scale * divergence; without it, only read them.
     """
@@ -202,6 +263,7 @@ def divergence_(
             "share": share,
             "log_share": math.log2(share),
             "log_rest": math.log2(1.0 - share),
+            "vocab_clip": None if vocab_clip is None else vocab_clip * math.log2(math.e),
             "KIND": kind,
         }
         launch(_divergence_kernel, logits, arguments, two_rows=True)
