@@ -321,8 +321,8 @@ class SftConfig:
     train_vision: bool = False
     """Also train vision tower and mergers."""
     responses: str = choice("best", of=("best", "all", "random"))
-    """`best` = T_best, the response of highest quality, with a seeded uniform choice for ties and open questions; `all`
-    = every response; `random` = one response. They choose among the complete responses that pass `teacher.filter`."""
+    """`best` = T_best, the response of highest quality, with `teacher.selection` for ties and open questions; `all` =
+    every response; `random` = one response. They choose among the complete responses that pass `teacher.filter`."""
     hinted_share: float = number(0.0, least=0, most=1)
     """Share of the questions of each step that are shown with one of their hints, a view of `self_teacher.views`, so
     that the student learns to read hints before it is its own teacher. Pretrained language models can read them; the

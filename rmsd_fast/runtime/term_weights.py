@@ -58,12 +58,12 @@ class TermWeights:
         """Return s of each question and term, float32 [Q, M], in [-5, 5].
 
         Args:
-            features: features of the questions, float32 [Q, D] without a gradient; unused by `task`.
+            features: features of the questions, float32 [Q, D], constants; unused by `task`.
             questions: Q.
         """
         if self.form == "task":
             return self.params["log_variance"].expand(questions, -1)
-        hidden = torch.relu(nn.functional.linear(features, self.params["in.weight"], self.params["in.bias"]))
+        hidden = nn.functional.linear(features.detach(), self.params["in.weight"], self.params["in.bias"]).relu()
         return nn.functional.linear(hidden, self.params["out.weight"], self.params["out.bias"]).clamp(-LIMIT, LIMIT)
 
     def set_lr(self, lr: float) -> None:

@@ -12,6 +12,7 @@ from material import tiny_material, tiny_settings
 from separate_rows import plain_logits, plain_logp, step_gradients
 
 from rmsd_fast.config import SettingsError
+from rmsd_fast.data.records import write_questions
 from rmsd_fast.method.matching import TOP_TOKENS, draw_response
 from rmsd_fast.models.shared_prefix import disable_shared_prefix
 from rmsd_fast.runtime.process_group import start, stop
@@ -19,6 +20,9 @@ from rmsd_fast.settings import load_settings
 from rmsd_fast.stages import distill, imitation, sft
 from rmsd_fast.stages.build import build_distillation
 from rmsd_fast.stages.imitation import selected_answers
+from rmsd_fast.stages.material import prepare_material
+from rmsd_fast.stages.plan import describe_plan
+from rmsd_fast.stages.state import encode_step
 
 SMALL = (
     *("rollout.n=3", "rollout.max_new_tokens=8", "rollout.parity_every=0", "data.max_prompt_tokens=500"),
@@ -214,7 +218,7 @@ def test_aligned_answers_are_those_nearest_to_the_student(trained, monkeypatch):
     policy, found = double(after), []
     for tokens in (4000, max(len(prompt.input_ids) for prompt in prompts) + 90):
         state.settings.micro_tokens = tokens
-        features = state_features(state, prompts)
+        features = encode_step(state, prompts)
         found.append(selected_answers(state, prompts, features))
     (answers, record), (others, _) = found
     assert [a if a is None else a.tolist() for a in answers] == [a if a is None else a.tolist() for a in others]
@@ -236,19 +240,13 @@ def test_aligned_answers_are_those_nearest_to_the_student(trained, monkeypatch):
     assert values["selection/overlap_of_all"] == pytest.approx(mean)
 
 
-def state_features(state, prompts):
-    from rmsd_fast.stages.state import encode_step
-
-    return encode_step(state, prompts)
-
-
 def test_stage_1_imitates_aligned_answers(trained, monkeypatch):
     state, prompts, _, after = trained
     state.settings = tiny_settings(state.settings.made.folder, *SMALL, "teacher.selection=aligned")
     monkeypatch.setattr(sft, "apply_or_discard", lambda engines: ([e.discard() for e in engines] and [0.0], True))
     metrics = sft.step(state, prompts[:3], 1).metrics
     policy, total, tokens = double(after), 0.0, 0
-    answers, _ = selected_answers(state, prompts[:3], state_features(state, prompts[:3]))
+    answers, _ = selected_answers(state, prompts[:3], encode_step(state, prompts[:3]))
     for prompt, answer in zip(prompts, answers, strict=False):
         with torch.no_grad():
             total -= float(plain_logp(policy, prompt, prompt.input_ids, answer, 1.0).sum())
@@ -294,6 +292,14 @@ def test_a_pool_without_usable_answers_is_refused(folder, material, world):
         ),
         (["stages=[distill]", "teacher.selection=aligned"], "teacher.selection has no effect: no stage imitates"),
         (["teacher.responses=1", "teacher.selection=aligned"], "teacher.selection has no effect: .* nothing to choose"),
+        (
+            [
+                "stages=[distill]",
+                *(f"reward.{name}=0" for name in ("alpha", "beta", "eta", "delta")),
+                "distill.sft_coef=1",
+            ],
+            "kd.kind: expected .* if no reward has a weight",
+        ),
     ],
 )
 def test_settings_without_effect_are_refused(overrides, says):
@@ -307,3 +313,43 @@ def test_a_pool_is_required_and_its_filter_has_an_effect():
     with pytest.raises(SettingsError, match="teacher.filter has no effect: no stage imitates"):
         load_settings("rmsd_qwen3vl_4b", [*names[:2], "teacher.filter=imitation"])
     assert TOP_TOKENS == 16
+
+
+TINY = (
+    *("data.heldout=", "data.max_prompt_tokens=500", "data.cache_mib=16", "micro_tokens=2000", "video.num_frames=8"),
+    *("rollout.max_new_tokens=8", "distill.batch_size=4", "runtime.trackers=[]"),
+)
+
+
+@pytest.mark.parametrize("recipe", ["brts", "beta_kd"])
+def test_recipes_train_a_tiny_student(folder, material, world, recipe):
+    train = folder / "recipe.jsonl"
+    write_questions(train, material.train, media_root=folder)
+    paths = [f"data.train={train}", f"data.media_root={folder}", f"model.path={material.model_path}"]
+    settings = load_settings(recipe, [*paths, f"teacher.pool={material.files['pool']}", *TINY])
+    text, ready = describe_plan(settings)
+    assert ready, text
+    inputs = prepare_material(settings, world)
+    state = build_distillation(material.model_path, settings, world, inputs)
+    assert set(state.policy.names) == {name for name, p in state.policy.module.named_parameters() if p.requires_grad}
+    prompts = [state.builder.build(question) for question in inputs.train if state.targets[question.id].top][:3]
+    before = {name: p.detach().clone() for name, p in state.policy.module.named_parameters()}
+    for number in range(2):
+        state.policy.set_lr(1e-3)
+        if state.term_weights is not None:
+            state.term_weights.set_lr(0.1)
+        result = distill.step(state, prompts, number)
+        assert not result.skipped and result.metrics["policy/grad_norm"] > 0
+    assert any(not torch.equal(p, before[name]) for name, p in state.policy.module.named_parameters())
+    assert all(group.imitated is not None for group in result.groups)
+    learned = {name: value for name, value in result.metrics.items() if name.startswith("uncertainty/")}
+    if recipe == "brts":
+        assert "imitates one best answer per question, selected by aligned, with weight 0.05" in text
+        assert result.metrics["selection/tied_share"] is not None and not learned
+    else:
+        assert "learned weights of the terms kd, sft, by instance" in text
+        assert "selection/tied_share" not in result.metrics
+        # Each s moves toward the logarithm of its term.
+        assert learned.keys() == {"uncertainty/kd", "uncertainty/sft"} and learned["uncertainty/sft"] > 0
+        assert not any("term" in name or "variance" in name for name in state.policy.module.state_dict())
+    state.policy.close()
