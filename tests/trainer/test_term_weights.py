@@ -130,8 +130,8 @@ def test_gradients_equal_separate_rows_in_float64(trained, monkeypatch, case):
                 d = plain_logp(reference, prompt, ids, rollout.token_ids, temperature)
                 added = torch.zeros(count)
                 if i != 2:
-                    (text,) = state.hints[prompt.question.id]
-                    hint = torch.tensor(state.student.tokenizer("\n" + text)["input_ids"])
+                    (told,) = state.hints[prompt.question.id]
+                    hint = torch.tensor(state.student.tokenizer("\n" + told.text)["input_ids"])
                     led = torch.cat([ids[:end], hint, ids[end:]])
                     added = 0.7 * (plain_logp(reference, prompt, led, rollout.token_ids, temperature) - own)
                     shares[1] += each * count
