@@ -517,7 +517,7 @@ class JudgeConfig:
 
 @dataclass
 class SelfTeacherConfig:
-    """The student's own model with hints in its prompt, which scores the rollouts of stage 2 again (docs/methods.md).
+    """The student's model with hints, or another model, which scores the rollouts of stage 2 again (docs/methods.md).
 
     `credit.*` and `kd.*` say what its log-probs are used for.
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from rmsd_fast.config import RunConfig, SettingsError
 from rmsd_fast.data.errors import DataError, counted
@@ -81,12 +81,10 @@ def read_hints(
             f"hints: {number:,} of {counted(asked, 'hint')} for the self-teacher cannot be used: {reasons}, first: "
             f"{refused[most][0]}; or raise data.max_bad_share"
         )
-    line = describe_hints(hints, settings)
+    line, few = describe_hints(hints, settings)
     if world.is_main:
         left_out = f", {counted(number, 'hint')} left out" if number else ""
-        without = 0 if always_scored(settings) else sum(not told for told in hints.values())
-        level = logging.WARNING if without > settings.data.max_bad_share * len(hints) else logging.INFO
-        log.log(level, "%s%s", line, left_out)
+        log.log(logging.WARNING if few else logging.INFO, "%s%s", line, left_out)
     return hints
 
 
@@ -101,12 +99,31 @@ def plan_hints(inputs: Inputs, settings: RunConfig) -> str:
         seed=settings.seed,
         imitate=settings.sft.responses,
     )
+    views = question_views(settings)
     hints = build_hints(
-        *(inputs.train, targets, question_views(settings), lambda text: False, lambda q: bool(_absent_media(q))),
+        *(inputs.train, targets, views, lambda text: False, lambda question: bool(_absent_media(question))),
         together=together(settings),
         seed=settings.seed,
     )
-    return describe_hints(hints, settings)
+    line, few = describe_hints(hints, settings)
+    number = count_views(inputs.train, targets, views, settings)
+    counts = ", ".join(f"{view} {count:,}" for view, count in number.items())
+    return f"{'WARNING: ' * few}{line} ({counts}; none was tokenized)" if counts else line
+
+
+def count_views(
+    questions: Sequence[Question], targets: Mapping[str, Targets], views: Sequence[str], settings: RunConfig
+) -> dict[str, int]:
+    """Return the number of questions that have each view."""
+    counts = {}
+    for view in views:
+        hints = build_hints(
+            *(questions, targets, [view], lambda text: False, lambda question: bool(_absent_media(question))),
+            together=True,
+            seed=settings.seed,
+        )
+        counts[view] = sum(map(bool, hints.values()))
+    return counts
 
 
 def together(settings: RunConfig) -> bool:
@@ -119,8 +136,8 @@ def always_scored(settings: RunConfig) -> bool:
     return settings.self_teacher.kind == "path" or asks_judge(settings)
 
 
-def describe_hints(hints: Mapping[str, tuple[Hint, ...]], settings: RunConfig) -> str:
-    """Return a line that says how many questions have hints.
+def describe_hints(hints: Mapping[str, tuple[Hint, ...]], settings: RunConfig) -> tuple[str, bool]:
+    """Return a line that says how many questions have hints, and whether that is too few to be intended.
 
     Raises:
         SettingsError: no question has any, or, if no reward has a weight, too many have none.
@@ -143,7 +160,8 @@ def describe_hints(hints: Mapping[str, tuple[Hint, ...]], settings: RunConfig) -
             f"{without:,} of {len(hints):,} without any of {views}, first {first!r}; remove these questions, add their "
             "hints to data.train, or raise data.max_bad_share"
         )
-    return f"self-teacher: {hinted:,} of {counted(len(hints), 'question')} have hints{judged}"
+    line = f"self-teacher: {hinted:,} of {counted(len(hints), 'question')} have hints{judged}"
+    return line, not always_scored(settings) and without > most * len(hints)
 
 
 def _absent_media(question: Question) -> list[str]:

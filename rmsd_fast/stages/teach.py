@@ -97,27 +97,31 @@ def teach(
     shown = [i for i, hints in enumerate(told) if any(hint.media for of_rollout in hints for hint in of_rollout)]
     other = {i: _Prefix(*state.builder.split(groups[i].prompt.teacher)) for i in shown}
     for i, group in enumerate(groups):
+        # Most rollouts of a question have the same hints.
+        encoded = {hint.text: _encode(state, hint) for hints in told[i] for hint in hints}
         for rollout in group.rollouts if with_reference else []:
             own[i].add(rollout.token_ids)
             own[i].plain += 1
         for rollout, hints in zip(group.rollouts, told[i], strict=True):
             for hint in hints:
-                (other if hint.media else own)[i].add(rollout.token_ids, _encode(state, hint))
+                (other if hint.media else own)[i].add(rollout.token_ids, encoded[hint.text])
     if not any(prefix.responses for prefix in (*own, *other.values())):
         # All processes run the same passes, and this one has no hints. The result is not used.
         own[0].add(groups[0].rollouts[0].token_ids)
-    if shows_media(settings) or state.teacher is not None:
-        features = _teacher_features(state, groups, features, [groups[i].prompt.teacher for i in shown])
-    scores, head = _score(state, [*own, *other.values()], features, top)
+    read = [i for i, prefix in enumerate(own) if prefix.responses]
+    prefixes = [*(own[i] for i in read), *other.values()]
+    features = _teacher_features(state, [prefix.body for prefix in prefixes], features, read)
+    scores, head = _score(state, prefixes, features, top)
     scores = [iter(of_prefix) for of_prefix in scores]
-    of_other = dict(zip(shown, scores[len(own) :], strict=True))
+    of_own = dict(zip(read, scores, strict=False))
+    of_other = dict(zip(shown, scores[len(read) :], strict=True))
     for i, group in enumerate(groups):
-        group.ref_logp = [next(scores[i]).logp for _ in group.rollouts] if with_reference else []
+        group.ref_logp = [next(of_own[i]).logp for _ in group.rollouts] if with_reference else []
         group.teacher_logp, group.teacher_hidden, group.teacher_top = [], [], []
         if any(told[i]):
             pairs = zip(group.rollouts, told[i], strict=True)
             for rollout, hints in pairs:
-                views = [next(of_other[i] if hint.media else scores[i]) for hint in hints]
+                views = [next((of_other if hint.media else of_own)[i]) for hint in hints]
                 logp = [view.logp for view in views]
                 group.teacher_logp.append(torch.stack(logp) if views else torch.empty(0, len(rollout.token_ids)))
                 # All views are one hint if these are read.
@@ -133,24 +137,28 @@ def _encode(state: StageState, hint: Hint) -> torch.Tensor | None:
 
 
 def _teacher_features(
-    state: StageState, groups: list[RolloutGroup], features: MediaFeatures | None, others: list[Prompt]
+    state: StageState, prompts: list[Prompt], features: MediaFeatures | None, read: list[int]
 ) -> MediaFeatures | None:
-    """Return the vision features of the groups' prompts, followed by those of other prompts, for the self-teacher.
+    """Return the vision features of the prompts that the self-teacher reads.
 
     Args:
         state: state of the stage.
-        groups: groups of this process.
-        features: the student's features of the groups' prompts; None if each model encodes its own.
-        others: prompts with other media.
+        prompts: those of some groups, followed by prompts with other media.
+        features: the student's features of the prompts of all groups; None if each model encodes its own.
+        read: indices of the groups whose prompts are read.
     """
     tokens = state.settings.micro_tokens
     if state.teacher is not None and not state.shares_tower:
-        return encode_media(state.teacher.model, [*(g.prompt for g in groups), *others], tokens_per_call=tokens)
+        return encode_media(state.teacher.model, prompts, tokens_per_call=tokens)
     if features is None:
         return None
+    features = features.select(read)
+    if not shows_media(state.settings):
+        return features
     model = state.student.model
-    with state.policy.full_weights(model.model.visual) if shows_media(state.settings) else nullcontext():
-        return features.join(encode_media(model, others, tokens_per_call=tokens, cache=state.features))
+    with state.policy.full_weights(model.model.visual):
+        others = encode_media(model, prompts[len(read) :], tokens_per_call=tokens, cache=state.features)
+    return features.join(others)
 
 
 def _score(

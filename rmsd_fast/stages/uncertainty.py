@@ -45,7 +45,7 @@ def weigh_terms(
         state: state of the stage, with `term_weights`.
         groups: groups of this process, with the terms of their tokens.
         features: vision features of the groups' prompts; unused by `task`.
-        counts: the normalizers of the loss, see `distill._policy_pass`.
+        counts: the normalizers of the loss, see `policy_pass.policy_pass`.
     """
     weigher = state.term_weights
     means = _mean_features(features, len(groups), weigher.features) if weigher.form == "instance" else None

@@ -20,7 +20,7 @@ from rmsd_fast.models.export import export_student
 from rmsd_fast.models.students import load_student
 from rmsd_fast.runtime.process_group import start, stop
 from rmsd_fast.settings import load_settings
-from rmsd_fast.stages import distill
+from rmsd_fast.stages import distill, policy_pass
 from rmsd_fast.stages.build import build_distillation
 from rmsd_fast.stages.passes import passes
 
@@ -160,10 +160,10 @@ def test_the_reference_is_the_backbone_without_adapters(folder, material, world)
         distill.make_group(prompt, drawn, state.targets[prompt.question.id], state.settings, step=0)
         for prompt, drawn in zip(prompts, rollouts, strict=True)
     ]
-    expected = [read.ref_logp for read in distill._reference_pass(plain, groups, features)]
+    expected = [read.ref_logp for read in policy_pass.reference_pass(plain, groups, features)]
     for name in (POLICY, DISCRIMINATOR):
         randomize(state.student.model, name)
-    for passed, reference in zip(distill._reference_pass(state, groups, features), expected, strict=True):
+    for passed, reference in zip(policy_pass.reference_pass(state, groups, features), expected, strict=True):
         assert torch.equal(passed.ref_logp, reference)
     # The policy differs from it, and generation uses the policy.
     changed, _ = distill.roll_out(state, prompts, 0)

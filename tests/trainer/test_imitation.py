@@ -17,7 +17,7 @@ from rmsd_fast.method.matching import TOP_TOKENS, draw_response
 from rmsd_fast.models.shared_prefix import disable_shared_prefix
 from rmsd_fast.runtime.process_group import start, stop
 from rmsd_fast.settings import load_settings
-from rmsd_fast.stages import distill, imitation, sft
+from rmsd_fast.stages import distill, imitation, policy_pass, sft
 from rmsd_fast.stages.build import build_distillation
 from rmsd_fast.stages.imitation import selected_answers
 from rmsd_fast.stages.material import prepare_material
@@ -109,7 +109,7 @@ def test_gradients_equal_separate_rows_in_float64(trained, monkeypatch, case):
     state.settings.micro_tokens = longest + (12 if case == "tokens" else 800)
     heads, compose = [], imitation.with_imitation
     monkeypatch.setattr(
-        distill, "with_imitation", lambda loss, *rest, **more: heads.append(loss) or compose(loss, *rest, **more)
+        policy_pass, "with_imitation", lambda loss, *rest, **more: heads.append(loss) or compose(loss, *rest, **more)
     )
     groups, metrics, gradients = step_gradients(state, prompts, monkeypatch)
     if case == "tokens":

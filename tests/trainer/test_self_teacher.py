@@ -532,7 +532,16 @@ def test_missing_hints_are_reported_before_stage_1(folder, material, world):
     assert not ready and "MISSING: self_teacher.views: expected hints that the training questions have" in text
     text, ready = describe_plan(load_settings("opsd", paths))
     hinted = sum(q.answer is not None for q in material.train)
-    assert f"self-teacher: {hinted} of {len(material.train)} questions have hints" in text
+    asked = len(material.train)
+    assert f"self-teacher: {hinted} of {asked} questions have hints (answer {hinted}; none was tokenized)" in text
+    # A quarter of the questions has no cue, of which a run with rewards warns.
+    text, _ = describe_plan(
+        load_settings("visd", [*paths, "self_teacher.views=[cue,answer]", "data.max_bad_share=0.1"])
+    )
+    cues = sum(bool(q.hints) for q in material.train)
+    assert f"(cue {cues}, answer {hinted}; none was tokenized)" in text
+    text, _ = describe_plan(load_settings("visd", [*paths, "self_teacher.views=[cue]", "data.max_bad_share=0.1"]))
+    assert f"WARNING: self-teacher: {cues} of {asked} questions have hints" in text
     assert "  no rewards" in text and "tau=" not in text
 
 
