@@ -250,6 +250,29 @@ def test_other_media_equal_separate_rows(state, material, world, monkeypatch):
     check_rows(groups, models, lambda q, i: [("live", True, ""), ("live", False, cue)] if q.hints else [], state)
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("packing=padded",),
+        ("distill.train_vision=true",),
+        ("model.adapter=lora", "sft.train_vision=false", "discriminator.mode=shared", "runtime.zero_stage=2"),
+    ],
+    ids=" ".join,
+)
+def test_other_layouts_and_trained_towers(folder, material, larger, world, monkeypatch, overrides):
+    names = ["self_teacher.kind=path", f"self_teacher.path={larger}", "self_teacher.views=[cue,media]", *overrides]
+    settings = tiny_settings(folder, *SMALL[:-1], *names, "kd.kind=avsd")
+    state = build_distillation(material.model_path, settings, world, material)
+    models = {"path": exact(state.teacher.model), "live": exact(state.student.model)}
+    cue = f"What to look at: {CUE}"
+    told = {"path": [("path", False, cue), ("path", True, "")], "live": [("live", False, cue), ("live", True, "")]}
+    groups, _, _ = taught(state, material, world, monkeypatch, *names, "kd.kind=avsd")
+    check_rows(groups, models, lambda q, i: told["path"] if q.hints else [("path", False, "")], state)
+    live = ["self_teacher.kind=live", *names[2:], "kd.kind=avsd"]
+    groups, _, _ = taught(state, material, world, monkeypatch, *live)
+    check_rows(groups, models, lambda q, i: told["live"] if q.hints else [], state)
+
+
 def test_the_same_media_change_nothing(state, material, world, monkeypatch):
     own = [
         replace(q, hints={"media": {"videos": list(q.videos), "images": [], "spans": []}}) for q in material.train[:2]
