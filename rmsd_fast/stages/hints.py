@@ -154,11 +154,7 @@ def count_views(
     """Return the number of questions that have each view. See `build_hints` for the arguments."""
     counts = {}
     for view in views:
-        hints = build_hints(
-            *(questions, targets, [view], lambda text: False, absent),
-            together=True,
-            seed=settings.seed,
-        )
+        hints = build_hints(questions, targets, [view], lambda text: False, absent, together=True, seed=settings.seed)
         counts[view] = sum(map(bool, hints.values()))
     return counts
 
@@ -203,7 +199,7 @@ def _refuse_other_clock(question: Question, settings: RunConfig, *, states_times
     These are times in hints that it reads together with the media, and in responses to a temporal question.
     """
     views = question_views(settings)
-    if MEDIA_VIEW not in views or MEDIA_VIEW not in question.hints:
+    if not shows_media(settings) or MEDIA_VIEW not in question.hints:
         return
     videos = question.hints[MEDIA_VIEW]["videos"]
     if states_times and videos and set(videos) <= set(question.videos):
