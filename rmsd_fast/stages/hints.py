@@ -73,6 +73,11 @@ def read_hints(
     hints = build_hints(
         *(inputs.train, targets, views, refuse, absent), together=together(settings) and not apart, seed=settings.seed
     )
+    if apart and not any(hint.text for told in hints.values() for hint in told):
+        raise SettingsError(
+            "sft.hinted_share: expected training questions with a hint that has a text, got none with any of "
+            f"{views}; add the field hints to data.train, or set sft.hinted_share=0"
+        )
     number = sum(map(len, refused.values()))
     if number > settings.data.max_bad_share * asked:
         reasons = ", ".join(f"{reason} {len(faults):,}" for reason, faults in refused.items())

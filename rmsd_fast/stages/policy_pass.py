@@ -24,7 +24,7 @@ from rmsd_fast.stages.passes import Pass, passes
 from rmsd_fast.stages.state import StageState
 from rmsd_fast.stages.step_metrics import Metric, mean
 from rmsd_fast.stages.uncertainty import WeighedStep, add_answer_values
-from rmsd_fast.stages.vocabulary import add_divergence
+from rmsd_fast.stages.vocabulary import Distilled, add_divergence
 
 
 @dataclass
@@ -147,7 +147,7 @@ def policy_pass(
     policy_passes: list[PolicyPass],
     counts: dict[str, float],
     weighed: WeighedStep | None,
-    distilled: tuple[torch.Tensor | None] | None = None,
+    distilled: Distilled | None = None,
 ) -> tuple[dict[str, Metric], int]:
     """Run forward and backward of the policy loss. The gradients are then complete but not applied.
 
@@ -158,8 +158,7 @@ def policy_pass(
         counts: tokens and sequences of the rollouts, and tokens of the imitated responses, in the global batch: the
             normalizers of the loss.
         weighed: terms of the loss to which the imitated responses are added; None without `credit.uncertainty`.
-        distilled: the self-teacher's head for a divergence from its distributions, see `stages.vocabulary`, or (None,)
-            if it is the policy's; None = there is no divergence.
+        distilled: the self-teacher's distributions, for a divergence; None = there is no divergence.
     Returns:
         This process's part of the metrics, and the number of tokens that the model processed.
     """
@@ -193,7 +192,7 @@ def _rollout_head(
     groups: list[RolloutGroup],
     read_pass: PolicyPass,
     counts: dict[str, float],
-    distilled: tuple[torch.Tensor | None] | None,
+    distilled: Distilled | None,
 ) -> PolicyHead:
     """Return the head with the losses on the sampled tokens of a pass, see `policy_pass`."""
     settings, distill = state.settings, state.settings.distill
@@ -235,7 +234,7 @@ def _rollout_head(
     )
     head = _own_head(head) if exact_kl and lora else head
     if distilled is not None and sampled:
-        head = add_divergence(state, groups, indices, head, teacher_head=distilled[0], normalizer=normalizer)
+        head = add_divergence(state, groups, indices, head, distilled=distilled, normalizer=normalizer)
     return head
 
 
