@@ -72,21 +72,22 @@ def reference_pass(state: StageState, groups: list[RolloutGroup], features: Medi
     for of_group, group in zip(responses, groups, strict=True):
         # It is the last response, after the rollouts.
         of_group += [] if group.imitated is None else [group.imitated]
+    scores = samples_reference(state.settings) and not scored
+    keeps_features = distill.kl_coef > 0 and distill.kl == "full"
     policy_passes = []
     for read in passes(state, [group.prompt for group in groups], responses, features):
         indices = rollout_indices(read, groups)
         logp = _joined([groups[i].rollouts[r].logp for i, r in indices])
         ref_features = read.features
-        if state.reference is not None and ref_features is None:
+        if (keeps_features or scores) and ref_features is None:
             # The tower is trained, so there are no adapters, and the reference is a model of its own.
             ref_features = encode_media(state.reference.model, read.prompts)
-        keep_features = distill.kl_coef and distill.kl == "full"
         rollout_logp, *places = _places(read, indices, logp, state.world.device)
-        policy_pass = PolicyPass(read, ref_features if keep_features else None, rollout_logp, *places)
+        policy_pass = PolicyPass(read, ref_features if keeps_features else None, rollout_logp, *places)
         if samples_reference(state.settings) and scored:
             logp = _joined([groups[i].ref_logp[r] for i, r in indices])
             (policy_pass.ref_logp,) = to_device([logp], state.world.device)
-        elif samples_reference(state.settings):
+        elif scores:
             head = policy_pass.of_rollouts(score)
             policy_pass.ref_logp = state.reference(read.prompts, read.rows, ref_features, head)
         policy_passes.append(policy_pass)
