@@ -20,6 +20,7 @@ from typing import Any
 from rmsd_fast.data.errors import DataError
 from rmsd_fast.data.marks import without_marks
 from rmsd_fast.data.media_paths import is_number
+from rmsd_fast.method.hints import MEDIA_VIEW
 
 HINT_KEYS = ("teacher_prompt", "teacher_images", "privileged_context", "key_frames", "key_items")
 
@@ -40,7 +41,7 @@ def convert_hints(record: dict[str, Any], raw: dict[str, Any], where: str) -> tu
     if "privileged_context" in record:
         found.append(("privileged_context", "context", record["privileged_context"]))
     if "teacher_images" in record:
-        found.append(("teacher_images", "media", _images(record["teacher_images"], raw, where)))
+        found.append(("teacher_images", MEDIA_VIEW, _images(record["teacher_images"], raw, where)))
     frames, items = record.get("key_frames"), record.get("key_items")
     # Other data sets use these names for other things, which stay in the record's meta.
     if isinstance(frames, list) and all(isinstance(frame, dict) and is_number(frame.get("time")) for frame in frames):

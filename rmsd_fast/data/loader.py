@@ -10,6 +10,7 @@ import hashlib
 import itertools
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 
@@ -19,12 +20,12 @@ from rmsd_fast.data.prompts import Prompt, PromptBuilder, PromptError
 from rmsd_fast.data.records import Question
 
 ATTEMPTS = 20
-# Id of a question that cannot be used, and the reason.
+# Id of a question that cannot be used, or of which the hint cannot be used, and the reason.
 Fault = tuple[str, str]
 
 
 class TooManyBadSamples(UserError, RuntimeError):
-    """The share of samples that could not be used exceeds `data.max_bad_share`."""
+    """The share of bad samples exceeds `data.max_bad_share`."""
 
 
 def order_position(n: int, position: int, *, seed: int, stage: str) -> int:
@@ -63,10 +64,13 @@ class PromptLoader:
         max_prompt_tokens: longer prompts cannot be used.
         order: name that decides the order together with the seed, so that two stages can have the same; "" = `stage`.
         is_wanted: whether the stage can use a question; another one silently takes its place. None = all questions.
+        shows_media: whether a self-teacher is shown the media of a question's `hints.media` in a step, counted from 0.
+            If they cannot be used, the question is kept without them. None = never.
 
     Attributes:
-        faults: (question id, reason) of each question that the last step skipped. They are counted when a step takes
-            them, not when they are decoded ahead, because a resumed run repeats them.
+        faults: (question id, reason) of each question of the last step that was skipped, or lacks the media of its
+            hints. They are counted when a step takes them, not when they are decoded ahead, because a resumed run
+            repeats them.
     """
 
     def __init__(
@@ -84,6 +88,7 @@ class PromptLoader:
         max_prompt_tokens: int,
         order: str = "",
         is_wanted: Callable[[Question], bool] | None = None,
+        shows_media: Callable[[Question, int], bool] | None = None,
     ):
         if positions_per_step % size:
             raise SettingsError(
@@ -96,6 +101,7 @@ class PromptLoader:
         self.rank, self.ahead = rank, ahead
         self.max_prompt_tokens = max_prompt_tokens
         self.is_wanted = is_wanted or (lambda question: True)
+        self.shows_media = shows_media or (lambda question, step: False)
         if not any(map(self.is_wanted, questions)):
             raise ValueError(f"stage {stage}: expected questions that the stage can use, got none of {len(questions)}")
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
@@ -138,11 +144,25 @@ class PromptLoader:
         for attempt in range(ATTEMPTS):
             question = self._wanted_question(index, position, attempt)
             try:
-                return self.builder.build(question, max_tokens=self.max_prompt_tokens), faults
+                prompt = self.builder.build(question, max_tokens=self.max_prompt_tokens)
             except (MediaError, PromptError) as error:
                 faults.append((question.id, str(error)))
+            else:
+                return self._with_teacher(prompt, position // self.positions_per_step, faults), faults
             index = _hash(f"replace/{self.seed}/{self.order}/{position}/{attempt}") % n
         return None, faults
+
+    def _with_teacher(self, prompt: Prompt, step: int, faults: list[Fault]) -> Prompt:
+        """Add the self-teacher's prompt if it is shown other media. If they cannot be used, note the reason instead."""
+        question = prompt.question
+        if not self.shows_media(question, step):
+            return prompt
+        try:
+            return replace(prompt, teacher=self.builder.build_teacher(question, max_tokens=self.max_prompt_tokens))
+        except (MediaError, PromptError) as error:
+            # The control of stage 2 uses the question, too, and reads no hints.
+            faults.append((question.id, f"used without hints.media: {error}"))
+            return prompt
 
     def _wanted_question(self, index: int, position: int, attempt: int) -> Question:
         """Return the question at an index, or the first of a hashed sequence that the stage can use."""

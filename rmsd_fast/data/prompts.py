@@ -108,7 +108,6 @@ class PromptBuilder:
         eos_id: id of `<|im_end|>`, which ends every response.
         opening: text that the chat template adds at the start of a response: "", or `<think>` and a line break for
             Thinking models. It belongs to the prompt: a response's text includes it, but its ids begin after it.
-        other_media: ids of the questions whose prompts get a second one with the media of `hints.media`.
         banned_ids: int64, ids that generation must never choose: every special token except the end token, and
             embedding rows beyond the tokenizer's vocabulary.
     """
@@ -118,7 +117,6 @@ class PromptBuilder:
         self.preprocessor = student.preprocessor
         self.video = video
         self.prompt = prompt
-        self.other_media: frozenset[str] = frozenset()
         check_frame_counts(video, self.preprocessor)
         self._read, self._layout = (media.read, media.layout) if media else (read_media, read_layout)
         self._family, self._model = student.family, student.model
@@ -150,14 +148,29 @@ class PromptBuilder:
         """
         if max_tokens is not None:
             self.length(question, max_tokens=max_tokens)
+        prompt = self._decode(question, max_tokens)
+        self._refuse_times(prompt)
+        return prompt
+
+    def build_teacher(self, question: Question, *, max_tokens: int) -> Prompt:
+        """Decode the media of `hints.media` and build the prompt with them in place of the question's.
+
+        The answer's times are those of the student's media, so they are not compared with these.
+
+        Raises:
+            MediaError: a media file cannot be used.
+            PromptError: the prompt is longer than max_tokens.
+        """
+        shown = question.with_hint_media()
+        layouts = [self._layout(request) for request in self.media_requests(shown)]
+        _refuse_long(shown, self._length(shown, layouts), max_tokens)
+        return self._decode(shown, max_tokens)
+
+    def _decode(self, question: Question, max_tokens: int | None) -> Prompt:
         media = tuple(self._read(request) for request in self.media_requests(question))
         prompt = self.build_from_media(question, media)
-        self._refuse_times(prompt)
         if max_tokens is not None:
             _refuse_long(question, len(prompt.input_ids), max_tokens)
-        if question.id in self.other_media:
-            # It has an id of its own in messages, and no media of hints, so it is built like any prompt.
-            prompt = replace(prompt, teacher=self.build(question.with_hint_media(), max_tokens=max_tokens))
         return prompt
 
     def length(self, question: Question, *, max_tokens: int) -> int:

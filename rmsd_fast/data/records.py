@@ -48,6 +48,7 @@ from rmsd_fast.method.answers import (
     option_letters,
     parse_answer_body,
 )
+from rmsd_fast.method.hints import MEDIA_VIEW
 
 _FIELDS = (
     *("id", "videos", "images", "question", "task_type", "options", "answer", "system", "duration"),
@@ -105,7 +106,7 @@ class Question:
 
         If the numbers of videos and images differ, the marks in the question are removed, and media come first.
         """
-        shown = self.hints["media"]
+        shown = self.hints[MEDIA_VIEW]
         videos, images = tuple(shown["videos"]), tuple(shown["images"])
         same = (len(videos), len(images)) == (len(self.videos), len(self.images))
         return replace(
@@ -324,8 +325,8 @@ def parse_question(
             raise fail(
                 "question", "plain text", token[0], "remove special tokens of the model from question and options"
             )
-    if "media" in hints:
-        check_hint_media(hints["media"], marked, videos=len(videos), images=len(images), fail=fail)
+    if MEDIA_VIEW in hints:
+        check_hint_media(hints[MEDIA_VIEW], marked, videos=len(videos), images=len(images), fail=fail)
     system = raw.get("system")
     if system is not None:
         if not isinstance(system, str) or not system.strip() or SPECIAL_TOKEN.search(system):

@@ -104,6 +104,11 @@ def make_hints(
     return hints
 
 
+def without_media(hints: Sequence[Hint]) -> list[Hint]:
+    """Return the hints of a question whose other media cannot be shown, which leaves only texts."""
+    return [Hint(hint.text) for hint in hints if hint.text or not hint.media]
+
+
 def with_advice(hints: Sequence[Hint], advice: str | None, *, together: bool) -> list[Hint]:
     """Return the hints of a question with the advice about one rollout, as the last line or as a hint of its own.
 

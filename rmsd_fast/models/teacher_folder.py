@@ -7,18 +7,21 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from rmsd_fast.config import ModelError
+from rmsd_fast.config import ModelError, RunConfig, SettingsError
 from rmsd_fast.models.families import family_of
 from rmsd_fast.models.folders import ModelFolder
+from rmsd_fast.setting_rules.uses import compared_tokens, distills_vocabulary
 
 
-def check_teacher(teacher: ModelFolder, student: ModelFolder) -> None:
+def check_teacher(teacher: ModelFolder, student: ModelFolder, settings: RunConfig) -> None:
     """Check that a teacher reads the token ids, positions and pixels of the student's prompts as the student does.
 
-    The sizes of the models may differ, and so may the rows of their heads beyond the tokenizer's vocabulary.
+    The sizes of the models may differ. So may the rows of their heads beyond the tokenizer's vocabulary, if stage 2
+    compares only log-probs of sampled tokens.
 
     Raises:
         ModelError: family, vocabulary, special tokens, positions or preprocessing differ.
+        SettingsError: stage 2 compares more tokens than the sampled ones, and the heads have different numbers of rows.
     """
     pairs = {
         "the family": (family_of(teacher.config).title, family_of(student.config).title),
@@ -36,6 +39,26 @@ def check_teacher(teacher: ModelFolder, student: ModelFolder) -> None:
                 f"self_teacher.path {teacher.path}: {what}: expected {expected} as in {student.path}, got {got}; the "
                 "teacher scores the student's tokens, so use a model of the same release, or another self_teacher.kind"
             )
+    _check_heads(teacher.config.text_config.vocab_size, student.config.text_config.vocab_size, settings)
+
+
+def _check_heads(got: int, expected: int, settings: RunConfig) -> None:
+    """Raise SettingsError if the heads of teacher and student have different rows, and the settings compare them."""
+    top, overlap = compared_tokens(settings)
+    credit = settings.credit
+    if distills_vocabulary(settings):
+        name, instead = f"kd.kind={settings.kd.kind}", "kd.kind=k1"
+    elif overlap:
+        name, instead = f"credit.prune={credit.prune}", "credit.prune=none"
+    elif top:
+        name, instead = f"credit.magnitude_topk={credit.magnitude_topk}", "credit.magnitude_topk=0"
+    else:
+        return
+    if got != expected:
+        raise SettingsError(
+            f"{name}: expected a model in self_teacher.path whose head has {expected:,} rows, like the student's, got "
+            f"{got:,}; set {instead}, or choose another model"
+        )
 
 
 def equal_towers(first: PreTrainedModel, second: PreTrainedModel) -> bool:

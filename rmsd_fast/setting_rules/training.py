@@ -206,7 +206,7 @@ def _check_self_teacher(settings: RunConfig) -> None:
             "credit.magnitude: expected none if no reward has a weight, since it weights the advantages of the "
             "rewards, got teacher; give a reward a weight, e.g. reward.delta=0.4, or set credit.magnitude=none"
         )
-    if "distill" in settings.stages and set(teacher.views) - {"media"}:
+    if "distill" in settings.stages and set(teacher.views) - {MEDIA_VIEW}:
         longest = teacher.max_hint_tokens + settings.rollout.max_new_tokens
         check_room(settings, longest, "a hint of self_teacher.max_hint_tokens and a rollout of rollout.max_new_tokens")
 

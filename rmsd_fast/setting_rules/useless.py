@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-from rmsd_fast.config import ACCURACY_STEPS, DIVERGENCES, RunConfig, SettingsError
+from rmsd_fast.config import ACCURACY_STEPS, DIVERGENCES, MEDIA_VIEW, RunConfig, SettingsError
 from rmsd_fast.setting_rules.uses import (
     has_policy_gradient,
     has_pool,
@@ -245,7 +245,7 @@ def _of_self_teacher(settings: RunConfig) -> list[_Rule]:
         ),
         (
             ["self_teacher.max_hint_tokens"],
-            not set(teacher.views) - {"media"},
+            not set(teacher.views) - {MEDIA_VIEW},
             "self_teacher.views has no texts; add e.g. answer to self_teacher.views",
         ),
         (

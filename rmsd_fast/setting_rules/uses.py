@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rmsd_fast.config import DIVERGENCES, RunConfig
+from rmsd_fast.config import DIVERGENCES, MEDIA_VIEW, RunConfig
 
 
 def uses_reference(settings: RunConfig) -> bool:
@@ -86,7 +86,17 @@ def asks_judge(settings: RunConfig) -> bool:
 
 def shows_media(settings: RunConfig) -> bool:
     """Return whether the self-teacher of stage 2 is shown other media than the student."""
-    return reads_hints(settings) and "media" in settings.self_teacher.views
+    return reads_hints(settings) and MEDIA_VIEW in settings.self_teacher.views
+
+
+def together(settings: RunConfig) -> bool:
+    """Return whether one self-teacher reads all views."""
+    return settings.kd.kind != "avsd"
+
+
+def always_scored(settings: RunConfig) -> bool:
+    """Return whether the self-teacher also scores rollouts of questions without hints, or all rollouts get feedback."""
+    return settings.self_teacher.kind == "path" or asks_judge(settings)
 
 
 def question_views(settings: RunConfig) -> list[str]:

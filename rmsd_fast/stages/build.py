@@ -43,12 +43,10 @@ from rmsd_fast.setting_rules.uses import (
     uses_other_teacher,
     uses_reference,
 )
-from rmsd_fast.stages.hints import read_hints
+from rmsd_fast.stages.hints import missing_hint_media, read_hints
 from rmsd_fast.stages.material import Material
 from rmsd_fast.stages.rollout_servers import connect
 from rmsd_fast.stages.state import StageState
-from rmsd_fast.stages.top_tokens import check_top_tokens
-from rmsd_fast.stages.vocabulary import check_same_vocabulary
 from rmsd_fast.teacher.targets import Targets, build_targets
 
 log = logging.getLogger("rmsd_fast")
@@ -127,11 +125,10 @@ def build_imitation(
     builder = PromptBuilder(student, settings.video, media)
     targets = read_targets(material, builder, settings, world)
     # Faults of hints that only stage 2 uses must not appear after hours of stage 1.
-    hints = read_hints(material, builder, targets, settings, world) if reads_hints(settings) else {}
+    missing = missing_hint_media(material, settings, world)
+    hints = read_hints(material, builder, targets, settings, world, missing) if reads_hints(settings) else {}
     if stage == "sft" and settings.sft.hinted_share:
-        hints = read_hints(material, builder, targets, settings, world, apart=True)
-    if stage == "distill":
-        builder.other_media = frozenset(name for name, told in hints.items() if any(hint.media for hint in told))
+        hints = read_hints(material, builder, targets, settings, world, missing, apart=True)
     if settings.model.adapter == "lora":
         add_adapter(student.model, POLICY, settings.model, seed=settings.seed)
     policy = make_policy(student, settings, training.train_vision)
@@ -227,11 +224,9 @@ def build_distillation(
     if uses_other_teacher(settings):
         teacher = load(settings.self_teacher.path, settings, world)
         state.teacher = make_reference(teacher)
-        check_same_vocabulary(settings, teacher.model.config, state.student.model.config)
         if not state.train_vision:
             with state.policy.full_weights(state.student.model.model.visual):
                 state.shares_tower = equal_towers(teacher.model, state.student.model)
-    check_top_tokens(settings, state.student.model.config.text_config.vocab_size)
     if uses_ema(settings):
         state.average = MovingAverage(state.policy, settings.self_teacher.ema_rate)
     if settings.credit.uncertainty != "none" and "distill" in settings.stages:

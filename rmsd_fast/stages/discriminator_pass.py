@@ -148,8 +148,7 @@ def _is_split(step_pass: Pass, responses: list[list[torch.Tensor]]) -> bool:
 def _positions(step_pass: Pass, responses: list[list[torch.Tensor]]) -> torch.Tensor:
     """Return the index of each response of a pass among all responses of the step, int64, on the pass's device."""
     starts = list(accumulate(map(len, responses), initial=0))
-    pairs = zip(step_pass.batch.prompts, step_pass.batch.responses, strict=True)
-    positions = torch.tensor([starts[i] + r for i, chosen in pairs for r in chosen])
+    positions = torch.tensor([starts[i] + r for i, r in step_pass.indices])
     return to_device([positions], step_pass.rows.input_ids.device)[0]
 
 

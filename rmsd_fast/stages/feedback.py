@@ -14,10 +14,9 @@ from rmsd_fast.data.marks import MARK
 from rmsd_fast.data.prompts import HintError
 from rmsd_fast.data.records import Question
 from rmsd_fast.method.answers import bare_options
-from rmsd_fast.method.hints import Hint, view_text, with_advice
-from rmsd_fast.setting_rules.uses import asks_judge, teaches
+from rmsd_fast.method.hints import Hint, view_text, with_advice, without_media
+from rmsd_fast.setting_rules.uses import asks_judge, teaches, together
 from rmsd_fast.stages.groups import RolloutGroup
-from rmsd_fast.stages.hints import together
 from rmsd_fast.stages.state import StageState
 from rmsd_fast.stages.step_metrics import Metric, mean
 from rmsd_fast.teacher.hints import stated_answer
@@ -37,8 +36,8 @@ _REQUEST = (
 def set_hints(state: StageState, groups: list[RolloutGroup], *, step: int) -> dict[str, Metric]:
     """Store the hints of each rollout in the groups, and return this process's part of the metrics.
 
-    A teacher with weights of its own also scores a rollout without hints. A judge's reply that cannot be a hint leaves
-    its rollout without feedback.
+    The media of a hint that could not be read are left out. A teacher with weights of its own also scores a rollout
+    without hints. A judge's reply that cannot be a hint leaves its rollout without feedback.
 
     Args:
         state: state of the stage. All processes ask its judge together.
@@ -56,6 +55,8 @@ def set_hints(state: StageState, groups: list[RolloutGroup], *, step: int) -> di
     plain = [Hint("")] if settings.self_teacher.kind == "path" else []
     for group in groups:
         hints, group.hints = state.hints.get(group.prompt.question.id, ()), []
+        if group.prompt.teacher is None:
+            hints = without_media(hints)
         for _ in group.rollouts:
             advised = _advised(state, hints, next(replies, None))
             usable += advised is not None

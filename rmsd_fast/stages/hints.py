@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
-from rmsd_fast.config import RunConfig, SettingsError
+from rmsd_fast.config import MEDIA_VIEW, RunConfig, SettingsError
 from rmsd_fast.data.errors import DataError, counted
 from rmsd_fast.data.prompts import HintError, PromptBuilder
 from rmsd_fast.data.records import Question
 from rmsd_fast.method.hints import Hint
-from rmsd_fast.runtime.process_group import World
-from rmsd_fast.setting_rules.uses import asks_judge, question_views, rewards_rollouts
+from rmsd_fast.runtime.process_group import World, on_main
+from rmsd_fast.setting_rules.uses import (
+    always_scored,
+    asks_judge,
+    question_views,
+    rewards_rollouts,
+    shows_media,
+    together,
+)
 from rmsd_fast.stages.inputs import Inputs
 from rmsd_fast.teacher.hints import build_hints
 from rmsd_fast.teacher.targets import Targets, build_targets
@@ -26,6 +33,7 @@ def read_hints(
     targets: Mapping[str, Targets],
     settings: RunConfig,
     world: World,
+    missing: Collection[str],
     *,
     apart: bool = False,
 ) -> dict[str, tuple[Hint, ...]]:
@@ -37,19 +45,19 @@ def read_hints(
         targets: the pool's answers to the questions, by id.
         settings: settings of the run.
         world: this process in the run.
+        missing: result of `missing_hint_media`.
         apart: whether each view is a hint of its own, as stage 1 shows them to the student.
     Raises:
         SettingsError: no question has any of `self_teacher.views`, or, if no reward has a weight, more than
             `data.max_bad_share` of the questions have none.
         DataError: more than `data.max_bad_share` of the hints cannot be used, or the self-teacher cannot know to which
-            clock their times refer.
+            clock the times of a hint or a response refer.
     """
     teacher, views = settings.self_teacher, question_views(settings)
     for question in inputs.train:
         if not builder.states_times:
             _refuse_late(question, views)
-        if together(settings):
-            _refuse_other_clock(question, views, states_times=builder.states_times)
+        _refuse_other_clock(question, settings, states_times=builder.states_times)
     refused: dict[str, list[str]] = {}
     asked = 0
 
@@ -66,9 +74,10 @@ def read_hints(
     def absent(question: Question) -> bool:
         nonlocal asked
         asked += 1
-        if missing := _absent_media(question):
-            refused.setdefault("missing_media", []).append(f"{missing[0]} does not exist; check data.media_root")
-        return bool(missing)
+        gone = [path for path in _hint_media(question) if path in missing]
+        if gone:
+            refused.setdefault("missing_media", []).append(f"{gone[0]} does not exist; check data.media_root")
+        return bool(gone)
 
     hints = build_hints(
         *(inputs.train, targets, views, refuse, absent), together=together(settings) and not apart, seed=settings.seed
@@ -93,12 +102,36 @@ def read_hints(
     return hints
 
 
+def missing_hint_media(inputs: Inputs, settings: RunConfig, world: World) -> frozenset[str]:
+    """Return the files of `hints.media` that do not exist, if a self-teacher may be shown them.
+
+    All processes call it together. The main one looks, so that all have the same hints.
+    """
+    if not shows_media(settings):
+        return frozenset()
+    return on_main(world, lambda: _missing(inputs))
+
+
+def _missing(inputs: Inputs) -> frozenset[str]:
+    paths = {path for question in inputs.train for path in _hint_media(question)}
+    return frozenset(path for path in paths if not os.path.exists(path))
+
+
 def plan_hints(inputs: Inputs, settings: RunConfig) -> str:
     """Return a line about the hints of the inputs, of which no text has been tokenized.
 
     Raises:
         SettingsError: too few questions have hints, as in `read_hints`.
+        DataError: the self-teacher would be shown other media than those to which times refer.
     """
+    for question in inputs.train:
+        # The run finds out whether prompts of the student state times.
+        _refuse_other_clock(question, settings, states_times=True)
+    missing = _missing(inputs) if shows_media(settings) else frozenset()
+
+    def absent(question: Question) -> bool:
+        return not missing.isdisjoint(_hint_media(question))
+
     targets = build_targets(
         *(inputs.train, inputs.scores, settings.teacher, lambda text: None),
         seed=settings.seed,
@@ -106,39 +139,33 @@ def plan_hints(inputs: Inputs, settings: RunConfig) -> str:
     )
     views = question_views(settings)
     hints = build_hints(
-        *(inputs.train, targets, views, lambda text: False, lambda question: bool(_absent_media(question))),
+        *(inputs.train, targets, views, lambda text: False, absent),
         together=together(settings),
         seed=settings.seed,
     )
     line, few = describe_hints(hints, settings)
-    number = count_views(inputs.train, targets, views, settings)
+    number = count_views(inputs.train, targets, views, settings, absent)
     counts = ", ".join(f"{view} {count:,}" for view, count in number.items())
     return f"{'WARNING: ' * few}{line} ({counts}; none was tokenized)" if counts else line
 
 
 def count_views(
-    questions: Sequence[Question], targets: Mapping[str, Targets], views: Sequence[str], settings: RunConfig
+    questions: Sequence[Question],
+    targets: Mapping[str, Targets],
+    views: Sequence[str],
+    settings: RunConfig,
+    absent: Callable[[Question], bool],
 ) -> dict[str, int]:
-    """Return the number of questions that have each view."""
+    """Return the number of questions that have each view. See `build_hints` for the arguments."""
     counts = {}
     for view in views:
         hints = build_hints(
-            *(questions, targets, [view], lambda text: False, lambda question: bool(_absent_media(question))),
+            *(questions, targets, [view], lambda text: False, absent),
             together=True,
             seed=settings.seed,
         )
         counts[view] = sum(map(bool, hints.values()))
     return counts
-
-
-def together(settings: RunConfig) -> bool:
-    """Return whether one self-teacher reads all views."""
-    return settings.kd.kind != "avsd"
-
-
-def always_scored(settings: RunConfig) -> bool:
-    """Return whether the self-teacher also scores rollouts of questions without hints, or all rollouts get feedback."""
-    return settings.self_teacher.kind == "path" or asks_judge(settings)
 
 
 def describe_hints(hints: Mapping[str, tuple[Hint, ...]], settings: RunConfig) -> tuple[str, bool]:
@@ -169,23 +196,35 @@ def describe_hints(hints: Mapping[str, tuple[Hint, ...]], settings: RunConfig) -
     return line, not always_scored(settings) and without > most * len(hints)
 
 
-def _absent_media(question: Question) -> list[str]:
-    """Return the files of `hints.media` that do not exist."""
-    shown = question.hints.get("media") or {}
-    return [path for name in ("videos", "images") for path in shown.get(name, ()) if not os.path.exists(path)]
+def _hint_media(question: Question) -> list[str]:
+    """Return the files of `hints.media`."""
+    shown = question.hints.get(MEDIA_VIEW) or {}
+    return [path for name in ("videos", "images") for path in shown.get(name, ())]
 
 
-def _refuse_other_clock(question: Question, views: list[str], *, states_times: bool) -> None:
-    """Raise DataError for times of the student's video if the self-teacher is shown other media."""
-    timed = [view for view in ("window", "keyframes") if view in views and view in question.hints]
-    if not timed or "media" not in views or "media" not in question.hints:
+def _refuse_other_clock(question: Question, settings: RunConfig, *, states_times: bool) -> None:
+    """Raise DataError for times of the student's video if the self-teacher is shown other media.
+
+    These are times in hints that it reads together with the media, and in responses to a temporal question.
+    """
+    views = question_views(settings)
+    if MEDIA_VIEW not in views or MEDIA_VIEW not in question.hints:
         return
-    videos = question.hints["media"]["videos"]
-    if not states_times or not videos or not set(videos) <= set(question.videos):
+    videos = question.hints[MEDIA_VIEW]["videos"]
+    if states_times and videos and set(videos) <= set(question.videos):
+        return
+    why = "since the self-teacher is shown other media, whose times differ or are not stated"
+    what = "or show parts of the same videos to a Qwen3-VL"
+    timed = [view for view in ("window", "keyframes") if view in views and view in question.hints]
+    if timed and together(settings):
         raise DataError(
-            f"hints of question {question.id!r}: expected no {' and '.join(timed)} next to hints.media, since the "
-            "self-teacher is shown other media, whose times differ or are not stated, got times; leave "
-            f"{timed[0]} or media out of self_teacher.views, or show parts of the same videos to a Qwen3-VL"
+            f"hints of question {question.id!r}: expected no {' and '.join(timed)} next to hints.media, {why}, got "
+            f"times; leave {timed[0]} or media out of self_teacher.views, {what}"
+        )
+    if question.task_type == "temporal":
+        raise DataError(
+            f"hints of question {question.id!r}: expected no hints.media for a temporal question, {why}, and it scores "
+            f"the times in responses, got media; remove them, leave media out of self_teacher.views, {what}"
         )
 
 

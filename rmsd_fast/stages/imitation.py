@@ -128,10 +128,8 @@ def _overlaps(
         ranks = state.policy(scored.prompts, scored.rows, scored.features, linear_rank)
         if scored.filler or not tied:
             continue
-        pairs = zip(scored.batch.prompts, scored.batch.responses, strict=True)
-        indices = [(tied[i], r) for i, places in pairs for r in places]
-        for (i, r), of_response in zip(indices, ranks.cpu().split(scored.rows.lengths_list), strict=True):
-            overlaps[i][r] = overlap(of_response)
+        for (i, r), of_response in zip(scored.indices, ranks.cpu().split(scored.rows.lengths_list), strict=True):
+            overlaps[tied[i]][r] = overlap(of_response)
     return overlaps
 
 

@@ -124,7 +124,8 @@ def prepare_material(
     def check_models() -> None:
         model = check_model(resolve_folder(model_path), settings, training=training)
         if teacher_path:
-            check_teacher(open_folder(resolve_folder(teacher_path, setting="self_teacher.path")), model)
+            teacher = open_folder(resolve_folder(teacher_path, setting="self_teacher.path"))
+            check_teacher(teacher, model, settings)
 
     # This is checked before a run folder is created. The main process downloads a Hub model, and the other processes
     # find it in the cache.
@@ -153,9 +154,11 @@ def check_model(folder: Path, settings: RunConfig, *, training: bool) -> ModelFo
     Raises:
         ModelError: the folder cannot be used, or not with `rollout.engine`.
         SettingsError: the family's boxes cannot be read with `evaluate.prompt`, or with vLLM, prompts and responses are
-            too long for the model or, in this process, the KV cache.
+            too long for the model or, in this process, the KV cache, or training compares more tokens than it has.
     """
     model = open_folder(folder)
+    if training:
+        check_top_tokens(settings, model.config.text_config.vocab_size)
     if settings.evaluate.benchmark == "vstar" and settings.evaluate.prompt == "benchmark":
         check_boxes(family_of(model.config))
     if training and (uses_vllm(settings) or uses_servers(settings)):
@@ -178,6 +181,18 @@ def check_boxes(family: Family) -> None:
             f"the range of coordinates, and {family.title} models write pixels, which would be read as 0 to 1000; set "
             "evaluate.prompt=rmsd"
         )
+
+
+def check_top_tokens(settings: RunConfig, vocabulary: int) -> None:
+    """Raise SettingsError if more tokens are to be compared than there are."""
+    credit = settings.credit
+    for name, used in (("magnitude_topk", credit.magnitude != "none"), ("prune_topk", credit.prune != "none")):
+        number = getattr(credit, name)
+        if used and number > vocabulary:
+            raise SettingsError(
+                f"credit.{name}: expected at most {vocabulary:,}, the student's vocabulary, got {number:,}; set e.g. "
+                f"credit.{name}=16"
+            )
 
 
 def check_packages(settings: RunConfig, *, training: bool) -> None:

@@ -174,7 +174,5 @@ def score_rollouts(
         logp = state.policy(read.prompts, read.rows, read.features, score).float().cpu()
         if read.filler:
             continue
-        pairs = zip(read.batch.prompts, read.batch.responses, strict=True)
-        places = [(i, r) for i, chosen in pairs for r in chosen]
-        scored |= dict(zip(places, logp.split(read.rows.lengths_list), strict=True))
+        scored |= dict(zip(read.indices, logp.split(read.rows.lengths_list), strict=True))
     return scored

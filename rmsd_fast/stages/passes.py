@@ -41,6 +41,12 @@ class Pass:
         """Whether this pass only repeats another pass, so that all processes run the same number of passes."""
         return self.batch.filler
 
+    @property
+    def indices(self) -> list[tuple[int, int]]:
+        """Index of the prompt in the step, and of the response among those of the prompt, in the order of the rows."""
+        pairs = zip(self.batch.prompts, self.batch.responses, strict=True)
+        return [(i, r) for i, chosen in pairs for r in chosen]
+
     def backward(self, engine: Engine, loss: torch.Tensor) -> None:
         """Add the gradients of this pass to the engine's. A filler adds zeros."""
         engine.backward(0.0 * loss if self.filler else loss, last=self.last)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from rmsd_fast.config import ModelError, NotInstalled, RunConfig, SettingsError, UserError, first_line
-from rmsd_fast.data.errors import counted
+from rmsd_fast.data.errors import DataError, counted
 from rmsd_fast.files import file_digest
 from rmsd_fast.models.folders import find_folder, open_folder
 from rmsd_fast.models.teacher_folder import check_teacher
@@ -172,7 +172,7 @@ def _inputs(settings: RunConfig) -> tuple[list[str], list[str]]:
         if shows_hints(settings) and inputs.train and ("pool" in files or not quotes_pool(settings)):
             try:
                 present.append(plan_hints(inputs, settings))
-            except SettingsError as error:
+            except (SettingsError, DataError) as error:
                 missing.append(str(error))
         media = {path for q in (*inputs.train, *inputs.heldout) for path in (*q.videos, *q.images)}
         absent = sorted(path for path in media if not os.path.exists(path))
@@ -234,8 +234,8 @@ def _other_teacher(settings: RunConfig, student: Path | None) -> tuple[list[str]
         model = open_folder(folder)
         if student is None:
             return [f"self_teacher.path: {path}, to be compared with the student when the run starts"], []
-        check_teacher(model, open_folder(student))
-    except ModelError as error:
+        check_teacher(model, open_folder(student), settings)
+    except (ModelError, SettingsError) as error:
         return [], [str(error)]
     return [f"self_teacher.path: {path}"], []
 

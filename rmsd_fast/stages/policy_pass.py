@@ -98,19 +98,14 @@ def reference_pass(state: StageState, groups: list[RolloutGroup], features: Medi
 
 def rollout_indices(read: Pass, groups: list[RolloutGroup]) -> list[tuple[int, int]]:
     """Return the group and the index in it of each rollout of a pass, in the order of its rows."""
-    return [(i, r) for i, r in _response_indices(read) if r < len(groups[i].rollouts)]
-
-
-def _response_indices(read: Pass) -> list[tuple[int, int]]:
-    pairs = zip(read.batch.prompts, read.batch.responses, strict=True)
-    return [(i, r) for i, chosen in pairs for r in chosen]
+    return [(i, r) for i, r in read.indices if r < len(groups[i].rollouts)]
 
 
 def _places(
     read: Pass, indices: list[tuple[int, int]], rollout_logp: torch.Tensor, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Return rollout_logp, lengths, sampled and imitated of a `PolicyPass`, on the device."""
-    every, lengths = _response_indices(read), read.rows.lengths
+    every, lengths = read.indices, read.rows.lengths
     if indices == every:
         (rollout_logp,) = to_device([rollout_logp], device)
         return rollout_logp, lengths, None, None
@@ -264,7 +259,7 @@ def _with_answers(
 
 def _answered(read_pass: PolicyPass, groups: list[RolloutGroup]) -> list[int]:
     """Return the group of each imitated response of a pass, in the order of its rows."""
-    return [i for i, r in _response_indices(read_pass.read) if r >= len(groups[i].rollouts)]
+    return [i for i, r in read_pass.read.indices if r >= len(groups[i].rollouts)]
 
 
 # Means over tokens that the loss reports, depending on its settings. importance_ratio is the trainer's probability

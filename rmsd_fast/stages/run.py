@@ -40,7 +40,7 @@ from rmsd_fast.runtime.moving_average import MovingAverage
 from rmsd_fast.runtime.process_group import World, all_gather_objects, any_rank, global_max, global_sum, on_main
 from rmsd_fast.runtime.stop_signal import StopSignal
 from rmsd_fast.runtime.term_weights import TermWeights
-from rmsd_fast.setting_rules.uses import uses_vllm
+from rmsd_fast.setting_rules.uses import teaches, uses_vllm
 from rmsd_fast.settings import settings_as_dict
 from rmsd_fast.stages import held_out
 from rmsd_fast.stages.material import Material, losses_of
@@ -79,7 +79,7 @@ class TrainingRun:
         fingerprints: settings and hashes of all input files, including `stage1` once stage 1 is complete.
         checkpoint: the checkpoint that the run continues from; None for a new run.
         skipped: number of skipped steps.
-        bad: number of samples that could not be used.
+        bad: number of samples that could not be used, or not with their `hints.media`.
         seen: number of samples so far.
         servers: a line about each rollout server at the start, with its version of vLLM.
         listed: (stage, question id) of the questions in `bad_media.jsonl`.
@@ -301,6 +301,11 @@ def open_loader(
             f"teacher.min_quality={run.settings.teacher.min_quality:g}; check the pool with python -m rmsd_fast.pool "
             "check, or lower teacher.min_quality"
         )
+
+    def shows_media(question: Question, step: int) -> bool:
+        shown = any(hint.media for hint in state.hints.get(question.id, ()))
+        return shown and stage == "distill" and teaches(run.settings, step)
+
     return PromptLoader(
         state.builder,
         questions,
@@ -315,6 +320,7 @@ def open_loader(
         ahead=data.decode_ahead,
         max_prompt_tokens=data.max_prompt_tokens,
         is_wanted=is_wanted,
+        shows_media=shows_media,
     )
 
 
@@ -402,7 +408,7 @@ def run_steps(
     run.stop.check()
     if run.listed:
         run.metrics.message(
-            f"{run.bad:.0f} of {run.seen:.0f} samples so far could not be used and were replaced; "
+            f"{run.bad:.0f} of {run.seen:.0f} samples so far could not be used and were replaced, or lack hints.media; "
             f"{len({question_id for _, question_id in run.listed})} questions are listed in "
             f"{run.folder / 'bad_media.jsonl'}"
         )
@@ -427,19 +433,19 @@ def next_prompts(run: TrainingRun, loader: PromptLoader, number: int, total: int
     share = run.settings.data.max_bad_share
     if run.bad > share * max(run.seen, 50):
         raise TooManyBadSamples(
-            f"{run.bad:.0f} of {run.seen:.0f} samples could not be used (data.max_bad_share={share}); {listed}; "
-            "repair the files or raise data.max_bad_share"
+            f"{run.bad:.0f} of {run.seen:.0f} samples, or their hints.media, could not be used "
+            f"(data.max_bad_share={share}); {listed}; repair the files or raise data.max_bad_share"
         )
     return prompts
 
 
 def _note_bad(run: TrainingRun, loader: PromptLoader) -> None:
-    """Log the questions that could not be used, once per stage."""
+    """Log the questions that could not be used, or not with their hints, once per stage."""
     faults = [fault for part in all_gather_objects(loader.faults, run.world) for fault in part]
     for question_id, reason in faults if run.world.is_main else ():
         if (loader.stage, question_id) not in run.listed:
             if not run.listed:
-                run.metrics.message(f"a sample cannot be used and is replaced ({question_id}: {reason})")
+                run.metrics.message(f"a bad sample ({question_id}: {reason})")
             run.listed.add((loader.stage, question_id))
             run.logs["bad_media"].append({"id": question_id, "stage": loader.stage, "reason": reason})
 

@@ -190,12 +190,10 @@ def _score(
         for read in passes(state, prompts, responses, features, leads):
             of_pass, hidden, ranked = model(read.prompts, read.rows, read.features, read_out)
             if not read.filler:
-                pairs = zip(read.batch.prompts, read.batch.responses, strict=True)
-                of_rows = [(i, r) for i, chosen in pairs for r in chosen]
-                indices += of_rows
+                indices += read.indices
                 logp.append(of_pass)
                 lengths += read.rows.lengths_list
-                kept |= _kept(of_rows, read.rows.lengths_list, prefixes, hidden, ranked)
+                kept |= _kept(read.indices, read.rows.lengths_list, prefixes, hidden, ranked)
     scores = [[_Scored(torch.empty(0))] * len(ids) for ids in responses]
     for (i, r), values in zip(indices, torch.cat(logp).cpu().split(lengths), strict=True):
         scores[i][r] = _Scored(values, *kept.get((i, r), ()))

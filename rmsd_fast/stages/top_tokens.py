@@ -4,25 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from rmsd_fast.config import RunConfig, SettingsError
 from rmsd_fast.data.transfer import to_device
 from rmsd_fast.models.students import MediaFeatures
 from rmsd_fast.stages.groups import RolloutGroup
 from rmsd_fast.stages.passes import passes
 from rmsd_fast.stages.state import StageState
 from rmsd_kernels import TopK, linear_topk
-
-
-def check_top_tokens(settings: RunConfig, vocabulary: int) -> None:
-    """Raise SettingsError if more tokens are to be compared than there are."""
-    credit = settings.credit
-    for name, used in (("magnitude_topk", credit.magnitude != "none"), ("prune_topk", credit.prune != "none")):
-        number = getattr(credit, name)
-        if used and number > vocabulary:
-            raise SettingsError(
-                f"credit.{name}: expected at most {vocabulary:,}, the student's vocabulary, got {number:,}; set e.g. "
-                f"credit.{name}=16"
-            )
 
 
 @torch.no_grad()
@@ -46,9 +33,7 @@ def read_top_tokens(
     for group in groups:
         group.student_top = [None] * len(group.rollouts)
     for read in passes(state, [group.prompt for group in groups], responses, features):
-        pairs = zip(read.batch.prompts, read.batch.responses, strict=True)
-        of_rows = [(i, r) for i, chosen in pairs for r in chosen]
-        wanted = [_wanted(groups[i], r, top) for i, r in of_rows]
+        wanted = [_wanted(groups[i], r, top) for i, r in read.indices]
         (ids,) = to_device([torch.cat(wanted)], state.world.device)
 
         def head(hidden, weight, targets, ids=ids):
@@ -56,7 +41,7 @@ def read_top_tokens(
 
         ranked = state.policy(read.prompts, read.rows, read.features, head)
         if not read.filler:
-            for (i, r), of_rollout in zip(of_rows, split_top(ranked, read.rows.lengths_list), strict=True):
+            for (i, r), of_rollout in zip(read.indices, split_top(ranked, read.rows.lengths_list), strict=True):
                 groups[i].student_top[r] = of_rollout
 
 

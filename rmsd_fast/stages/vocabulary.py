@@ -13,25 +13,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
 
-from rmsd_fast.config import DIVERGENCES, RunConfig, SettingsError
 from rmsd_fast.data.transfer import to_device
 from rmsd_fast.losses import PolicyLoss, linear_divergence
 from rmsd_fast.setting_rules.uses import has_policy_gradient
 from rmsd_fast.stages.groups import RolloutGroup
 from rmsd_fast.stages.state import StageState
-
-
-def check_same_vocabulary(settings: RunConfig, teacher: PretrainedConfig, student: PretrainedConfig) -> None:
-    """Raise SettingsError if a divergence cannot compare a teacher with the student, entry by entry."""
-    sizes = [config.text_config.vocab_size for config in (teacher, student)]
-    if settings.kd.kind in DIVERGENCES and sizes[0] != sizes[1]:
-        raise SettingsError(
-            f"kd.kind={settings.kd.kind}: expected a model in self_teacher.path whose head has {sizes[1]:,} rows, like "
-            f"the student's, got {sizes[0]:,}; set kd.kind=k1, which compares only sampled tokens, or choose another "
-            "model"
-        )
 
 
 @dataclass(frozen=True)

@@ -31,11 +31,10 @@ from rmsd_fast.settings import load_settings
 from rmsd_fast.stages import distill, sft, vocabulary
 from rmsd_fast.stages.build import build_distillation, build_imitation
 from rmsd_fast.stages.hints import read_hints
-from rmsd_fast.stages.material import prepare_material
+from rmsd_fast.stages.material import check_top_tokens, prepare_material
 from rmsd_fast.stages.passes import passes
 from rmsd_fast.stages.plan import describe_plan
 from rmsd_fast.stages.rollout_log import log_rollouts
-from rmsd_fast.stages.top_tokens import check_top_tokens
 
 SMALL = (
     *("rollout.n=3", "rollout.max_new_tokens=8", "rollout.parity_every=0", "data.max_prompt_tokens=500"),
@@ -95,7 +94,7 @@ def trained(folder, material, world):
 
 def told(material, state, settings, world):
     """Return what the self-teacher is told."""
-    return read_hints(material, state.builder, state.targets, settings, world)
+    return read_hints(material, state.builder, state.targets, settings, world, ())
 
 
 def plain_divergence(kind, teacher, student, bound):
@@ -304,7 +303,7 @@ def test_divergences_without_rewards_skip_the_policy_gradient(trained, material,
         with_settings(state, "ema", ["answer"], {"kd.kind": "forward_kl", "kd.vocab_clip": 0.05}, *others)
         state.settings.micro_tokens = tokens
         state.settings.reward = RewardConfig(alpha=0, beta=0, eta=0, delta=0)
-        state.hints = read_hints(material, state.builder, state.targets, state.settings, world)
+        state.hints = read_hints(material, state.builder, state.targets, state.settings, world, ())
         with monkeypatch.context() as patched:
             if learns:
                 patched.setattr(vocabulary, "has_policy_gradient", lambda settings: True)
@@ -764,8 +763,7 @@ class WrittenRollouts:
         rollouts = [[None] * sampling.n for _ in prompts]
         for read in passes(state, prompts, ids, features):
             logp = state.policy(read.prompts, read.rows, read.features, score).split(read.rows.lengths_list)
-            pairs = zip(read.batch.prompts, read.batch.responses, strict=True)
-            for (i, r), of_rollout in zip([(i, r) for i, chosen in pairs for r in chosen], logp, strict=True):
+            for (i, r), of_rollout in zip(read.indices, logp, strict=True):
                 text, question = texts[i][r], prompts[i].question
                 rollouts[i][r] = Rollout(question.id, r, ids[i][r], text, of_rollout, False, policy_version)
         return rollouts

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,11 +19,13 @@ from rmsd_fast.config import ModelError, SettingsError
 from rmsd_fast.data.errors import DataError
 from rmsd_fast.data.packing import gather_rows, make_rows
 from rmsd_fast.data.preprocess import video_patches
+from rmsd_fast.data.prompts import PromptError
 from rmsd_fast.data.records import load_questions, write_questions
 from rmsd_fast.evaluate_judge import JudgeError
 from rmsd_fast.made.student import PREPROCESSORS, _build_model
 from rmsd_fast.method.hints import Hint
 from rmsd_fast.models.export import fill_export
+from rmsd_fast.models.families.qwen2_5_vl import QWEN2_5_VL
 from rmsd_fast.models.folders import load_tokenizer, resolve_folder
 from rmsd_fast.models.shared_prefix import disable_shared_prefix, enable_shared_prefix
 from rmsd_fast.models.students import Student, encode_media, forward_hidden
@@ -30,10 +34,10 @@ from rmsd_fast.runtime.stop_signal import StopSignal
 from rmsd_fast.settings import load_settings
 from rmsd_fast.stages import distill, teach
 from rmsd_fast.stages.build import build_distillation
-from rmsd_fast.stages.hints import read_hints
+from rmsd_fast.stages.hints import missing_hint_media, plan_hints, read_hints
 from rmsd_fast.stages.material import prepare_material
 from rmsd_fast.stages.plan import describe_plan
-from rmsd_fast.stages.vocabulary import check_same_vocabulary
+from rmsd_fast.stages.run import open_loader
 from rmsd_fast.train_feedback import Feedback
 
 SMALL = (
@@ -78,6 +82,17 @@ def larger(folder, material):
 
 
 @pytest.fixture(scope="module")
+def wider(folder, larger):
+    """Return the folder of a teacher whose head has 64 rows more than the student's, and their number."""
+    path = folder / "wider"
+    shutil.copytree(larger, path)
+    config = json.loads((path / "config.json").read_text())
+    config["text_config"]["vocab_size"] += 64
+    (path / "config.json").write_text(json.dumps(config))
+    return path, config["text_config"]["vocab_size"]
+
+
+@pytest.fixture(scope="module")
 def state(folder, material, larger, world):
     """Return a state with a reference, a policy that differs from it, and a larger teacher."""
     overrides = ["self_teacher.kind=path", f"self_teacher.path={larger}", "self_teacher.views=[cue,media]"]
@@ -90,15 +105,25 @@ def state(folder, material, larger, world):
 
 
 def prompts_of(state, material):
-    return [state.builder.build(question) for question in material.train[:2]]
+    prompts = [state.builder.build(question) for question in material.train[:2]]
+    shown = [any(hint.media for hint in state.hints.get(prompt.question.id, ())) for prompt in prompts]
+    teachers = [
+        state.builder.build_teacher(p.question, max_tokens=500) if s else None
+        for p, s in zip(prompts, shown, strict=True)
+    ]
+    return [replace(prompt, teacher=teacher) for prompt, teacher in zip(prompts, teachers, strict=True)]
+
+
+def hints_of(material, state, settings, world):
+    missing = missing_hint_media(material, settings, world)
+    return read_hints(material, state.builder, state.targets, settings, world, missing)
 
 
 def taught(state, material, world, monkeypatch, *overrides, hints=None):
     """Return groups, metrics and leads of the passes of a step with changed settings, which is not applied."""
     settings = tiny_settings(state.settings.made.folder, *SMALL, *overrides)
     state.settings = settings
-    state.hints = read_hints(material, state.builder, state.targets, settings, world) if hints is None else hints
-    state.builder.other_media = frozenset(n for n, told in state.hints.items() if any(h.media for h in told))
+    state.hints = hints_of(material, state, settings, world) if hints is None else hints
     leads, made = [], teach.passes
 
     def spy(state, prompts, responses, features, leads_of_each=None):
@@ -208,22 +233,33 @@ def test_a_divergence_from_another_model_equals_separate_rows(state, material, l
     assert metrics["credit/overlap"] == pytest.approx(sum(overlaps) / len(overlaps), rel=1e-5)
 
 
-def test_a_divergence_needs_heads_of_the_same_size(state):
-    config, other = state.student.model.config, copy.deepcopy(state.teacher.model.config)
-    rows = other.text_config.vocab_size
-    settings = copy.deepcopy(state.settings)
-    for kind in ("k1", "forward_kl"):
-        settings.kd.kind = kind
-        check_same_vocabulary(settings, other, config)
-        other.text_config.vocab_size = rows + 64
-        if kind == "k1":
-            check_same_vocabulary(settings, other, config)
-        else:
-            with pytest.raises(
-                SettingsError, match=f"kd.kind=forward_kl: expected .* {rows:,} rows, .* {rows + 64:,};"
-            ):
-                check_same_vocabulary(settings, other, config)
-        other.text_config.vocab_size = rows
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["kd.kind=k1", "credit.magnitude_topk=0"], ""),
+        (["kd.kind=forward_kl"], "kd.kind=forward_kl: expected .* {rows:,} rows, .* {more:,}; set kd.kind=k1"),
+        (["kd.kind=k1", "credit.prune=overlap"], "credit.prune=overlap: expected .* {rows:,} rows, .* {more:,};"),
+        (
+            ["credit.magnitude=teacher", "credit.magnitude_topk=8"],
+            "credit.magnitude_topk=8: expected .* {rows:,} rows, .* {more:,};",
+        ),
+    ],
+)
+def test_heads_that_cannot_be_compared_are_refused_before_stage1(folder, material, wider, world, overrides, says):
+    path, rows = wider
+    says = says.format(rows=rows - 64, more=rows)
+    paths = [f"data.train={material.files['train']}", "data.heldout="]
+    paths += [f"model.path={material.model_path}", "self_teacher.kind=path", f"self_teacher.path={path}"]
+    settings = load_settings("visd", [*paths, "self_teacher.views=[answer]", "runtime.trackers=[]", *overrides])
+    text, ready = describe_plan(settings)
+    if not says:
+        assert ready, text
+        prepare_material(settings, world)
+        return
+    assert not ready
+    assert re.search(f"MISSING: {says}", text), text
+    with pytest.raises(SettingsError, match=says):
+        prepare_material(settings, world)
 
 
 def test_other_media_equal_separate_rows(state, material, world, monkeypatch):
@@ -434,18 +470,101 @@ def test_missing_hint_media_are_left_out_or_refused(state, material, world):
 
     def read(*overrides):
         settings = tiny_settings(state.settings.made.folder, *SMALL, *kind, *overrides)
-        return read_hints(asked, state.builder, state.targets, settings, world)
+        return hints_of(asked, state, settings, world)
 
     with pytest.raises(DataError, match="1 of 2 hints .* cannot be used: missing_media 1, first: /nowhere.mp4"):
         read()
     hints = read("data.max_bad_share=0.5")
     assert hints[first.id] == (Hint("", media=True),) and hints[second.id] == ()
-    # Times of the student's video say nothing about another one.
+
+
+def test_times_of_another_clock_are_refused(folder, state, material, world):
+    """A question or a hint has times of the student's video, and the teacher is shown another one, or a part of it."""
+    settings = tiny_settings(folder, *SMALL, "self_teacher.kind=live", "self_teacher.views=[media,window]")
+    separate = tiny_settings(
+        folder, *SMALL[:-1], "self_teacher.kind=live", "self_teacher.views=[media,window]", "kd.kind=avsd"
+    )
+    first, *others = material.train
+    temporal = next(question for question in material.train if question.task_type == "temporal")
+    assert first.task_type != "temporal"
+    part = {"videos": list(temporal.videos), "images": [], "spans": [(1.0, 2.0)]}
+    other = first.hints["media"]
     timed = replace(first, hints={**first.hints, "window": [1, 2]})
-    both = ["self_teacher.kind=live", "self_teacher.views=[media,window]"]
-    settings = tiny_settings(state.settings.made.folder, *SMALL, *both)
-    with pytest.raises(DataError, match="expected no window next to hints.media"):
-        read_hints(replace(material, train=[timed, *others]), state.builder, state.targets, settings, world)
+    by_times = (replace(temporal, hints={"media": other}), "expected no hints.media for a temporal question")
+    for question, says, refusing in (
+        (timed, "expected no window next to hints.media", [settings]),
+        (*by_times, [settings, separate]),
+        (replace(temporal, hints={"media": part}), "", []),
+    ):
+        asked = replace(material, train=[question, *(q for q in others if q.id != question.id)])
+        for each in (settings, separate):
+            if each in refusing:
+                with pytest.raises(DataError, match=says):
+                    hints_of(asked, state, each, world)
+                with pytest.raises(DataError, match=says):
+                    plan_hints(asked, each)
+            else:
+                assert hints_of(asked, state, each, world)[question.id]
+                plan_hints(asked, each)
+    # A student that counts times from the first frame cannot be told by a teacher that begins elsewhere.
+    asked = replace(material, train=[replace(temporal, hints={"media": part}), *others])
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(state.builder, "_family", QWEN2_5_VL)
+        with pytest.raises(DataError, match=by_times[1]):
+            hints_of(asked, state, settings, world)
+
+
+def test_the_answers_times_are_not_those_of_the_teachers_media(state, material):
+    temporal = next(question for question in material.train if question.task_type == "temporal")
+    end = float(temporal.answer.split(" to ")[1])
+    other = next(q.videos[0] for q in material.train if q.videos[0] != temporal.videos[0])
+    late = replace(
+        temporal,
+        answer=f"{end + 500:g} to {end + 501:g}",
+        hints={"media": {"videos": [other], "images": [], "spans": [(1.0, 2.0)]}},
+    )
+    with pytest.raises(PromptError, match="the answer is"):
+        state.builder.build(late, max_tokens=500)
+    teacher = state.builder.build_teacher(late, max_tokens=500)
+    assert teacher.media[0].timestamps_s[0] >= 1
+    with pytest.raises(PromptError, match=f"question '{temporal.id} .hints.media.': a prompt of .* tokens exceeds"):
+        state.builder.build_teacher(late, max_tokens=5)
+
+
+def test_teacher_media_are_read_in_taught_steps_and_may_be_damaged(folder, state, material, world, monkeypatch):
+    damaged = folder / "damaged.mp4"
+    damaged.write_bytes(b"no video")
+    broken = {"videos": [str(damaged)], "images": [], "spans": []}
+    first, second = material.train[:2]
+    both = [first, replace(second, hints={"cue": CUE, "media": broken})]
+    asked = replace(material, train=both + material.train[2:])
+    overrides = ["self_teacher.kind=live", "self_teacher.views=[cue,media]", "self_teacher.until_step=1"]
+    overrides += ["data.max_bad_share=1", "distill.batch_size=2", "distill.steps=2"]
+    settings = tiny_settings(folder, *SMALL, *overrides)
+    monkeypatch.setattr(state, "settings", settings)
+    monkeypatch.setattr(state, "hints", hints_of(asked, state, settings, world))
+    monkeypatch.setattr(state, "teacher", None)
+    run = SimpleNamespace(settings=settings, world=world, material=asked)
+    shown = {}
+    for stage, step in (("control", 0), ("warm_up", 0), ("distill", 0), ("distill", 1)):
+        loader = open_loader(run, state, stage, both, 2)
+        prompts = sorted(loader.step(step, step + 1), key=lambda prompt: prompt.question.id != first.id)
+        loader.close()
+        # No question is replaced by another one, so the control has the same ones.
+        assert [prompt.question.id for prompt in prompts] == [first.id, second.id]
+        shown[stage, step] = [prompt.teacher is not None for prompt in prompts]
+        taught_step = (stage, step) == ("distill", 0)
+        assert [name for name, _ in loader.faults] == [second.id] * taught_step
+        if taught_step:
+            assert loader.faults[0][1].startswith(f"used without hints.media: {damaged}")
+            kept = prompts
+    assert shown == {("control", 0): [False] * 2, ("warm_up", 0): [False] * 2} | {
+        ("distill", 0): [True, False],
+        ("distill", 1): [False] * 2,
+    }
+    groups = distill.step(state, kept, 0).groups
+    cue = f"What to look at: {CUE}"
+    assert [group.hints[0] for group in groups] == [[Hint(cue, media=True)], [Hint(cue)]]
 
 
 JUDGE = ("self_teacher.kind=live", "self_teacher.views=[answer,feedback]", "self_teacher.judge.model=m")
@@ -599,7 +718,7 @@ def test_two_processes_under_zero3_equal_one(folder, material, larger):
     """The main process asks the judge for both, and every process has the whole teacher and encodes other media."""
     train = folder / "shown.jsonl"
     media = material.train[0].hints["media"]
-    shown = [replace(q, hints={"media": media}) if number % 3 else q for number, q in enumerate(material.train)]
+    shown = [replace(q, hints={"media": media}) if q.task_type != "temporal" else q for q in material.train]
     write_questions(train, shown, media_root=folder)
     recorded = []
     with TeacherServer(advise) as server:
