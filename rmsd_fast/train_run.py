@@ -80,6 +80,7 @@ def train(
     notes += on_main(world, lambda: _plan_memory(settings, material.model_path, world))
     with dump_folder(settings, world, resume), run_folder(settings, world, resume) as folder:
         stop.run_folder = folder
+        on_main(world, lambda: check_judge(settings, folder))
         with MediaReader(settings.data, world.device) as media:
             resumed = resume is not None
             run = open_run(settings, world, folder, material, media, stop, resumed=resumed, allow_changes=allow_changes)
@@ -215,16 +216,24 @@ def distillation(run: TrainingRun) -> None:
         _distillation(run, state)
 
 
-def check_judge(settings: RunConfig) -> None:
-    """Check URL and key of a judge of stage 2, before stage 1. Its server is not asked yet.
+def check_judge(settings: RunConfig, folder: Path | None = None) -> None:
+    """Check a judge of stage 2 before stage 1. Its server is not asked yet.
 
+    Args:
+        settings: settings of the run.
+        folder: the run folder, once it is locked, to check the judge's replies in it; None = check URL and key.
     Raises:
         SettingsError: the URL is malformed, or the key is missing.
+        CheckpointError, JudgeError: the file of replies is damaged.
     """
-    if asks_judge(settings):
-        from rmsd_fast.train_feedback import feedback_client
+    if not asks_judge(settings):
+        return
+    from rmsd_fast.train_feedback import check_replies, feedback_client
 
+    if folder is None:
         feedback_client(settings.self_teacher.judge)
+    else:
+        check_replies(folder)
 
 
 @contextmanager
@@ -235,9 +244,15 @@ def ask_judge(run: TrainingRun, state: StageState) -> Iterator[None]:
         return
     from rmsd_fast.train_feedback import Feedback
 
-    with closing(Feedback(run.settings.self_teacher.judge, run.folder, run.world, run.stop)) as feedback:
-        state.judge = feedback
+    state.judge = feedback = Feedback(run.settings.self_teacher.judge, run.folder, run.world, run.stop)
+    try:
         yield
+    except BaseException:
+        # Report the original error, not an error of closing the file.
+        with suppress(OSError):
+            feedback.close()
+        raise
+    on_main(run.world, feedback.close)
 
 
 def _distillation(run: TrainingRun, state: StageState) -> None:
