@@ -363,7 +363,7 @@ def test_recipes_train_a_tiny_student(folder, material, world, recipe):
     assert all(group.imitated is not None for group in result.groups)
     learned = {name: value for name, value in result.metrics.items() if name.startswith("uncertainty/")}
     if recipe == "brts":
-        assert "imitates one best answer per question, selected by aligned, with weight 0.05" in text
+        assert "imitates one best answer per question (aligned), with weight 0.05" in text
         assert result.metrics["selection/tied_share"] is not None and not learned
     else:
         assert "learned weights of the terms kd, sft, by instance" in text
