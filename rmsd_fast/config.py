@@ -575,15 +575,15 @@ class CreditConfig:
     """Width of the rise as a part of the rollout (2605.21606: 0.1)."""
     prune: str = choice("none", of=("none", "overlap"))
     """`none`, or `overlap` = tokens count less after the most probable tokens of student and self-teacher have become
-    different (Prune-OPD). It needs a pass of the student without a gradient."""
+    different (Prune-OPD, 2605.07804). It needs a pass of the student without a gradient."""
     prune_topk: int = number(16, least=1)
-    """Number of most probable tokens that are compared (Prune-OPD: 16)."""
+    """Number of most probable tokens that are compared (2605.07804: 16)."""
     prune_overlap: float = number(0.7, above=0, most=1)
-    """Share of common tokens below which the weights decrease (Prune-OPD: 0.7)."""
+    """Share of common tokens below which the weights decrease (2605.07804: 0.7)."""
     prune_decay: float = number(0.01, above=0, most=1)
-    """Decrease of the weight for each token below this share (Prune-OPD: 0.01)."""
+    """Decrease of the weight for each token below this share (2605.07804: 0.01)."""
     prune_floor: float = number(0.5, least=0)
-    """Lower bound of these weights; they start at 1 + this bound (Prune-OPD: 0.5)."""
+    """Lower bound of these weights; they start at 1 + this bound (2605.07804: 0.5)."""
     uncertainty: str = choice("none", of=("none", "task", "instance"))
     """Weights of the terms of stage 2's loss: `none` = as set, or learned: exp(-s) / 2 with one s per term (`task`), or
     exp(-s) with one s per term and question, by a network on the question's vision features (`instance`) (2603.21426).

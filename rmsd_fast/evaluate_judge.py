@@ -14,7 +14,7 @@ import logging
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,11 +64,21 @@ class JudgeError(UserError, RuntimeError):
 
 
 class StoredReply(NamedTuple):
-    """A reply of the judge: its text, its finish reason, and `max_tokens` of its request."""
+    """A reply of the judge, or the outcome of a request that got none.
+
+    Attributes:
+        text: the reply, or what the server or the client said in its place.
+        finish_reason: its finish reason.
+        max_tokens: `max_tokens` of the request.
+        model: the judge's model.
+        failure: why there is no reply; None = this is a reply.
+    """
 
     text: str
     finish_reason: str | None
     max_tokens: int
+    model: str
+    failure: str | None = None
 
 
 class NoReply(Exception):
@@ -187,7 +197,8 @@ class Replies:
                     f"{path}:{number}: expected 'key', 'max_tokens' and 'reply', got {', '.join(line) or 'nothing'}; "
                     "this is another file, or of an earlier version: move or delete it"
                 )
-            self._replies[key] = StoredReply(text, line.get("finish_reason"), limit)
+            model, failure = line.get("model", ""), line.get("failure")
+            self._replies[key] = StoredReply(text, line.get("finish_reason"), limit, model, failure)
 
     def __enter__(self) -> Replies:
         return self
@@ -198,11 +209,20 @@ class Replies:
     def __len__(self) -> int:
         return len(self._replies)
 
+    def values(self) -> Iterable[StoredReply]:
+        """Return the replies of all requests."""
+        return self._replies.values()
+
     def get(self, key: str, max_tokens: int) -> StoredReply | None:
-        """Return the reply to a request, or None if there is none, or one that a smaller limit has cut off."""
+        """Return the reply to a request.
+
+        None = there is none, a smaller limit has cut it off, or the request failed with another limit.
+        """
         stored = self._replies.get(key)
-        cut = stored is not None and stored.finish_reason == "length" and stored.max_tokens < max_tokens
-        return None if cut else stored
+        if stored is None:
+            return None
+        cut = stored.finish_reason == "length" and stored.max_tokens < max_tokens
+        return None if cut or (stored.failure is not None and stored.max_tokens != max_tokens) else stored
 
     def add(self, key: str, reply: StoredReply, tokens: int, **request: Any) -> None:
         """Append a reply to the file, or keep it in memory while the disk is full.
@@ -213,8 +233,9 @@ class Replies:
             tokens: number of tokens of prompt and reply; 0 = the server does not count them.
             request: further fields of the line.
         """
-        line = {"key": key, **request, "max_tokens": reply.max_tokens, "finish_reason": reply.finish_reason}
-        self._lines.append({**line, "reply": reply.text})
+        line = {"key": key, **request, "model": reply.model, "max_tokens": reply.max_tokens}
+        line |= {} if reply.failure is None else {"failure": reply.failure}
+        self._lines.append({**line, "finish_reason": reply.finish_reason, "reply": reply.text})
         self._replies[key] = reply
         self.added, self.tokens = self.added + 1, self.tokens + tokens
 
@@ -376,13 +397,13 @@ class Judging:
                 highest = max(collect.temperature, MAX_TEMPERATURE)
                 collect = replace(collect, temperature=min(collect.temperature + added, highest))
             body = request_body(collect, self._model, messages, n=1, seed=None)
-            key = _key(collect, self._model, messages, attempt)
+            key = reply_key(collect, self._model, messages, attempt)
             # The same answer to two versions of a problem is the same request.
             async with self._locks[key]:
                 reply = self._replies.get(key, collect.max_tokens)
                 if reply is None:
                     reply, tokens = await self._send(body)
-                    self._replies.add(key, reply, tokens, id=question.id, kind=request.kind, model=self._model)
+                    self._replies.add(key, reply, tokens, id=question.id, kind=request.kind)
             replies.append(reply)
             # A reasoning that was cut off may contain any score.
             if reply.finish_reason != "length" and (reading := read_reply(request.kind, reply.text)) is not None:
@@ -397,10 +418,11 @@ class Judging:
         except GaveUp as error:
             raise NoReply(_FAILED, str(error)) from error
         text, finish_reason = reply.answers[0]
-        return StoredReply(text, finish_reason, self._collect.max_tokens), sum(tokens_of(reply.usage) or ())
+        stored = StoredReply(text, finish_reason, self._collect.max_tokens, self._model)
+        return stored, sum(tokens_of(reply.usage) or ())
 
 
-def _key(collect: CollectConfig, model: str, messages: bytes, attempt: int) -> str:
+def reply_key(collect: CollectConfig, model: str, messages: bytes, attempt: int = 0) -> str:
     """Return the hash of a request without its limit of tokens, which does not change a reply that it does not cut."""
     body = request_body(replace(collect, max_tokens=0, token_limit="max_tokens"), model, messages, n=1, seed=None)
     # Without a temperature, the bodies of all attempts are equal.

@@ -55,13 +55,11 @@ def _dry_run(settings, gpu_gib: float | None, resume: Path | None) -> int:
     if os.environ.get("RANK", "0") != "0":
         return 0
     from rmsd_fast.stages.plan import describe_plan
+    from rmsd_fast.train_run import check_judge
 
+    check_judge(settings)
     plan, ready = describe_plan(settings, gpu_gib, resume)
     print(plan)
-    if ready:
-        from rmsd_fast.train_run import check_judge
-
-        check_judge(settings)
     return 0 if ready else 2
 
 

@@ -27,10 +27,11 @@ from rmsd_fast.report import ReportError, write_report
 from rmsd_fast.runtime.engine import release_memory
 from rmsd_fast.runtime.process_group import World, on_main
 from rmsd_fast.runtime.stop_signal import Stopped, StopSignal
-from rmsd_fast.setting_rules.uses import asks_judge, has_pool, uncertainty_lr_factor, uses_discriminator
+from rmsd_fast.setting_rules.uses import asks_judge, has_pool, shows_hints, uncertainty_lr_factor, uses_discriminator
 from rmsd_fast.stages import distill, sft
 from rmsd_fast.stages.build import build_distillation, build_imitation
 from rmsd_fast.stages.held_out import evaluate
+from rmsd_fast.stages.hints import plan_hints
 from rmsd_fast.stages.material import prepare_material
 from rmsd_fast.stages.memory_advice import check_memory
 from rmsd_fast.stages.rollout_dump import begin_dump, check_replay_start, dump_folder
@@ -77,9 +78,13 @@ def train(
     notes = on_main(world, lambda: check_replay_start(settings, material, resume))
     servers = on_main(world, lambda: check_servers(settings, material.model_path))
     on_main(world, lambda: check_judge(settings))
+    if shows_hints(settings):
+        # Building the models and evaluating the first student takes long, so too few hints are reported before.
+        on_main(world, lambda: bool(plan_hints(material, settings)))
     notes += on_main(world, lambda: _plan_memory(settings, material.model_path, world))
     with dump_folder(settings, world, resume), run_folder(settings, world, resume) as folder:
         stop.run_folder = folder
+        on_main(world, lambda: check_judge(settings, folder))
         with MediaReader(settings.data, world.device) as media:
             resumed = resume is not None
             run = open_run(settings, world, folder, material, media, stop, resumed=resumed, allow_changes=allow_changes)
@@ -215,16 +220,24 @@ def distillation(run: TrainingRun) -> None:
         _distillation(run, state)
 
 
-def check_judge(settings: RunConfig) -> None:
-    """Check URL and key of a judge of stage 2, before stage 1. Its server is not asked yet.
+def check_judge(settings: RunConfig, folder: Path | None = None) -> None:
+    """Check a judge of stage 2 before stage 1. Its server is not asked yet.
 
+    Args:
+        settings: settings of the run.
+        folder: the run folder, once it is locked, to check the judge's replies in it; None = check URL and key.
     Raises:
         SettingsError: the URL is malformed, or the key is missing.
+        CheckpointError, JudgeError: the file of replies is damaged.
     """
-    if asks_judge(settings):
-        from rmsd_fast.train_feedback import feedback_client
+    if not asks_judge(settings):
+        return
+    from rmsd_fast.train_feedback import check_replies, feedback_client
 
+    if folder is None:
         feedback_client(settings.self_teacher.judge)
+    else:
+        check_replies(folder)
 
 
 @contextmanager
@@ -235,9 +248,15 @@ def ask_judge(run: TrainingRun, state: StageState) -> Iterator[None]:
         return
     from rmsd_fast.train_feedback import Feedback
 
-    with closing(Feedback(run.settings.self_teacher.judge, run.folder, run.world, run.stop)) as feedback:
-        state.judge = feedback
+    state.judge = feedback = Feedback(run.settings.self_teacher.judge, run.folder, run.world, run.stop)
+    try:
         yield
+    except BaseException:
+        # Report the original error, not an error of closing the file.
+        with suppress(OSError):
+            feedback.close()
+        raise
+    on_main(run.world, feedback.close)
 
 
 def _distillation(run: TrainingRun, state: StageState) -> None:
@@ -319,7 +338,7 @@ def describe_forecast(metrics: dict[str, float | None], settings: RunConfig) -> 
             "WARNING: the teacher answers that the discriminator is trained toward are not better than the rollouts. "
             "Raise teacher.weight_power or teacher.min_quality, or lower reward.alpha"
         )
-    if signal < LEAST_SIGNAL:
+    if signal < LEAST_SIGNAL and settings.reward.delta > 0:
         lines.append(
             "WARNING: almost no group differs in content, so the content reward teaches nothing. Raise "
             "rollout.temperature or rollout.n, or use harder questions"

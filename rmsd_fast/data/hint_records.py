@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,8 +30,13 @@ def read_hints(value: object, root: Path, follow_symlinks: bool, fail: Fail) -> 
     """
     if value is None:
         return {}
-    if not isinstance(value, dict) or not set(value) <= set(_NAMES):
-        raise fail("hints", f"an object with some of {', '.join(_NAMES)}", value, "fix the names")
+    if not isinstance(value, dict):
+        raise fail("hints", "an object", value, 'write e.g. {"cue": "the car that turns left"}')
+    for name in value:
+        if name not in _NAMES:
+            close = difflib.get_close_matches(str(name), _NAMES, n=1)
+            todo = f"did you mean {close[0]!r}?" if close else "remove it"
+            raise fail("hints", f"some of the names {', '.join(_NAMES)}", name, todo)
     hints = {name: hint for name, hint in value.items() if hint is not None}
     for name, hint in hints.items():
         if name == MEDIA_VIEW:
@@ -40,7 +46,9 @@ def read_hints(value: object, root: Path, follow_symlinks: bool, fail: Fail) -> 
                 raise fail(f"hints.{name}", "a list of times in seconds", hint, _ADVICE)
             if name == "window" and (len(hint) != 2 or hint[1] <= hint[0]):
                 raise fail("hints.window", "[start, end] with an end after the start", hint, _ADVICE)
-        elif not isinstance(hint, str) or not hint.strip() or not is_unicode(hint) or SPECIAL_TOKEN.search(hint):
+        elif isinstance(hint, str) and (token := SPECIAL_TOKEN.search(hint)):
+            raise fail(f"hints.{name}", "plain text", f"the special token {token[0]}", "remove it from the text")
+        elif not isinstance(hint, str) or not hint.strip() or not is_unicode(hint):
             raise fail(f"hints.{name}", "non-empty plain text", hint, _ADVICE)
     return hints
 

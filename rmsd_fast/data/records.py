@@ -22,6 +22,7 @@ machine: a run counts missing files before it starts, and replaces samples that 
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -267,7 +268,9 @@ def parse_question(
 
     for key in raw:
         if key not in _FIELDS:
-            raise fail(key, f"one of the fields {', '.join(_FIELDS)}", key, "remove it or put it under 'meta'")
+            close = difflib.get_close_matches(str(key), _FIELDS, n=1, cutoff=0.8)
+            todo = f"did you mean {close[0]!r}? If not, " if close else ""
+            raise fail(key, f"one of the fields {', '.join(_FIELDS)}", key, f"{todo}remove it or put it under 'meta'")
     identity = parse_id(raw.get("id"))
     for name, value in (("id", identity), ("question", raw.get("question"))):
         if not isinstance(value, str) or not value.strip():

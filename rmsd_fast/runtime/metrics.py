@@ -32,6 +32,9 @@ MAIN_NUMBERS = {
     "rate/tokens_per_s": "tokens/s",
     "policy/loss": "policy loss",
     "discriminator/loss": "D loss",
+    "self_teacher/gap": "gap",
+    "kd/divergence": "divergence",
+    "policy/sft_loss": "sft loss",
 }
 # Width of the progress line in columns without a terminal, or if the terminal's width is unknown.
 PLAIN_WIDTH = 100

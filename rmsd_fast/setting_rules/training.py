@@ -8,8 +8,10 @@ from rmsd_fast.config import DIVERGENCES, MEDIA_VIEW, STAGES, TRACKERS, VIEWS, R
 from rmsd_fast.setting_rules.evaluation import check_evaluated, check_judge_model, check_room
 from rmsd_fast.setting_rules.uses import (
     asks_judge,
+    imitates_in_stage2,
     loss_terms,
     makes_rollouts,
+    question_views,
     rewards_rollouts,
     uses_discriminator,
     uses_reference,
@@ -103,9 +105,10 @@ def _check_gradient(settings: RunConfig) -> None:
     if rewarded:
         return
     if kd.kind == "none":
+        alone = " but teacher answers, which stage 1 and the control imitate" if imitates_in_stage2(settings) else ""
         raise SettingsError(
             "kd.kind: expected k1 or another one if no reward has a weight, since stage 2 has nothing else to learn "
-            "from, got none; give a reward a weight, e.g. reward.delta=0.4, or set kd.kind=k1"
+            f"from{alone}, got none; give a reward a weight, e.g. reward.delta=0.4, or set kd.kind=k1"
         )
     if 0 < teacher.until_step < steps:
         raise SettingsError(
@@ -161,10 +164,11 @@ def _check_self_teacher(settings: RunConfig) -> None:
             f"self_teacher.views: expected some of {list(VIEWS)}, each at most once, got {teacher.views}; set e.g. "
             "self_teacher.views=[answer]"
         )
-    if "sft" in settings.stages and settings.sft.hinted_share > 0 and not set(teacher.views) - {MEDIA_VIEW}:
+    if "sft" in settings.stages and settings.sft.hinted_share > 0 and not set(question_views(settings)) - {MEDIA_VIEW}:
         raise SettingsError(
             "self_teacher.views: expected one or more hints with a text for sft.hinted_share, which says how many "
-            f"questions are shown with them, got {teacher.views}; set e.g. self_teacher.views=[answer]"
+            "questions are shown with them (a judge's feedback is about rollouts), got "
+            f"{teacher.views}; set e.g. self_teacher.views=[answer]"
         )
     if teacher.kind == "none":
         return

@@ -6,6 +6,7 @@ from dataclasses import fields
 
 from rmsd_fast.config import ACCURACY_STEPS, DIVERGENCES, MEDIA_VIEW, RunConfig, SettingsError
 from rmsd_fast.setting_rules.uses import (
+    has_policy_gradient,
     has_pool,
     imitates_in_stage2,
     makes_rollouts,
@@ -125,6 +126,11 @@ def _of_stages(settings: RunConfig) -> list[_Rule]:
             "stage distill is not in stages, and the control has no policy loss; add distill to stages",
         ),
         (["distill.kl"], distill.kl_coef == 0, "distill.kl_coef is 0; give it a weight"),
+        (
+            ["distill.tis_cap", "distill.sequence_mask_cap"],
+            settings.kd.kind in DIVERGENCES and not has_policy_gradient(settings),
+            f"kd.kind={settings.kd.kind} is not corrected, and nothing else has a gradient; give a reward a weight",
+        ),
         (
             [f"sft.{f.name}" for f in fields(settings.sft) if f.name != "responses"],
             "sft" not in stages,

@@ -32,7 +32,8 @@ from rmsd_fast.stages.step_metrics import global_metrics
 from rmsd_fast.stages.teach import teach
 from rmsd_fast.stages.token_credit import set_token_advantages
 from rmsd_fast.stages.top_tokens import read_top_tokens
-from rmsd_fast.stages.uncertainty import learn_weights, weigh_terms
+from rmsd_fast.stages.uncertainty import WeighedStep, learn_weights, weigh_terms
+from rmsd_fast.stages.vocabulary import Distilled
 
 
 def warm_up_step(state: StageState, prompts: list[Prompt], number: int) -> StepResult:
@@ -134,13 +135,7 @@ def step(state: StageState, prompts: list[Prompt], number: int) -> StepResult:
         tokens += _rollout_tokens(groups) + teacher_tokens
         engines.append(state.discriminator)
     hinted = set_hints(state, groups, step=number)
-    teacher_head, distills = None, distills_vocabulary(settings, number)
-    if teaches(settings, number):
-        with state.timer("teacher"):
-            top, student_top = compared_tokens(settings, number)
-            teacher_head = teach(state, groups, features, top=top)
-            if top:
-                read_top_tokens(state, groups, features, top=top, student_top=student_top)
+    distilled = _ask_teacher(state, groups, features, number) if teaches(settings, number) else None
     with state.timer("reference"):
         policy_passes = reference_pass(state, groups, features)
     for group in groups:
@@ -148,16 +143,11 @@ def step(state: StageState, prompts: list[Prompt], number: int) -> StepResult:
     credited = set_token_advantages(groups, settings, step=number) if weights_tokens(settings) else {}
     weighed = None if state.term_weights is None else weigh_terms(state, groups, features, counts)
     with state.timer("policy"):
-        distilled = (teacher_head,) if distills else None
         trained, trained_tokens = policy_pass(state, groups, policy_passes, counts, weighed, distilled)
     with state.timer("optimizer"):
         norms, skipped = apply_or_discard(engines)
-        if weighed is not None and not skipped:
-            learn_weights(state, weighed)
-        # After the last step with the self-teacher, nothing reads the average.
-        due = (number + 1) % settings.self_teacher.ema_every == 0 and teaches(settings, number + 1)
-        if state.average is not None and due and not skipped:
-            state.average.update()
+        if not skipped:
+            _follow(state, weighed, number)
     work = {"tokens": tokens, "tokens_computed": computed + trained_tokens}
     described = {**group_record(groups, settings), **degeneration_record(groups, state.builder)}
     learned = {} if weighed is None else weighed.record
@@ -167,6 +157,28 @@ def step(state: StageState, prompts: list[Prompt], number: int) -> StepResult:
     if scored:
         metrics["discriminator/grad_norm"] = norms[1]
     return StepResult({**metrics, **parity}, skipped, groups)
+
+
+def _ask_teacher(
+    state: StageState, groups: list[RolloutGroup], features: MediaFeatures | None, number: int
+) -> Distilled | None:
+    """Store what the self-teacher says about the rollouts in the groups; return its distributions if they are used."""
+    with state.timer("teacher"):
+        top, student_top = compared_tokens(state.settings, number)
+        head = teach(state, groups, features, top=top)
+        if top:
+            read_top_tokens(state, groups, features, top=top, student_top=student_top)
+    return Distilled(head) if distills_vocabulary(state.settings, number) else None
+
+
+def _follow(state: StageState, weighed: WeighedStep | None, number: int) -> None:
+    """Update what follows the policy after each of its steps: learned weights of terms, and the moving average."""
+    if weighed is not None:
+        learn_weights(state, weighed)
+    # After the last step with the self-teacher, nothing reads the average.
+    due = (number + 1) % state.settings.self_teacher.ema_every == 0 and teaches(state.settings, number + 1)
+    if state.average is not None and due:
+        state.average.update()
 
 
 def roll_out(

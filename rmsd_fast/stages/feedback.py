@@ -6,8 +6,6 @@ feedback; the prompts here are in our own words.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 
 from rmsd_fast.data.marks import MARK
@@ -75,11 +73,6 @@ def _advised(state: StageState, hints: Sequence[Hint], reply: str | None) -> lis
     except HintError:
         return None
     return advised
-
-
-def feedback_key(question_id: str, response: str) -> str:
-    """Return the key of the feedback on a response."""
-    return hashlib.sha256(json.dumps([question_id, response]).encode()).hexdigest()
 
 
 def feedback_messages(question: Question, response: str) -> list[dict[str, str]]:

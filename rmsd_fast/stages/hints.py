@@ -82,6 +82,11 @@ def read_hints(
     hints = build_hints(
         *(inputs.train, targets, views, refuse, absent), together=together(settings) and not apart, seed=settings.seed
     )
+    if apart and not any(hint.text for told in hints.values() for hint in told):
+        raise SettingsError(
+            "sft.hinted_share: expected training questions with a hint that has a text, got none with any of "
+            f"{views}; add the field hints to data.train, or set sft.hinted_share=0"
+        )
     number = sum(map(len, refused.values()))
     if number > settings.data.max_bad_share * asked:
         reasons = ", ".join(f"{reason} {len(faults):,}" for reason, faults in refused.items())
@@ -127,6 +132,13 @@ def plan_hints(inputs: Inputs, settings: RunConfig) -> str:
     def absent(question: Question) -> bool:
         return not missing.isdisjoint(_hint_media(question))
 
+    shown = [question for question in inputs.train if _hint_media(question)]
+    lost = sum(map(absent, shown))
+    if lost > settings.data.max_bad_share * len(shown):
+        raise DataError(
+            f"hints: the files of hints.media of {lost:,} of {counted(len(shown), 'question')} do not exist, first "
+            f"{min(missing)}; check data.media_root, or raise data.max_bad_share"
+        )
     targets = build_targets(
         *(inputs.train, inputs.scores, settings.teacher, lambda text: None),
         seed=settings.seed,
@@ -177,11 +189,14 @@ def describe_hints(hints: Mapping[str, tuple[Hint, ...]], settings: RunConfig) -
     learns = rewards_rollouts(settings) or always_scored(settings) or "distill" not in settings.stages
     if not learns and without > most * len(hints):
         first = next(name for name, told in hints.items() if not told)
+        todo = "add their hints to data.train"
+        if "best_answer" in views:
+            todo = "collect more answers, or lower teacher.min_quality, so that they have a best answer"
         raise SettingsError(
             f"self_teacher.views: expected at most {most:g} of the training questions (data.max_bad_share) without a "
             "hint if no reward has a weight, since nothing is learned from them, got "
-            f"{without:,} of {len(hints):,} without any of {views}, first {first!r}; remove these questions, add their "
-            "hints to data.train, or raise data.max_bad_share"
+            f"{without:,} of {len(hints):,} without any of {views}, first {first!r}; {todo}, remove these questions, "
+            "or raise data.max_bad_share"
         )
     line = f"self-teacher: {hinted:,} of {counted(len(hints), 'question')} have hints{judged}"
     return line, not always_scored(settings) and without > most * len(hints)

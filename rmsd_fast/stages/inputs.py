@@ -103,7 +103,8 @@ def _describe_passes(questions: int, settings: RunConfig) -> Summary:
     """Describe how often each stage sees the questions."""
     sizes = stage_sizes(settings)
     shares = ", ".join(f"{stage} {steps * batch / questions:.3g}" for stage, (steps, batch) in sizes.items())
-    summary = Summary([f"passes over all {counted(questions, 'question')}: {shares}"])
+    # A stage may leave out questions, and then sees the others more often.
+    summary = Summary([f"passes over the {counted(questions, 'question')}, at least: {shares}"])
     large = {"sft" if stage == "sft" else "distill": batch for stage, (_, batch) in sizes.items() if batch > questions}
     for section, batch in large.items():
         summary.warnings.append(

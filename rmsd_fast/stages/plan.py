@@ -120,7 +120,8 @@ def _stage_lines(settings: RunConfig) -> list[str]:
             what += f", evaluated every {settings.evaluate.every_steps} steps"
         if stage in ("warm_up", "distill"):
             read = " read from a dump" if settings.rollout.engine == "replay" else ""
-            what += f", {settings.rollout.n} rollouts{read} each of at most {settings.rollout.max_new_tokens} tokens"
+            drawn = counted(settings.rollout.n, "rollout")
+            what += f", {drawn}{read} each of at most {settings.rollout.max_new_tokens} tokens"
         lines.append(f"  {stage}: {what}")
     if "distill" in settings.stages:
         rewarded_by = "with a discriminator" if uses_discriminator(settings) else "without a discriminator"
@@ -128,7 +129,7 @@ def _stage_lines(settings: RunConfig) -> list[str]:
         lines.append(f"  reward {rewarded_by}{pool}" if rewards_rollouts(settings) else "  no rewards")
         if imitates_in_stage2(settings):
             coef, selection = settings.distill.sft_coef, settings.teacher.selection
-            lines.append(f"  imitates one best answer per question, selected by {selection}, with weight {coef:g}")
+            lines.append(f"  imitates one best answer per question ({selection}), with weight {coef:g}")
         teacher, kd, credit = settings.self_teacher, settings.kd, settings.credit
         if credit.uncertainty != "none":
             terms = ", ".join(loss_terms(settings))
@@ -137,7 +138,14 @@ def _stage_lines(settings: RunConfig) -> list[str]:
             told = f"told {', '.join(teacher.views)}; hints of at most {teacher.max_hint_tokens} tokens"
             told = told if teacher.views else "told nothing"
             until = f", for {teacher.until_step} steps" if teacher.until_step else ""
-            lines.append(f"  self-teacher: {teacher.kind}{until}, {told}; kd {kd.kind}, magnitude {credit.magnitude}")
+            lines.append(f"  self-teacher: {teacher.kind}{until}, {told}")
+        changed = [
+            f"{section}.{name}={value}"
+            for section, chosen in (("kd", kd), ("credit", credit))
+            for name, value in vars(chosen).items()
+            if value != getattr(type(chosen)(), name)
+        ]
+        lines += [f"  token credit: {', '.join(changed)}"] if changed else []
     return lines
 
 

@@ -24,7 +24,7 @@ from rmsd_fast.stages.passes import Pass, passes
 from rmsd_fast.stages.state import StageState
 from rmsd_fast.stages.step_metrics import Metric, mean
 from rmsd_fast.stages.uncertainty import WeighedStep, add_answer_values
-from rmsd_fast.stages.vocabulary import add_divergence
+from rmsd_fast.stages.vocabulary import Distilled, add_divergence
 
 
 @dataclass
@@ -72,21 +72,22 @@ def reference_pass(state: StageState, groups: list[RolloutGroup], features: Medi
     for of_group, group in zip(responses, groups, strict=True):
         # It is the last response, after the rollouts.
         of_group += [] if group.imitated is None else [group.imitated]
+    scores = samples_reference(state.settings) and not scored
+    keeps_features = distill.kl_coef > 0 and distill.kl == "full"
     policy_passes = []
     for read in passes(state, [group.prompt for group in groups], responses, features):
         indices = rollout_indices(read, groups)
         logp = _joined([groups[i].rollouts[r].logp for i, r in indices])
         ref_features = read.features
-        if state.reference is not None and ref_features is None:
+        if (keeps_features or scores) and ref_features is None:
             # The tower is trained, so there are no adapters, and the reference is a model of its own.
             ref_features = encode_media(state.reference.model, read.prompts)
-        keep_features = distill.kl_coef and distill.kl == "full"
         rollout_logp, *places = _places(read, indices, logp, state.world.device)
-        policy_pass = PolicyPass(read, ref_features if keep_features else None, rollout_logp, *places)
+        policy_pass = PolicyPass(read, ref_features if keeps_features else None, rollout_logp, *places)
         if samples_reference(state.settings) and scored:
             logp = _joined([groups[i].ref_logp[r] for i, r in indices])
             (policy_pass.ref_logp,) = to_device([logp], state.world.device)
-        elif samples_reference(state.settings):
+        elif scores:
             head = policy_pass.of_rollouts(score)
             policy_pass.ref_logp = state.reference(read.prompts, read.rows, ref_features, head)
         policy_passes.append(policy_pass)
@@ -142,7 +143,7 @@ def policy_pass(
     policy_passes: list[PolicyPass],
     counts: dict[str, float],
     weighed: WeighedStep | None,
-    distilled: tuple[torch.Tensor | None] | None = None,
+    distilled: Distilled | None = None,
 ) -> tuple[dict[str, Metric], int]:
     """Run forward and backward of the policy loss. The gradients are then complete but not applied.
 
@@ -153,8 +154,7 @@ def policy_pass(
         counts: tokens and sequences of the rollouts, and tokens of the imitated responses, in the global batch: the
             normalizers of the loss.
         weighed: terms of the loss to which the imitated responses are added; None without `credit.uncertainty`.
-        distilled: the self-teacher's head for a divergence from its distributions, see `stages.vocabulary`, or (None,)
-            if it is the policy's; None = there is no divergence.
+        distilled: the self-teacher's distributions, for a divergence; None = there is no divergence.
     Returns:
         This process's part of the metrics, and the number of tokens that the model processed.
     """
@@ -188,7 +188,7 @@ def _rollout_head(
     groups: list[RolloutGroup],
     read_pass: PolicyPass,
     counts: dict[str, float],
-    distilled: tuple[torch.Tensor | None] | None,
+    distilled: Distilled | None,
 ) -> PolicyHead:
     """Return the head with the losses on the sampled tokens of a pass, see `policy_pass`."""
     settings, distill = state.settings, state.settings.distill
@@ -230,7 +230,7 @@ def _rollout_head(
     )
     head = _own_head(head) if exact_kl and lora else head
     if distilled is not None and sampled:
-        head = add_divergence(state, groups, indices, head, teacher_head=distilled[0], normalizer=normalizer)
+        head = add_divergence(state, groups, indices, head, distilled=distilled, normalizer=normalizer)
     return head
 
 

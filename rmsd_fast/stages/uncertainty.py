@@ -58,7 +58,7 @@ def weigh_terms(
         of_group = dict(zip(weigher.terms, weights[i], strict=True))
         group.sft_weight = float(of_group.get("sft", 1.0))
         for r, terms in enumerate(group.token_terms):
-            # Terms that are not learned, such as the KL penalty in a reward without weights, keep the weight 1.
+            # Without rewards, pg is 0 and not one of the learned terms.
             group.token_advantages[r] = sum(of_group.get(name, 1.0) * term for name, term in terms.items())
             tokens = len(group.rollouts[r].token_ids)
             each = 1 / counts["tokens"] if token_mean else 1 / (tokens * counts["sequences"])

@@ -9,6 +9,7 @@ w_t is the token's weight (`credit.*`), 0 for rollouts without a hint, and divid
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,29 +21,41 @@ from rmsd_fast.stages.groups import RolloutGroup
 from rmsd_fast.stages.state import StageState
 
 
+@dataclass(frozen=True)
+class Distilled:
+    """The distributions that a step of stage 2 distills, besides the hidden states in its groups.
+
+    Attributes:
+        head: the self-teacher's head, [V, D]; None = the policy's.
+    """
+
+    head: Tensor | None
+
+
 def add_divergence(
     state: StageState,
     groups: list[RolloutGroup],
     rollouts: list[tuple[int, int]],
     loss: Callable[[Tensor, Tensor, Tensor], PolicyLoss],
     *,
-    teacher_head: Tensor | None,
+    distilled: Distilled,
     normalizer: float,
 ) -> Callable[[Tensor, Tensor, Tensor], PolicyLoss]:
     """Return a loss for a pass of the policy that adds the divergence to `loss`.
 
-    Its metrics have two more sums over tokens: of w_t * divergence (`divergence`) and of w_t (`divergence_weight`).
+    Its metrics have two more sums over tokens, of w_t * divergence (`divergence`) and of w_t (`divergence_weight`), and
+    `loss` itself as `policy_loss`.
 
     Args:
         state: state of the stage.
         groups: groups of this process, with hidden states of the self-teacher.
         rollouts: group and index in it of each rollout of the pass, in the order of its rows.
         loss: the policy loss of hidden states [S, D], head [V, D] and targets [S].
-        teacher_head: the self-teacher's head, [V, D]; None = the policy's.
+        distilled: the self-teacher's head.
         normalizer: divisor of the policy loss.
     """
     settings, kd = state.settings, state.settings.kd
-    dtype = state.student.model.dtype
+    teacher_head, dtype = distilled.head, state.student.model.dtype
     width = state.student.model.config.text_config.hidden_size if teacher_head is None else teacher_head.shape[1]
     states, weights = [], []
     for i, r in rollouts:
@@ -72,6 +85,7 @@ def add_divergence(
             normalizer=normalizer,
         )
         sums = {"divergence": divergence.detach() * normalizer, "divergence_weight": token_weights.sum()}
-        return PolicyLoss(result.loss + kd.coef * divergence, result.metrics | sums)
+        metrics = {**result.metrics, **sums, "policy_loss": result.loss.detach()}
+        return PolicyLoss(result.loss + kd.coef * divergence, metrics)
 
     return add

@@ -515,6 +515,13 @@ def test_each_step_draws_the_questions_that_are_shown_with_hints(folder, materia
         drawn.append([len(of[0]) > n for of, n in zip(leads, plain, strict=True)])
     share = torch.tensor(drawn).double().mean(dim=0)
     assert ((share > 0.25) & (share < 0.75)).all() and len(set(map(tuple, drawn))) > 2
+    # Hints without a text cannot be shown.
+    told = [replace(q, hints={"media": {"videos": list(q.videos), "images": []}}) for q in material.train]
+    settings.self_teacher.views = ["media", "cue"]
+    with pytest.raises(
+        SettingsError, match="sft.hinted_share: expected training questions with a hint that has a text"
+    ):
+        read_hints(replace(material, train=told), state.builder, state.targets, settings, world, apart=True)
     # The control of stage 2 imitates without hints.
     control = build_imitation(material.model_path, settings, world, material, stage="control")
     assert control.hinted_share == 0
@@ -533,6 +540,7 @@ def test_missing_hints_are_reported_before_stage_1(folder, material, world):
     hinted = sum(q.answer is not None for q in material.train)
     asked = len(material.train)
     assert f"self-teacher: {hinted} of {asked} questions have hints (answer {hinted}; none was tokenized)" in text
+    assert "  no rewards" in text and "tau=" not in text
     # A quarter of the questions has no cue, of which a run with rewards warns.
     text, _ = describe_plan(
         load_settings("visd", [*paths, "self_teacher.views=[cue,answer]", "data.max_bad_share=0.1"])
@@ -541,7 +549,6 @@ def test_missing_hints_are_reported_before_stage_1(folder, material, world):
     assert f"(cue {cues}, answer {hinted}; none was tokenized)" in text
     text, _ = describe_plan(load_settings("visd", [*paths, "self_teacher.views=[cue]", "data.max_bad_share=0.1"]))
     assert f"WARNING: self-teacher: {cues} of {asked} questions have hints" in text
-    assert "  no rewards" in text and "tau=" not in text
 
 
 @pytest.mark.parametrize(
@@ -651,6 +658,20 @@ def test_missing_hints_are_reported_before_stage_1(folder, material, world):
             ["self_teacher.views=[answer]"],
             "self_teacher.views has no effect: self_teacher.kind is none",
         ),
+        (
+            # A judge's feedback is about rollouts, which stage 1 has not.
+            [
+                *TAUGHT,
+                *("sft.hinted_share=0.5", "self_teacher.views=[feedback,media]", "self_teacher.judge.model=m"),
+                "self_teacher.judge.endpoint=http://localhost:1/v1",
+            ],
+            r"self_teacher.views: expected one or more hints with a text .* got \['feedback', 'media'\]",
+        ),
+        (
+            [*UNREWARDED, *TAUGHT, "kd.kind=jsd", "distill.kl_coef=0", "distill.tis_cap=2"],
+            "distill.tis_cap has no effect: kd.kind=jsd is not corrected",
+        ),
+        ([*UNREWARDED, "distill.sft_coef=1"], "nothing else to learn from but teacher answers, which stage 1"),
         (
             ["stages=[distill]", "sft.hinted_share=0.5"],
             "sft.hinted_share has no effect: stage sft is not in stages",

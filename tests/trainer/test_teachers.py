@@ -6,6 +6,8 @@ import copy
 import json
 import re
 import shutil
+from collections import Counter
+from contextlib import closing
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -666,7 +668,7 @@ def test_replies_that_cannot_be_hints_leave_rollouts_without_feedback(
         assert metrics["self_teacher/hinted_share"] == pytest.approx(1 / 6)
         assert [len(logp) for group in groups for logp in group.teacher_logp] == [0, 0, 1]
         asked = len(server.requests)
-        assert feedback(questions) == replies and len(server.requests) == asked + 1
+        assert feedback(questions) == replies and len(server.requests) == asked
         feedback.close()
 
 
@@ -684,14 +686,91 @@ def test_a_judge_that_helps_nobody_stops_the_run(state, material, world, tmp_pat
     feedback.close()
 
 
+def ask(judge, folder, world, signals, rollouts):
+    """Return what a new process is told about these rollouts."""
+    with closing(Feedback(judge, folder, world, signals)) as feedback:
+        return feedback(rollouts)
+
+
+@pytest.mark.parametrize(("status", "failing"), [(500, 0), (400, 0), (403, 5)])
+def test_a_rollout_without_feedback_stays_so(state, material, world, tmp_path, signals, status, failing):
+    """The run is killed before or after the end of a step in which the judge never answers one request."""
+    rollouts = [(material.train[0], f"response {i}") for i in range(6)]
+    advice = [advice_of(text) if i != failing else None for i, (_, text) in enumerate(rollouts)]
+    broken = True
+
+    def script(request, number):
+        fails = broken and response_of(request) == f"response {failing}"
+        return error(status, "no") if fails else advise(request, number)
+
+    with TeacherServer(script) as server:
+        # The requests are sent in order.
+        judge = judge_of(state, server.url, "self_teacher.judge.attempts=1", "self_teacher.judge.max_concurrency=1")
+        assert ask(judge, tmp_path, world, signals, rollouts) == advice and len(server.requests) == 6
+        file = tmp_path / "feedback.jsonl"
+        *replies, failure = file.read_text().splitlines(keepends=True)
+        assert len(replies) == 5 and json.loads(failure)["failure"] == ("failed" if status == 500 else "refused")
+        # The retry would succeed.
+        broken = False
+        assert ask(judge, tmp_path, world, signals, rollouts) == advice and len(server.requests) == 6
+        # Killed before the end of the step, the run asks about this rollout alone.
+        file.write_text("".join(replies))
+        broken = True
+        for _ in range(2):
+            assert ask(judge, tmp_path, world, signals, rollouts) == advice and len(server.requests) == 7
+        assert file.read_text() == "".join([*replies, failure])
+
+
+@pytest.mark.parametrize("status", [500, 400])
+def test_feedback_of_a_step_without_any_reply_is_requested_again(state, material, world, tmp_path, signals, status):
+    rollouts = [(material.train[0], f"response {i}") for i in range(12)]
+    broken = True
+    with TeacherServer(lambda *request: error(status, "no") if broken else advise(*request)) as server:
+        judge = judge_of(state, server.url, "self_teacher.judge.attempts=1")
+        for few, failed in ((rollouts[:3], "3 requests"), (rollouts, "10 requests")):
+            with pytest.raises(JudgeError, match=rf"endpoint http://.*: expected .* no reply to {failed} .*{status}"):
+                ask(judge, tmp_path, world, signals, few)
+            assert not (tmp_path / "feedback.jsonl").exists()
+        broken = False
+        assert ask(judge, tmp_path, world, signals, rollouts) == [advice_of(text) for _, text in rollouts]
+
+
+def test_feedback_is_kept_by_model_and_prompt(state, material, world, tmp_path, signals):
+    """Another judge, or a corrected ground truth, needs other feedback; another server or limit does not."""
+    first, second = material.train[:2]
+    rollouts = [(first, f"response {i}") for i in range(12)]
+
+    def script(request, number):
+        useless = request["model"] == "other" or response_of(request) != "response 11"
+        return completion("") if useless else advise(request, number)
+
+    with TeacherServer(script) as server, TeacherServer(script) as moved:
+        with closing(Feedback(judge_of(state, server.url), tmp_path, world, signals)) as feedback:
+            assert feedback(rollouts[-1:]) == [advice_of("response 11")]
+            assert feedback(rollouts[:-1]) == [None] * 11 and len(server.requests) == 12
+        # A run that has had advice goes on, also if it continues with a step that has none.
+        judge = judge_of(state, moved.url, "self_teacher.judge.max_tokens=2000")
+        assert ask(judge, tmp_path, world, signals, rollouts[:-1]) == [None] * 11 and not moved.requests
+        corrected = replace(first, answer=second.answer if second.answer != first.answer else "another")
+        ask(judge, tmp_path, world, signals, [(corrected, "response 11")])
+        ask(replace(judge, temperature=0.5), tmp_path, world, signals, rollouts[-1:])
+        assert len(moved.requests) == 2
+        with pytest.raises(JudgeError, match="self_teacher.judge.model other: expected advice .* first 10 rollouts"):
+            ask(replace(judge, model="other"), tmp_path, world, signals, rollouts)
+
+
 def test_a_run_continues_after_its_judge_was_down(folder, material):
     """The judge answers in the first step only, and is back when the run continues."""
     train = folder / "judged.jsonl"
     write_questions(train, material.train, media_root=folder)
     failing = False
+    answered = Counter()
 
     def script(request, number):
-        return error(401, "no") if failing and number >= 8 else advise(request, number)
+        if failing and number >= 8:
+            return error(401, "no")
+        answered[json.dumps(request["messages"])] += 1
+        return advise(request, number)
 
     with TeacherServer(script) as server:
         sizes = ["data.heldout=", "data.max_prompt_tokens=500", "data.cache_mib=16", "video.num_frames=8"]
@@ -704,13 +783,26 @@ def test_a_run_continues_after_its_judge_was_down(folder, material):
         assert done.returncode == 2, done.stderr[-3000:]
         assert "self_teacher.judge" in done.stderr and "continue from the last checkpoint" in done.stderr
         run = only_run(folder / "judged")
-        assert len((run / "feedback.jsonl").read_text().splitlines()) <= 8
+        file = run / "feedback.jsonl"
+        replies = file.read_bytes()
+        assert len(replies.splitlines()) == answered.total() == 8
         failing = False
+        # A damaged file is found before the first stage.
+        file.write_bytes(replies + b"damaged\n")
+        asked = len(server.requests)
+        done = run_train(["--resume", str(run)])
+        assert done.returncode == 2 and f"{file}:9: expected a JSON object" in done.stderr
+        assert "continuing after step" not in done.stdout + done.stderr and len(server.requests) == asked
+        file.write_bytes(replies)
         done = run_train(["--resume", str(run)])
         assert done.returncode == 0, done.stderr[-3000:]
         assert "Rollouts with a judge" in (run / "report.html").read_text()
         shares = [json.loads(line).get("self_teacher/feedback_share") for line in (run / "metrics.jsonl").open()]
         assert [share for share in shares if share is not None] == [1.0, 1.0]
+        # Nothing is requested twice, and all requests of the second step were sent.
+        assert set(answered.values()) == {1} and answered.total() > 8
+        keys = [json.loads(line)["key"] for line in file.open()]
+        assert len(set(keys)) == len(keys) == answered.total()
 
 
 @pytest.mark.slow
@@ -737,6 +829,12 @@ def test_two_processes_under_zero3_equal_one(folder, material, larger):
             lines = (only_run(output) / "metrics.jsonl").read_text().splitlines()
             recorded.append(json.loads(lines[-1]))
             assert recorded[-1]["self_teacher/feedback_share"] == 1
+    # A damaged file of replies ends both processes.
+    run = only_run(output)
+    with (run / "feedback.jsonl").open("a") as file:
+        file.write("damaged\n")
+    done = run_train(["--resume", str(run)], processes=2, timeout_s=120)
+    assert done.returncode != 0 and "feedback.jsonl:" in done.stderr and "expected a JSON object" in done.stderr
     another, one, two = recorded
     for name in ("self_teacher/gap", "self_teacher/gap_size", "policy/grad_norm"):
         assert two[name] == pytest.approx(one[name], rel=1e-3), name

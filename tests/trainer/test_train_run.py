@@ -202,6 +202,22 @@ def compare_metrics(first: Path, second: Path) -> None:
                 assert value == b[key]
 
 
+def test_two_processes_distill_distributions_as_one(made, tmp_path):
+    taught = ("self_teacher.kind=ema", "self_teacher.ema_rate=0.3", "self_teacher.views=[answer]")
+    taught += ("kd.kind=forward_kl", "kd.vocab_clip=0.5", "credit.prune=overlap", "credit.magnitude=teacher")
+    # Rollouts of a third of the questions have no hint, so the processes' passes differ.
+    taught += ("credit.magnitude_topk=4", "self_teacher.max_hint_tokens=20", "data.max_bad_share=0.5")
+    runs = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        done = run_train(mini_arguments(folder, made, *taught, "runtime.zero_stage=3"), processes=processes, warm=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        runs.append(only_run(folder))
+    compare_metrics(*runs)
+    lines = [line for line in metrics(runs[1]) if line["stage"] == "distill"]
+    assert all(line["kd/divergence"] > 0 and 0 < line["credit/overlap"] < 1 for line in lines)
+
+
 @pytest.mark.parametrize("line", [2, 6], ids=["in stage 1", "in stage 2"])
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_run(whole, made, tmp_path, line):
     arguments = mini_arguments(tmp_path, made, *TAUGHT, "checkpoint.every_steps=1")
