@@ -29,12 +29,12 @@ MAIN_NUMBERS = {
     "reward/total": "reward",
     "policy/kl": "KL",
     "reward/content/raw": "content",
-    "rate/tokens_per_s": "tokens/s",
-    "policy/loss": "policy loss",
-    "discriminator/loss": "D loss",
     "self_teacher/gap": "gap",
     "kd/divergence": "divergence",
     "policy/sft_loss": "sft loss",
+    "rate/tokens_per_s": "tokens/s",
+    "policy/loss": "policy loss",
+    "discriminator/loss": "D loss",
 }
 # Width of the progress line in columns without a terminal, or if the terminal's width is unknown.
 PLAIN_WIDTH = 100
