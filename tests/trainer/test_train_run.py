@@ -100,6 +100,8 @@ def test_every_chart_of_the_report_has_its_metric(whole):
     drawn = {key for _, charts in GROUPS for chart in charts for key, _ in chart.keys}
     # The settings here turn the corrections for mismatch off, so their metrics are missing.
     off = {"policy/tis_capped_fraction", "policy/sequence_masked_fraction"}
+    # Other tests have these: that of divergences on two processes below, and that of a judge's feedback.
+    off |= {"kd/divergence", "credit/overlap", "credit/prune_weight", "self_teacher/feedback_share"}
     machine = {key for key in drawn if key.startswith(MACHINE)}
     assert drawn - machine - off <= logged
     assert logged - drawn <= {"stage", "step", "tokens_computed"}
@@ -216,6 +218,7 @@ def test_two_processes_distill_distributions_as_one(made, tmp_path):
     compare_metrics(*runs)
     lines = [line for line in metrics(runs[1]) if line["stage"] == "distill"]
     assert all(line["kd/divergence"] > 0 and 0 < line["credit/overlap"] < 1 for line in lines)
+    assert all(0.5 <= line["credit/prune_weight"] <= 1.5 for line in lines)
 
 
 @pytest.mark.parametrize("line", [2, 6], ids=["in stage 1", "in stage 2"])
