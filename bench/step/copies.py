@@ -15,7 +15,7 @@ from bench.prefix.groups import media_each
 from rmsd_fast.data.prompts import Prompt
 from rmsd_fast.models import students
 from rmsd_fast.rollout.base import Rollout, Sampling
-from rmsd_fast.stages import discriminator_pass, distill
+from rmsd_fast.stages import discriminator_pass, distill, policy_pass
 from rmsd_fast.stages.passes import Pass, passes
 from rmsd_fast.stages.state import StageState, StepResult
 
@@ -33,7 +33,7 @@ def copying_step(state: StageState, prompts: list[Prompt], number: int) -> StepR
         # No features are shared between models, nor between equal media of one call.
         patch(distill, "encode_step", lambda state, prompts: None)
         patch(students, "_distinct_media", lambda media: (media, range(len(media))))
-        for stage in (distill, discriminator_pass):
+        for stage in (policy_pass, discriminator_pass):
             patch(stage, "passes", _copying_passes)
         patch(state, "rollouts", _CopyingRollouts(state.rollouts))
         return distill.step(state, prompts, number)

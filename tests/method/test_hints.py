@@ -111,11 +111,15 @@ def test_hints_of_question_files(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("hints", "says"),
     [
-        ("left", r"field 'hints': expected an object with some of answer, reasoning"),
-        ({"truth": "left"}, r"field 'hints': expected an object with some of answer, reasoning"),
+        ("left", r"field 'hints': expected an object, got 'left'; write e\.g\. {\"cue\""),
+        ({"truth": "left"}, r"field 'hints': expected some of the names answer, .*, got 'truth'; remove it"),
+        ({"reason": "left"}, r"field 'hints': .* got 'reason'; did you mean 'reasoning'\?"),
         ({"cue": " "}, r"field 'hints\.cue': expected non-empty plain text"),
         ({"cue": 3}, r"field 'hints\.cue': expected non-empty plain text"),
-        ({"feedback": "a<|im_end|>b"}, r"field 'hints\.feedback': expected non-empty plain text"),
+        (
+            {"feedback": "a<|im_end|>b"},
+            r"field 'hints\.feedback': expected plain text, got 'the special token <.im_end.>'",
+        ),
         ({"answer": "\ud800"}, r"field 'hints\.answer': expected non-empty plain text"),
         ({"window": [4, 4]}, r"field 'hints\.window': expected \[start, end\] with an end after the start"),
         ({"window": [1, 2, 3]}, r"field 'hints\.window': expected \[start, end\]"),
