@@ -92,6 +92,7 @@ def refuse_useless(settings: RunConfig, written_keys: list[str], where: str, *, 
         *_of_stages(settings),
         *_of_rollouts(settings, trains=trains),
         *_of_self_teacher(settings),
+        *_of_token_credit(settings),
         *_of_pools(settings),
         *_of_made(settings, trains=trains),
         *_of_evaluations(settings),
@@ -216,7 +217,7 @@ def _of_rollouts(settings: RunConfig, *, trains: bool) -> list[_Rule]:
 
 
 def _of_self_teacher(settings: RunConfig) -> list[_Rule]:
-    """Return the rules of the self-teacher and token credit."""
+    """Return the rules of the self-teacher, and of token credit as a whole."""
     stages, distill, teacher, credit = settings.stages, settings.distill, settings.self_teacher, settings.credit
     only_magnitude = credit.magnitude == "teacher" and settings.kd.kind == credit.prune == "none"
     # Stage 1 can show hints without a self-teacher.
@@ -259,6 +260,28 @@ def _of_self_teacher(settings: RunConfig) -> list[_Rule]:
             "there is no judge; set self_teacher.judge.endpoint",
         ),
         (
+            ["self_teacher.ema_every"],
+            teacher.ema_every >= teaching_steps(settings),
+            f"the average is used for {teaching_steps(settings)} steps, before its first update; set a lower value",
+        ),
+        (
+            ["self_teacher.until_step"],
+            teacher.until_step >= distill.steps,
+            f"stage 2 ends after distill.steps={distill.steps}; set a lower value",
+        ),
+        (
+            ["self_teacher.until_step"],
+            only_magnitude and 0 < credit.magnitude_steps <= teacher.until_step,
+            f"credit.magnitude_steps={credit.magnitude_steps} ends the use of the self-teacher; set a lower value",
+        ),
+    ]
+
+
+def _of_token_credit(settings: RunConfig) -> list[_Rule]:
+    """Return the rules of token credit and distillation."""
+    credit = settings.credit
+    return [
+        (
             [f"credit.magnitude_{name}" for name in ("clip", "mix", "steps", "topk")],
             settings.credit.magnitude == "none",
             "credit.magnitude is none; set credit.magnitude=teacher",
@@ -282,21 +305,6 @@ def _of_self_teacher(settings: RunConfig) -> list[_Rule]:
             ["credit.position", "credit.position_least", "credit.position_start", "credit.position_width"],
             credit.position_least == 1,
             "with credit.position_least=1, all weights are 1; set a lower value",
-        ),
-        (
-            ["self_teacher.ema_every"],
-            teacher.ema_every >= teaching_steps(settings),
-            f"the average is used for {teaching_steps(settings)} steps, before its first update; set a lower value",
-        ),
-        (
-            ["self_teacher.until_step"],
-            teacher.until_step >= distill.steps,
-            f"stage 2 ends after distill.steps={distill.steps}; set a lower value",
-        ),
-        (
-            ["self_teacher.until_step"],
-            only_magnitude and 0 < credit.magnitude_steps <= teacher.until_step,
-            f"credit.magnitude_steps={credit.magnitude_steps} ends the use of the self-teacher; set a lower value",
         ),
         (["kd.coef", "kd.gap_clip"], settings.kd.kind == "none", "kd.kind is none; set kd.kind=k1"),
         (
