@@ -257,18 +257,19 @@ def test_videommmu_in_other_layouts(tmp_path):
     assert (second.id, second.meta["groups"]["track"], third.answer) == ("dev_Art_1#1", "unnamed", "3.5")
 
 
-def test_worldsense(tmp_path):
+def test_worldsense(tmp_path, caplog):
     asked = {"question": "Who speaks?", "answer": "B", "candidates": ["A. He.", "B. She.", "C. Both."]}
     asked |= {"task_domain": "Recognition", "task_type": "Audio Recognition"}
     whole = {
         f"v{n}": {"duration": "1-2min", "domain": "Music", "sub_category": "Jazz", "audio_class": ["Speech", "Music"]}
-        | {"video_caption": "A band.", "video_duration": "65s", "task0": asked}
+        | {"video_id": f"v{n}", "video_caption": "A band.", "video_duration": "65s", "task0": asked}
         for n in range(2)
     }
     whole["v0"]["task1"] = asked | {"answer": "C"}
     first, second, third = load("worldsense", write_json(tmp_path / "worldsense_qa.json", whole))
     assert [q.id for q in (first, second, third)] == ["v0/task0", "v0/task1", "v1/task0"]
     assert (first.answer, second.answer) == ("B", "C") and first.videos == (str(tmp_path / "v0.mp4"),)
+    assert "does not know the fields" not in caplog.text
     assert first.meta["groups"] == {
         "task_domain": "Recognition",
         "task_type": "Audio Recognition",
@@ -344,6 +345,20 @@ def test_mathvista(tmp_path):
     assert [(q.id, q.answer) for q in again] == [("1", "B"), ("2", "1.2"), ("3", "[2007, 2008]")]
     assert again[0].images == (str(tmp_path / "images" / "1.jpg"),)
     assert path.exists()
+    # It has no prompts, which are then built as the authors build them.
+    whole = {pid: {name: value for name, value in row.items() if name != "query"} for pid, row in whole.items()}
+    built = load("mathvista", write_json(tmp_path / "testmini.json", whole))
+    assert [question.prompt.split("\n", 1)[1] for question in built] == [
+        "Question: Which?\nChoices:\n(A) 3/11\n(B) 8/11",
+        "Question: How long? (Unit: cm)",
+        "Question: When?",
+    ]
+    assert "provide the correct option letter, e.g., A, B, C, D, at the end.\n" in built[0].prompt
+    assert "number with one decimal place and provide the final value, e.g., 1.2, 1.3, 1.4, at" in built[1].prompt
+    assert "a Python list as an answer and provide the final list, e.g., [1, 2, 3], [1.2, " in built[2].prompt
+    whole["2"]["precision"] = 3
+    with pytest.raises(DataError, match="'answer_type': expected a field 'query', or one of .* got 'float 3'"):
+        load("mathvista", write_json(tmp_path / "testmini.json", whole))
 
 
 def test_mathverse(tmp_path):
@@ -386,6 +401,25 @@ def test_mathverse(tmp_path):
         "subject": "Plane Geometry",
         "subfield": "Angle",
     }
+    # A few answers are the text of an option, whose letter counts, or two letters.
+    odd = [
+        {"sample_index": "4", "question": "Is it?\nChoice:\nA. False\nB. True", "answer": "True"},
+        {"sample_index": "5", "question": "", "question_for_eval": "Find it.\nChoices:\nA:09\nB:18", "answer": "09"},
+        {"sample_index": "6", "question": "Choose 2.\nChoices:\nA:x\nB:y\nC:x", "answer": "A\nC"},
+        {"sample_index": "7", "question": "", "answer": "False", "problem_version": "Vision Only"},
+    ]
+    odd = [rows[0] | {"image": "i.png"} | row for row in odd]
+    questions = load("mathverse", write_json(tmp_path / "testmini.json", odd))
+    assert [(question.task_type, question.answer) for question in questions] == [
+        ("mcq", "B"),
+        ("mcq", "A"),
+        ("exact", "A and C"),
+        ("exact", "False"),
+    ]
+    assert quality_score("<think></think><answer>A and C</answer>", "exact", questions[2].answer) == 1
+    for damaged in (odd[0] | {"answer": "Perhaps"}, odd[3] | {"answer": "J"}):
+        with pytest.raises(DataError, match="field 'answer': expected a letter from A to H, or an option .* got"):
+            load("mathverse", write_json(tmp_path / "testmini.json", [damaged]))
     rows[0]["problem_version"] = "Text Only"
     with pytest.raises(DataError, match="expected one of Text Dominant, .* got 'Text Only'"):
         load("mathverse", write_json(tmp_path / "testmini.json", [{**rows[0], "image": "i.png"}]))

@@ -3,6 +3,9 @@
 Annotations: parquet of CaraJ/MathVerse-lmmseval, or the authors' `testmini.json`. The prompt is the field `query_wo`,
 which asks for a direct answer.
 
+The authors' file has a few multiple-choice problems whose answer is the text of an option, or two letters. A text is
+replaced by its letter if the row shows the options. Other answers are scored as texts (`exact`).
+
 The field lets a language model extract and score the answers. Here, rules do, so scores of free-form answers are lower,
 unless `evaluate.judge` is set.
 """
@@ -20,6 +23,8 @@ IGNORED = {"query_cot"}
 VERSIONS = ("Text Dominant", "Text Lite", "Vision Intensive", "Vision Dominant", "Vision Only")
 _KINDS = {"multi-choice": "mcq", "multi_choice": "mcq", "free-form": "exact", "free_form": "exact"}
 _LETTER = re.compile(r"\s*\(?([A-H])\)?[.:]?\s*")
+_LETTERS = re.compile(r"[A-H](?:\s+[A-H])+")
+_OPTION = re.compile(r"^\(?([A-H])\)?[.:](.*)$", re.MULTILINE)
 
 
 def read(record: Record) -> list[Question]:
@@ -30,19 +35,22 @@ def read(record: Record) -> list[Question]:
         raise record.fail("problem_version", f"one of {', '.join(VERSIONS)}", version, "leave other versions out")
     task = record.kind(_KINDS, "question_type")
     answer = record.plain_answer("answer")
+    # The question in words, also where the image shows it; only a judge reads it.
+    asked = record.get("question_for_eval")
     if task == "mcq":
-        letter = _LETTER.fullmatch(answer)
-        if letter is None:
-            raise record.fail("answer", "a letter from A to H", answer, "download the annotation again")
-        answer = letter[1]
+        letter = _letter(answer, [text for text in (question, asked) if isinstance(text, str)])
+        # In this version, only the image shows the options.
+        shown = version != "Vision Only" or len(answer) == 1
+        if letter is None and shown and not _LETTERS.fullmatch(answer):
+            expected = "a letter from A to H, or an option that the question shows"
+            raise record.fail("answer", expected, answer, "download the annotation again")
+        task, answer = ("mcq", letter) if letter else ("exact", " and ".join(answer.split("\n")))
     groups = {}
     if isinstance(record.get("metadata"), dict):
         metadata = record.inner("metadata")
         groups = record.groups(subject=metadata.label("subject"), subfield=metadata.label("subfield"))
     # The versions of a problem are not independent, although their images differ.
     cluster = record.label("problem_index")
-    # The question in words, also where the image shows it; only a judge reads it.
-    asked = record.get("question_for_eval")
     if cluster is None:
         raise record.fail("problem_index", "a number or a text", record.need("problem_index"), "download it again")
     return [
@@ -60,3 +68,11 @@ def read(record: Record) -> list[Question]:
             },
         )
     ]
+
+
+def _letter(answer: str, texts: list[str]) -> str | None:
+    """Return the letter of the answer, which is a letter or the text of an option in one of the texts, or None."""
+    if letter := _LETTER.fullmatch(answer):
+        return letter[1]
+    same = {letter for text in texts for letter, option in _OPTION.findall(text) if option.strip() == answer}
+    return same.pop() if len(same) == 1 else None

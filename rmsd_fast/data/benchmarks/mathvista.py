@@ -1,13 +1,17 @@
 """MathVista (arXiv 2310.02255), testmini: questions about one image, with options, numbers or lists as answers.
 
 Annotations: parquet of AI4Math/MathVista, the authors' `testmini.json`, or VLMEvalKit's TSV. The prompt is the field
-`query`, which contains a hint about the form of the answer.
+`query`, which contains a hint about the form of the answer and the options. The authors' JSON has no such field, so the
+prompt is built from the others, as the authors build it.
 
 The field lets a language model extract the answer. Here, rules extract it, and a language model only with
 `evaluate.judge` and where rules cannot. `exact` compares it: a number after rounding to the field `precision`.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from string import ascii_uppercase
 
 from rmsd_fast.data.benchmarks.record import Record
 from rmsd_fast.data.records import Question
@@ -28,14 +32,23 @@ IGNORED = {
 }
 IGNORED |= {"answer_option", "img_height", "img_width", "key", "choices"}
 _KINDS = {"multi_choice": "mcq", "multi-choice": "mcq", "free_form": "exact", "free-form": "exact"}
+_LETTER_HINT = "Please answer the question and provide the correct option letter, e.g., A, B, C, D, at the end."
+_HINT = "Please answer the question requiring {} and provide the final {}, e.g., {}, at the end."
+_HINTS = {
+    "integer": _HINT.format("an integer answer", "value", "1, 2, 3"),
+    "float 1": _HINT.format("a floating-point number with one decimal place", "value", "1.2, 1.3, 1.4"),
+    "float 2": _HINT.format("a floating-point number with two decimal places", "value", "1.23, 1.34, 1.45"),
+    "list": _HINT.format("a Python list as an answer", "list", "[1, 2, 3], [1.2, 1.3, 1.4]"),
+}
 _GROUPS = ("task", "category", "context", "grade", "skills")
 
 
 def read(record: Record) -> list[Question]:
     """Return the question of a row."""
-    query = record.text("query", "question")
     question = record.text("question", "query")
     unit = record.get("unit")
+    if unit and f"(Unit: {unit})" not in question:
+        question = f"{question} (Unit: {unit})"
     task = record.kind(_KINDS, "question_type")
     options = record.choices("choices") if task == "mcq" else None
     metadata = record.inner("metadata") if isinstance(record.get("metadata"), dict) else record
@@ -43,12 +56,12 @@ def read(record: Record) -> list[Question]:
     return [
         record.question(
             record.need("pid", "index", "key"),
-            f"{question} (Unit: {unit})" if unit and f"(Unit: {unit})" not in question else question,
+            question,
             task,
             images=(record.needed_image("decoded_image", "image"),),
             options=options,
             answer=record.letter(options, "answer") if options else _answer(record),
-            prompt=query,
+            prompt=_query(record, question, options),
             meta={
                 "groups": {
                     "question_type": record.text("question_type"),
@@ -58,6 +71,24 @@ def read(record: Record) -> list[Question]:
             },
         )
     ]
+
+
+def _query(record: Record, question: str, options: Sequence[str] | None) -> str:
+    """Return the prompt: the field `query`, VLMEvalKit's question with its hint, or a prompt from the other fields."""
+    if record.get("query") is not None:
+        return record.text("query")
+    if question.startswith("Hint:"):
+        return question
+    hint = _LETTER_HINT
+    if options is None:
+        kind = record.label("answer_type") or ""
+        kind += f" {record.number('precision'):g}" if kind == "float" else ""
+        if kind not in _HINTS:
+            todo = "add the field 'query', or download the annotation again"
+            raise record.fail("answer_type", f"a field 'query', or one of {', '.join(map(repr, _HINTS))}", kind, todo)
+        hint = _HINTS[kind]
+    shown = [f"({letter}) {option}" for letter, option in zip(ascii_uppercase, options or (), strict=False)]
+    return "\n".join([f"Hint: {hint}", f"Question: {question}", *(["Choices:", *shown] if shown else [])]).strip()
 
 
 def _answer(record: Record) -> str:

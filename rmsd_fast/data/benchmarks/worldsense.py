@@ -45,7 +45,7 @@ def _question(video: Record, asked: Record, identity: str | None) -> Question:
         asked: record of the question's fields.
         identity: its id, or None to number the questions of the video.
     """
-    name = str(video.get("video", "key") or "")
+    name = str(video.get("video", "video_id", "key") or "")
     question = asked.text("question")
     options = asked.choices("candidates", "options")
     guesses = [f"videos/{name}.mp4", f"{name}.mp4"] if name else []
