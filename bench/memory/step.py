@@ -131,7 +131,8 @@ class PeakTimer(PhaseTimer):
         self.peaks[phase] = max(self.peaks.get(phase, 0), peak)
 
 
-def _load_copied(path: str, settings: RunConfig, world: World) -> Student:
+def load_copied(path: str, settings: RunConfig, world: World) -> Student:
+    """Load a student whose weights are copied out of the mapped model file."""
     student = load(path, settings, world)
     for parameter in student.model.parameters():
         parameter.data = parameter.data.clone()
@@ -141,7 +142,7 @@ def _load_copied(path: str, settings: RunConfig, world: World) -> Student:
 def make_state(folder: Path, settings: RunConfig, world: World) -> StageState:
     """Return the state of stage 2, without targets. Rollouts do not end before their last token."""
     nothing = SimpleNamespace(train=[], scores={})
-    with mock.patch.object(build, "load", _load_copied):
+    with mock.patch.object(build, "load", load_copied):
         state = build.build_distillation(str(folder), settings, world, nothing)
     banned = state.rollouts.banned_ids
     state.rollouts.banned_ids = torch.cat([banned, banned.new_tensor([state.builder.eos_id])])

@@ -294,18 +294,23 @@ def _encode_cached(
 
 def _run_tower(model: PreTrainedModel, media: list[Frames]):
     visual = model.model.visual
-    # Pixels stay uint8 until they are on the device, which takes a quarter of the bytes. Pinned pixels are copied
-    # asynchronously.
+    grid_thw = torch.tensor([frames.grid_thw for frames in media], device=visual.device)
+    # The tower processes images and videos in the same way, so one call handles both.
+    return model.model.get_image_features(_patches_of(media, visual), grid_thw, return_dict=True)
+
+
+def _patches_of(media: list[Frames], visual: torch.nn.Module) -> torch.Tensor:
+    """Return the patches of media in one tensor. Those of each medium are freed before the tower runs."""
     patches = []
     for frames in media:
+        # Pixels stay uint8 until they are on the device, which takes a quarter of the bytes. Pinned pixels are copied
+        # asynchronously.
         pixels = frames.pixels.to(visual.device, non_blocking=True)
         if pixels.is_cuda:
             # Frames from NVDEC were allocated on the decoder's stream.
             pixels.record_stream(torch.cuda.current_stream(pixels.device))
         patches.append(video_patches(pixels, frames.preprocessor, dtype=visual.dtype))
-    grid_thw = torch.tensor([frames.grid_thw for frames in media], device=visual.device)
-    # The tower processes images and videos in the same way, so one call handles both.
-    return model.model.get_image_features(torch.cat(patches), grid_thw, return_dict=True)
+    return torch.cat(patches) if len(patches) > 1 else patches[0]
 
 
 def _tokens_of(frames: Frames) -> int:

@@ -1,7 +1,7 @@
 """Generate rollouts with transformers in the training process, on shared prefixes.
 
-The prompts of a batch are prefilled in one packed row. Their K/V are stored once, and all N responses of a prompt read
-them. With `share_media`, the beginnings of prompts about the same media are prefilled and stored once as well.
+The prompts of a batch are prefilled in packed rows of limited length. Their K/V are stored once, and all N responses of
+a prompt read them. With `share_media`, the beginnings of prompts about the same media are prefilled and stored once as well.
 decode.py samples the tokens.
 """
 
@@ -24,7 +24,7 @@ from rmsd_fast.models.students import MediaFeatures, embed, encode_media
 from rmsd_fast.rollout.base import PolicyEngine, Rollout, Sampling, sampling_noise
 from rmsd_fast.rollout.decode import LOOK_EVERY, Decoder, Graphs
 from rmsd_fast.rollout.media_prefix import SharedBeginnings, shared_beginnings, whole_prompts
-from rmsd_fast.rollout.shared_cache import DecodeCache, PrefixCache
+from rmsd_fast.rollout.shared_cache import DecodeCache, PrefixCache, join_caches
 
 
 class Decoded(NamedTuple):
@@ -45,7 +45,9 @@ class HfRollout:
         cuda_graphs: whether decoding is captured in CUDA graphs. It has no effect on other devices.
         share_media: whether prompts of a batch whose tokens and media are equal up to the end of their media share this
             beginning. Logits change by rounding only.
-        tokens_per_call: maximum number of vision tokens in a call of the vision tower; see `encode_media`.
+        tokens_per_call: maximum number of vision tokens in a call of the vision tower, see `encode_media`, and of tokens
+            in a pass of the prefill, which has at least one prompt, or one beginning with all prompts that share it.
+            None means no limit.
         look_every: number of tokens between two looks at which rows have ended; None means LOOK_EVERY of the device.
             The sampled tokens do not depend on it.
     """
@@ -138,15 +140,25 @@ class HfRollout:
         return Decoded(decoder.tokens, decoder.logp, decoder.banned_mass)
 
     def _prefill(self, model, prompts: list[Prompt], features: MediaFeatures) -> tuple[PrefixCache, torch.Tensor]:
-        """Run one forward pass over the packed prompts, and return their K/V and the last hidden states [B, D].
+        """Return the K/V of the prompts and their last hidden states, [B, D].
 
         With `share_media`, prompts with the same beginning must be adjacent.
         """
         shared = shared_beginnings(prompts, features) if self.share_media else None
         beginnings = whole_prompts(prompts) if shared is None else shared
-        cache = PrefixCache(beginnings.lengths, beginnings.suffixes, device=self.device)
-        row = _packed_row(prompts, beginnings)
-        first = [group[0] for group in beginnings.groups]
+        passes = [
+            self._prefill_part(model, prompts, features, part) for part in beginnings.split(self.tokens_per_call)
+        ]
+        caches, hidden = zip(*passes, strict=True)
+        return join_caches(caches), torch.cat(hidden)
+
+    def _prefill_part(
+        self, model, prompts: list[Prompt], features: MediaFeatures, part: SharedBeginnings
+    ) -> tuple[PrefixCache, torch.Tensor]:
+        """Run one forward pass over some of the prompts. Only the result stays alive."""
+        cache = PrefixCache(part.lengths, part.suffixes, device=self.device)
+        row = _packed_row(prompts, part)
+        first = [group[0] for group in part.groups]
         input_ids, position_ids, places, last = to_device(row, self.device)
         hidden = run_shared_prefix(
             model.model.language_model,

@@ -6,6 +6,7 @@ keys and values are the same, because attention is causal.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,22 @@ class SharedBeginnings:
     def order(self) -> list[int]:
         """The indices of all prompts, group by group."""
         return [index for group in self.groups for index in group]
+
+    def split(self, most: int | None) -> list[SharedBeginnings]:
+        """Return parts of adjacent groups. Each has at most `most` tokens, or one group; None means a single part."""
+        suffixes = self.suffixes or [[] for _ in self.groups]
+        starts, tokens = [0], 0
+        for number, (length, group) in enumerate(zip(self.lengths, suffixes, strict=True)):
+            of_group = length + sum(group)
+            if most is not None and number > starts[-1] and tokens + of_group > most:
+                starts.append(number)
+                tokens = 0
+            tokens += of_group
+        parts = [slice(*edges) for edges in itertools.pairwise([*starts, len(self.groups)])]
+        return [
+            SharedBeginnings(self.groups[part], self.lengths[part], self.suffixes and self.suffixes[part])
+            for part in parts
+        ]
 
 
 def whole_prompts(prompts: list[Prompt]) -> SharedBeginnings:

@@ -7,6 +7,8 @@ Both caches are passed to the attention layers as `shared_prefix=`, and each lay
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from rmsd_kernels.shared_prefix.attention import SharedPrefixPlan, shared_prefix_attention
@@ -31,6 +33,7 @@ class PrefixCache:
     Attributes:
         prefix_lengths: as given, a tuple.
         suffix_lengths: the lengths of all suffixes, a tuple; empty without suffixes.
+        suffix_groups: the lengths of the suffixes of each prefix, as given.
         suffix_owner: index of the prefix of each suffix.
         keys: one tensor [Tp, Hkv, d] of the prefixes per layer, in the model's dtype.
         values: one tensor [Tp, Hkv, d] of the prefixes per layer, in the model's dtype.
@@ -49,6 +52,7 @@ class PrefixCache:
         self.prefix_lengths = tuple(prefix_lengths)
         self.suffix_lengths = tuple(length for group in suffixes for length in group)
         self.suffix_owner = [index for index, group in enumerate(suffixes) for _ in group]
+        self.suffix_groups = suffix_lengths
         if suffix_lengths is not None and not all(suffixes):
             raise ValueError(f"suffix_lengths: expected at least one suffix per prefix, got {suffix_lengths}")
         self.keys: list[torch.Tensor] = []
@@ -92,6 +96,24 @@ class PrefixCache:
             self.suffix_keys.append(k[end:])
             self.suffix_values.append(v[end:])
         return shared_prefix_attention(q, k, v, self._plan, scale=scale)[None]
+
+
+def join_caches(caches: Sequence[PrefixCache]) -> PrefixCache:
+    """Return one cache of the prompts of several, either all with suffixes or all without.
+
+    The tensors of the given caches are moved to it, layer by layer, so that few of them exist twice at a time.
+    """
+    if len(caches) == 1:
+        return caches[0]
+    groups = [group for cache in caches for group in cache.suffix_groups or ()]
+    lengths = [length for cache in caches for length in cache.prefix_lengths]
+    joined = PrefixCache(lengths, groups or None, device=caches[0].keys[0].device)
+    for _ in range(len(caches[0].keys)):
+        # Prefixes and suffixes are views of one row, which is freed after both were copied.
+        for name in ("keys", "suffix_keys", "values", "suffix_values"):
+            if groups or not name.startswith("suffix"):
+                getattr(joined, name).append(torch.cat([getattr(cache, name).pop(0) for cache in caches]))
+    return joined
 
 
 class DecodeCache:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from media_files import write_images
 from rmsd_fast.config import VideoConfig
 from rmsd_fast.data.prompts import PromptBuilder
 from rmsd_fast.made.student import build_tiny_student
+from rmsd_fast.models.shared_prefix import run_shared_prefix
 from rmsd_fast.models.students import encode_media, load_student
 from rmsd_fast.rollout import hf
 from rmsd_fast.rollout.base import Sampling
@@ -128,6 +130,47 @@ def test_a_beginning_is_computed_and_stored_once(setup, monkeypatch):
     assert cache.prefix.keys[0].untyped_storage().nbytes() == 4 * cache.prefix.keys[0][0].numel() * (
         sum(lengths) + sum(tails)
     )
+
+
+def test_the_prefill_is_split_by_tokens(setup, monkeypatch):
+    """In fp64: a limit below, between and above the tokens of the beginnings changes passes, but not the result."""
+    student, builder, prompts = setup
+    model, rows, caches = copy.deepcopy(student.model).double(), [], []
+
+    def recorded(*args, **inputs):
+        rows.append(inputs["position_ids"].shape[-1])
+        return run_shared_prefix(*args, **inputs)
+
+    class Recorded(DecodeCache):
+        def __init__(self, *args):
+            super().__init__(*args)
+            caches.append(self.prefix)
+
+    monkeypatch.setattr(hf, "run_shared_prefix", recorded)
+    monkeypatch.setattr(hf, "DecodeCache", Recorded)
+    for share in (True, False):
+        results, stored, total = [], [], 0
+        for limit in ("none", "one token", "half", "all"):
+            rows.clear()
+            most = {"none": None, "one token": 1, "half": total // 2, "all": total}[limit]
+            ours = HfRollout(builder, prompts_per_batch=16, device=CPU, share_media=share, tokens_per_call=most)
+            features = engine(builder, share=share).encode(model, prompts)
+            results.append(ours.generate(model, prompts, Sampling(2, 1.0, 6, seed=1), features=features))
+            stored.append(caches.pop())
+            groups = shared_beginnings(prompts, features).groups if share else [[i] for i in range(len(prompts))]
+            total = total or rows[0]
+            passes = {"one token": range(len(groups), len(groups) + 1), "half": range(2, len(groups))}
+            assert len(rows) in passes.get(limit, [1]) and sum(rows) == total
+            assert limit != "half" or max(rows) <= most
+        for other, cache in zip(results[1:], stored[1:], strict=True):
+            assert cache.prefix_lengths == stored[0].prefix_lengths and cache.suffix_owner == stored[0].suffix_owner
+            for name in ("keys", "values", "suffix_keys", "suffix_values"):
+                for ours, theirs in zip(getattr(cache, name), getattr(stored[0], name), strict=True):
+                    assert torch.allclose(ours, theirs, rtol=0, atol=1e-12)
+            for ours, theirs in zip(other, results[0], strict=True):
+                for a, b in zip(ours, theirs, strict=True):
+                    assert a.token_ids.tolist() == b.token_ids.tolist()
+                    assert torch.equal(a.logp, b.logp) or (a.logp - b.logp).abs().max() <= 1e-6
 
 
 @pytest.mark.parametrize("tokens_first", [True, False])
