@@ -1,7 +1,8 @@
-"""Compare the memory plan with the measured peak of real steps: `python -m bench.memory [--only NAME] [--out FOLDER]`.
+"""Compare the memory plan with the measured peak of real steps and evaluations:
+`python -m bench.memory [--only NAME] [--out FOLDER]`.
 
-Each configuration runs in a process of its own (step.py) with one thread, and with a malloc that maps blocks of 256 KiB
-and more and returns them when they are freed.
+Each configuration runs in a process of its own (step.py, evaluation.py) with one thread, and with a malloc that maps
+blocks of 256 KiB and more and returns them when they are freed.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 import torch
 
 from bench.core.records import REPOSITORY, RESULTS, save
+from bench.memory.evaluation import EvaluationCase
 from bench.memory.step import Case
 
 _LORA = {"adapter": "lora", "mode": "shared"}
@@ -40,6 +42,18 @@ CASES = (
     Case("head", mode="head"),
     Case("head, lora, ZeRO-0", mode="head", adapter="lora", zero=0),
 )
+_SPLIT = {"prompts": 8, "micro_tokens": 2200}
+EVALUATIONS = (
+    EvaluationCase("evaluation"),
+    EvaluationCase("evaluation, 8 prompts in a pass", prompts=8),
+    EvaluationCase("evaluation, 2 prompts in a pass", **_SPLIT),
+    EvaluationCase("evaluation, 8 questions about a video", prompts=8, each=8),
+    EvaluationCase("evaluation, samples", **_SPLIT, rollouts=8),
+    EvaluationCase("evaluation, long answers", **_SPLIT, rollouts=4, response=256),
+    EvaluationCase("evaluation, long video", prompts=2, frames=256, side=6, micro_tokens=1200),
+    EvaluationCase("evaluation, reranker", rollouts=4, reranker=True),
+    EvaluationCase("evaluation, bfloat16", **_SPLIT, rollouts=4, dtype="bfloat16"),
+)
 # With one thread, the buffers of a kernel's threads do not depend on the machine.
 _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -49,9 +63,10 @@ _ENVIRONMENT = {
 }
 
 
-def measure(case: Case) -> dict:
+def measure(case: Case | EvaluationCase) -> dict:
     """Run a configuration in a process of its own, and return its record."""
-    command = [sys.executable, "-m", "bench.memory.step", json.dumps(asdict(case))]
+    bench, module = ("memory", "step") if isinstance(case, Case) else ("evaluation_memory", "evaluation")
+    command = [sys.executable, "-m", f"bench.memory.{module}", json.dumps(asdict(case))]
     done = subprocess.run(
         command, cwd=REPOSITORY, env=os.environ | _ENVIRONMENT, capture_output=True, text=True, check=False
     )
@@ -60,7 +75,7 @@ def measure(case: Case) -> dict:
     record = json.loads(done.stdout.strip().splitlines()[-1])
     measured = max(record["measured"].values())
     planned = max(sum(parts.values()) for parts in record["plan"].values())
-    return {"bench": "memory", "device": "cpu"} | record | {"peak": measured, "planned": planned}
+    return {"bench": bench, "device": "cpu"} | record | {"peak": measured, "planned": planned}
 
 
 def main() -> None:
@@ -70,7 +85,7 @@ def main() -> None:
     arguments = parser.parse_args()
     # The record names the threads of this process.
     torch.set_num_threads(1)
-    for case in CASES:
+    for case in (*CASES, *EVALUATIONS):
         if arguments.only and arguments.only not in case.name:
             continue
         record = measure(case)

@@ -145,7 +145,8 @@ def watched(call: Callable, timer: PeakTimer, phase: str) -> Callable:
 def run(case: EvaluationCase, folder: Path, world: World) -> tuple[RunConfig, list[Question], dict[str, int]]:
     """Answer two batches, and return the settings, the questions and the peaks of the phases."""
     questions = with_videos(case, questions_of(case))
-    settings = settings_of(case, 2**20)
+    # Long enough for any of the prompts, whose lengths only a student's tokenizer knows.
+    settings = settings_of(case, 2 * case.vision_tokens + 1000)
     student = load_copied(str(folder), settings, world)
     builder = PromptBuilder(student, settings.video, MadeMedia(case, 0))
     settings = settings_of(case, max(builder.length(question, max_tokens=2**20) for question in questions))

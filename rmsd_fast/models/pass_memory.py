@@ -303,6 +303,9 @@ def count_vision(config: dict, model_config: ModelConfig, shape: RowShape, devic
         inputs = _vision_inputs(model, shape)
         live.tag = VISION
         with torch.no_grad(), live:
+            if len(_videos(shape)) > 1:
+                # The patches of each video are copied into one tensor.
+                live.meet(2 * inputs[0].nbytes)
             _tower(model, *inputs)
     return max(live.peaks.values(), key=lambda counts: sum(counts.values()))
 

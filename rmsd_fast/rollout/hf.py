@@ -146,9 +146,7 @@ class HfRollout:
         """
         shared = shared_beginnings(prompts, features) if self.share_media else None
         beginnings = whole_prompts(prompts) if shared is None else shared
-        passes = [
-            self._prefill_part(model, prompts, features, part) for part in beginnings.split(self.tokens_per_call)
-        ]
+        passes = [self._prefill_part(model, prompts, features, part) for part in beginnings.split(self.tokens_per_call)]
         caches, hidden = zip(*passes, strict=True)
         return join_caches(caches), torch.cat(hidden)
 

@@ -18,7 +18,7 @@ from rmsd_fast.models.students import encode_media, load_student
 from rmsd_fast.rollout import hf
 from rmsd_fast.rollout.base import Sampling
 from rmsd_fast.rollout.hf import HfRollout
-from rmsd_fast.rollout.media_prefix import shared_beginnings
+from rmsd_fast.rollout.media_prefix import SharedBeginnings, shared_beginnings
 from rmsd_fast.rollout.shared_cache import DecodeCache, PrefixCache
 
 CPU = torch.device("cpu")
@@ -85,6 +85,16 @@ def test_beginnings_are_equal_tokens_positions_and_media(setup):
         assert shared_beginnings(alone, encode_media(student.model, alone)) is None
         ends = [replace(p, mm_token_type_ids=torch.ones_like(p.input_ids)) for p in prompts[:2]]
         assert shared_beginnings(ends, encode_media(student.model, prompts[:2])) is None
+
+
+def test_beginnings_are_split_between_groups():
+    # 6, 4 + 2 and 5 tokens.
+    whole = SharedBeginnings([[0], [1, 2], [3]], [5, 4, 2], [[1], [1, 1], [3]])
+    assert whole.split(None) == whole.split(17) == [whole]
+    first = SharedBeginnings([[0]], [5], [[1]])
+    assert whole.split(11) == [first, SharedBeginnings([[1, 2], [3]], [4, 2], [[1, 1], [3]])]
+    assert [part.groups for part in whole.split(1)] == [[[0]], [[1, 2]], [[3]]]
+    assert [part.suffixes for part in SharedBeginnings([[0], [1]], [5, 4], None).split(5)] == [None, None]
 
 
 @pytest.mark.parametrize(

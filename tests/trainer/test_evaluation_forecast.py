@@ -40,7 +40,7 @@ from rmsd_fast.stages.evaluation_forecast import (
     read_lengths,
 )
 from rmsd_fast.stages.material import Material, prepare_material
-from rmsd_fast.stages.memory import GIB, plan_evaluation
+from rmsd_fast.stages.memory import GIB, EvaluatedBatches, plan_evaluation
 
 CUDA = replace(WORLD, device=torch.device("cuda", 0))
 
@@ -143,10 +143,11 @@ def test_the_plan_of_an_evaluation(folder: Path, material: Material) -> None:
     # The features of 4 videos, in 1 + 3 layers of width 64, are there while answers are decoded.
     layers = 1 + len(config["vision_config"]["deepstack_visual_indexes"])
     assert plan.phases["answers"]["vision"] == 4 * 99 * layers * 64 * 4
-    # A smaller bound takes less in the tower, and as much for the answers.
+    # A smaller bound takes less in the tower, and in a prefill of one prompt per pass.
     settings.micro_tokens = 50
     bounded = plan_evaluation(settings, config, device="cpu")
-    assert bounded.phases["answers"] == plan.phases["answers"]
+    assert bounded.phases["answers"] | {"rollout": 0} == plan.phases["answers"] | {"rollout": 0}
+    assert bounded.phases["answers"]["rollout"] < 0.6 * plan.phases["answers"]["rollout"]
     features = plan.phases["answers"]["vision"]
     ratio = (bounded.phases["vision"]["vision"] - features) / (plan.phases["vision"]["vision"] - features)
     assert 0 < ratio < 0.5
@@ -157,7 +158,32 @@ def test_the_plan_of_an_evaluation(folder: Path, material: Material) -> None:
     assert sampled.phases["samples"]["rollout"] <= sampled.phases["answers"]["rollout"]
     # A reranker has the weights of the student, whose head is tied, and stays on the device.
     settings.evaluate.reranker = "discriminator"
-    assert plan_evaluation(settings, config, device="cpu").phases["answers"]["weights"] == 2 * 4 * weights
+    settings.micro_tokens = 400
+    ranked = plan_evaluation(settings, config, device="cpu").phases
+    assert ranked["answers"]["weights"] == 2 * 4 * weights
+    # It encodes the videos itself while the student's features stay, and reads them with the responses.
+    assert ranked["reranker vision"]["vision"] == ranked["vision"]["vision"] + features
+    assert ranked["reranker"]["vision"] == 2 * features and ranked["reranker"]["activations"] > 0
+
+
+def test_the_prefill_of_an_evaluation_does_not_grow_with_its_prompts(folder: Path, material: Material) -> None:
+    """Beyond keys and values, whose bytes are counted by hand."""
+    config = json.loads((Path(material.model_path) / "config.json").read_text())
+    text = config["text_config"]
+    token = 2 * 4 * text["num_hidden_layers"] * text["num_key_value_heads"] * text["head_dim"]
+    beyond = {}
+    for prompts in (1, 8, 16):
+        settings = tiny_settings(folder, f"evaluate.prompts_per_batch={prompts}", "evaluate.max_new_tokens=10")
+        settings.data.max_prompt_tokens = settings.micro_tokens = 900
+        rollout = plan_evaluation(settings, config, device="cpu").phases["answers"]["rollout"]
+        beyond[prompts] = rollout - 900 * prompts * token
+    assert beyond[8] < 1.5 * beyond[1] and beyond[16] < 2 * beyond[1]
+    # Questions about one video are prefilled together, however long they are.
+    settings.micro_tokens = 100
+    shared = EvaluatedBatches(questions=16, media=1)
+    answers = plan_evaluation(settings, config, device="cpu", batches=shared).phases["answers"]
+    settings.micro_tokens = 10**6
+    assert plan_evaluation(settings, config, device="cpu", batches=shared).phases["answers"] == answers
 
 
 def test_an_evaluation_that_does_not_fit_is_refused(

@@ -200,19 +200,17 @@ class StageNeeds:
         return batch_tokens(self.settings.data.max_prompt_tokens + self.settings.rollout.max_new_tokens)
 
     def generation(self, prompts: int, rows: int, tokens: int) -> dict[str, int]:
+        """Return the bytes of generating so many responses (rows) of so many tokens to each of a batch of prompts."""
         settings, text = self.settings, self.text
         prefix = settings.data.max_prompt_tokens
-        head_dim = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
-        of_layer = 2 * text["num_key_value_heads"] * head_dim * self.width
+        of_layer = self._kv_bytes()
         vision, media = self._shown_tokens(), min(self.media, prompts)
         # Questions about the same media share everything up to the end of these.
         beside = prompts - media
-        prefixes = (prefix,) * media + (prefix - vision,) * beside
-        shape = RowShape("shared", prefixes, ((),) * prompts, (vision,) * media + (0,) * beside)
-        prefill = sum(_counted_prefill(_key(self.config), _model_key(settings.model), shape, self.device).values())
+        stored = media * prefix + beside * (prefix - vision)
         # Buffers of the rows' own tokens grow in blocks; the last growth copies one buffer of a layer's keys or values.
         own = prompts * rows * BLOCK * -(-tokens // BLOCK) * of_layer
-        cache = text["num_hidden_layers"] * (sum(prefixes) * of_layer + own) + own // 2
+        cache = text["num_hidden_layers"] * (stored * of_layer + own) + own // 2
         # Logits in the dtype of the model, in float32 if that is another, their log-softmax, and in float64 the
         # probabilities and their sums.
         number = self.width + (4 if self.width == 2 else 0) + 4 + 8 + 8
@@ -221,7 +219,40 @@ class StageNeeds:
         logits *= 2 if self.device == "cuda" and settings.rollout.cuda_graphs else 1
         # The last layer's dequantized weight is freed before the logits.
         whole = self.count.largest_quantizable * self.width if self.quantized else 0
+        prefill = self._prefill(media, beside)
         return {ROLLOUT: max(prefill, cache + max(logits, whole)), VISION: self.features(self.media)}
+
+    def _prefill(self, media: int, beside: int) -> int:
+        """Return the most bytes while prompts are prefilled, including the keys and values of earlier passes.
+
+        A pass has at most `micro_tokens` tokens, or one video with all questions about it.
+
+        Args:
+            media: number of prompts about different media.
+            beside: number of prompts that share the beginning of another one; the plan assumes the same one for all.
+        """
+        settings, prefix, vision = self.settings, self.settings.data.max_prompt_tokens, self._shown_tokens()
+        first, alone = (prefix + beside * (prefix - vision), media - 1) if media else (prefix, beside - 1)
+        in_pass = min(alone, max(0, settings.micro_tokens - first) // prefix)
+        lengths, shown = (prefix,) * in_pass, (vision,) * in_pass
+        if media:
+            lengths, shown = (prefix, *lengths) + (prefix - vision,) * beside, (vision, *shown) + (0,) * beside
+        else:
+            lengths, shown = (prefix, *lengths), (0, *shown)
+        shape = RowShape("shared", lengths, ((),) * len(lengths), shown)
+        counted = sum(_counted_prefill(_key(self.config), _model_key(settings.model), shape, self.device).values())
+        if in_pass == alone:
+            return counted
+        # The keys and values of all passes are joined layer by layer, first keys and then values.
+        layers, of_layer, earlier = self.text["num_hidden_layers"], self._kv_bytes(), (alone - in_pass) * prefix
+        joined = (earlier + sum(lengths)) * (layers * of_layer + of_layer // 2)
+        return max(earlier * layers * of_layer + counted, joined)
+
+    def _kv_bytes(self) -> int:
+        """Return the bytes of the keys and values of a token in one layer."""
+        text = self.text
+        head_dim = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
+        return 2 * text["num_key_value_heads"] * head_dim * self.width
 
     def tower(self) -> dict[str, int]:
         """Return the bytes of encoding the step's media, which is done in calls of at most micro_tokens tokens."""

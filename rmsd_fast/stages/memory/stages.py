@@ -142,10 +142,7 @@ class StagePlanner:
         return self._plan(phases, engines)
 
     def evaluation(self) -> StagePlan:
-        """Return the plan of an evaluation, which decodes the media of the next batch while it answers one.
-
-        The passes of a reranker are not planned, only its weights.
-        """
+        """Return the plan of an evaluation, which decodes the media of the next batch while it answers one."""
         evaluate, rollouts = self.settings.evaluate, self.settings.evaluate.rollouts
         reranker = self.count.total - self.count.head if evaluate.reranker else 0
         held = {
@@ -160,6 +157,12 @@ class StagePlanner:
         if rollouts:
             prompts = min(self.needs.questions, max(1, evaluate.prompts_per_batch // rollouts))
             phases["samples"] = held | self.needs.generation(prompts, rollouts, evaluate.max_new_tokens)
+        if reranker:
+            # A reranker has a vision tower of its own, and the student's features stay.
+            features = {VISION: self.needs.features(self.needs.media)}
+            scores = self.needs.one_pass([evaluate.max_new_tokens + 1] * rollouts, "", scores=False)
+            phases["reranker vision"] = self._add(held, self.needs.tower(), features)
+            phases["reranker"] = self._add(held, scores | features, features)
         return StagePlan(phases, 0 if self.needs.frames_on_device else self.needs.frames(ahead=1))
 
     def _average(self, trained: int) -> EngineMemory:

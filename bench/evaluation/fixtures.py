@@ -1,0 +1,102 @@
+"""Evaluate a student on invented records in the formats of all eight benchmarks, and write the printed tables.
+
+python -m bench.evaluation.fixtures [--model runs/x/export --about TEXT] [--prompt rmsd] [--clips 4]
+
+The records (fixture_records.py) ask about generated clips. Without --model, the student has the random weights with
+which the quickstart starts. The page is bench/results/fixtures.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from bench.core.records import RESULTS, surroundings
+from bench.evaluation.fixture_records import Clip, write_annotation, write_clips
+from rmsd_fast.config import BENCHMARKS
+from rmsd_fast.data.media import MediaReader
+from rmsd_fast.files import write_text_atomic
+from rmsd_fast.made.student import build_tiny_student
+from rmsd_fast.models.students import Student
+from rmsd_fast.runtime.process_group import World, start, stop
+from rmsd_fast.settings import load_settings
+from rmsd_fast.stages.build import load
+from rmsd_fast.stages.evaluation import answer_questions
+from rmsd_fast.stages.evaluation_files import evaluation_of
+from rmsd_fast.stages.evaluation_table import format_table
+from rmsd_fast.stages.material import prepare_material
+
+UNTRAINED = "A student with random weights, as the quickstart starts from"
+
+
+def fixture_settings(benchmark: str, folder: Path, model: str, prompt: str):
+    return load_settings(
+        "quickstart",
+        [
+            "made.enabled=false",
+            f"model.path={model}",
+            f"evaluate.benchmark={benchmark}",
+            f"evaluate.prompt={prompt}",
+            "evaluate.parse=lenient",
+            "evaluate.rollouts=0",
+            "evaluate.max_new_tokens=72",
+            f"data.heldout={folder / benchmark}",
+            f"data.media_root={folder}",
+            "data.max_prompt_tokens=4096",
+        ],
+        trains=False,
+    )
+
+
+def table_of(benchmark: str, folder: Path, clips: list[Clip], model: str, prompt: str, world: World) -> str:
+    """Write the annotation of a benchmark, answer its questions as `rmsd_fast.evaluate` does, and return the table."""
+    write_annotation(benchmark, folder, clips)
+    settings = fixture_settings(benchmark, folder, model, prompt)
+    questions = prepare_material(settings, world, training=False).heldout
+    student: Student = load(model, settings, world)
+    with MediaReader(settings.data, world.device) as media:
+        records = answer_questions(student, questions, settings, world, media, name=benchmark)
+    return format_table(evaluation_of({"student": records}, questions, settings))
+
+
+def page(tables: dict[str, str], about: str, prompt: str) -> str:
+    facts = surroundings()
+    lines = ["# Tables of invented records", "", "Written by `python -m bench.evaluation.fixtures`.", ""]
+    lines += [f"{about}, answers a few invented questions in the format of each benchmark, with", ""]
+    lines[-2:] = [
+        f"{about}, answers",
+        "a few invented questions in the format of each benchmark. They are about generated clips of 8 seconds, or",
+        f"about a frame of them, and are asked with `evaluate.prompt={prompt}`. The tables are those that",
+        "`python -m rmsd_fast.evaluate` prints. So few questions say nothing about a student.",
+        "",
+    ]
+    for benchmark, text in tables.items():
+        lines += [f"## {benchmark}", "", "```", text, "```", ""]
+    versions = f"torch {facts['torch']}, transformers {facts.get('transformers')}"
+    lines.append(f"{facts['cpu']}, {versions}, commit {str(facts['commit'])[:10]}.")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="", help="the student, in place of an untrained one")
+    parser.add_argument("--about", default=UNTRAINED, help="what the page says about the student")
+    parser.add_argument("--prompt", choices=("benchmark", "rmsd"), default="benchmark")
+    parser.add_argument("--clips", type=int, default=4, help="number of clips (default: 4)")
+    parser.add_argument("--out", type=Path, default=RESULTS / "fixtures.md")
+    arguments = parser.parse_args()
+    world = start()
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        clips = write_clips(folder, arguments.clips)
+        model = arguments.model or str(folder / "student")
+        if not arguments.model:
+            build_tiny_student(folder / "student", texts=["Which colour is the shape?", "When is the light on?"])
+        tables = {name: table_of(name, folder, clips, model, arguments.prompt, world) for name in BENCHMARKS}
+    stop()
+    write_text_atomic(arguments.out, page(tables, arguments.about, arguments.prompt))
+
+
+if __name__ == "__main__":
+    main()
