@@ -139,7 +139,8 @@ def _mathvista(clips: list[Clip]) -> dict[str, list | dict]:
 def _mathverse(clips: list[Clip]) -> dict[str, list | dict]:
     rows = []
     for problem, clip in enumerate(clips[:2], start=1):
-        choices = "\n".join(["Choices:", *(f"{letter}:{color}" for letter, color in zip("ABCD", clip.colors))])
+        lettered = [f"{letter}:{color}" for letter, color in zip("ABCD", clip.colors, strict=True)]
+        choices = "\n".join(["Choices:", *lettered])
         kinds = [("multi-choice", f"{COLOR}\n{choices}", clip.letter), ("free-form", "How many shapes?", "1")]
         kind, text, answer = kinds[problem - 1]
         for number, version in enumerate(VERSIONS, start=1):

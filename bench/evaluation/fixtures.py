@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+import textwrap
 from pathlib import Path
 
 from bench.core.records import RESULTS, surroundings
@@ -27,7 +28,7 @@ from rmsd_fast.stages.evaluation_files import evaluation_of
 from rmsd_fast.stages.evaluation_table import format_table
 from rmsd_fast.stages.material import prepare_material
 
-UNTRAINED = "A student with random weights, as the quickstart starts from"
+UNTRAINED = "A student with random weights"
 
 
 def fixture_settings(benchmark: str, folder: Path, model: str, prompt: str):
@@ -62,15 +63,13 @@ def table_of(benchmark: str, folder: Path, clips: list[Clip], model: str, prompt
 
 def page(tables: dict[str, str], about: str, prompt: str) -> str:
     facts = surroundings()
+    asked = (
+        f"{about} answers a few invented questions in the format of each benchmark. They are about generated clips of "
+        f"8 seconds, or about a frame of them, and are asked with `evaluate.prompt={prompt}`. The tables are those "
+        "that `python -m rmsd_fast.evaluate` prints. So few questions say nothing about a student."
+    )
     lines = ["# Tables of invented records", "", "Written by `python -m bench.evaluation.fixtures`.", ""]
-    lines += [f"{about}, answers a few invented questions in the format of each benchmark, with", ""]
-    lines[-2:] = [
-        f"{about}, answers",
-        "a few invented questions in the format of each benchmark. They are about generated clips of 8 seconds, or",
-        f"about a frame of them, and are asked with `evaluate.prompt={prompt}`. The tables are those that",
-        "`python -m rmsd_fast.evaluate` prints. So few questions say nothing about a student.",
-        "",
-    ]
+    lines += [*textwrap.wrap(asked, 120), ""]
     for benchmark, text in tables.items():
         lines += [f"## {benchmark}", "", "```", text, "```", ""]
     versions = f"torch {facts['torch']}, transformers {facts.get('transformers')}"

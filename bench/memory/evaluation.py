@@ -207,7 +207,7 @@ def main() -> None:
         shutil.rmtree(made, ignore_errors=True)
     record = {"case": case.name, "settings": asdict(case), "prompt_tokens": settings.data.max_prompt_tokens}
     measured = {phase: peak - baseline for phase, peak in peaks.items()}
-    print(json.dumps(record | {"baseline": baseline, "measured": measured, "plan": {"evaluation": plan.phases}}))
+    print(json.dumps(record | {"baseline": baseline, "measured": measured, "plan": plan.phases}))
 
 
 if __name__ == "__main__":

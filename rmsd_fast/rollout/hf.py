@@ -1,8 +1,8 @@
 """Generate rollouts with transformers in the training process, on shared prefixes.
 
 The prompts of a batch are prefilled in packed rows of limited length. Their K/V are stored once, and all N responses of
-a prompt read them. With `share_media`, the beginnings of prompts about the same media are prefilled and stored once as well.
-decode.py samples the tokens.
+a prompt read them. With `share_media`, the beginnings of prompts about the same media are prefilled and stored once as
+well. decode.py samples the tokens.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ class HfRollout:
         cuda_graphs: whether decoding is captured in CUDA graphs. It has no effect on other devices.
         share_media: whether prompts of a batch whose tokens and media are equal up to the end of their media share this
             beginning. Logits change by rounding only.
-        tokens_per_call: maximum number of vision tokens in a call of the vision tower, see `encode_media`, and of tokens
-            in a pass of the prefill, which has at least one prompt, or one beginning with all prompts that share it.
-            None means no limit.
+        tokens_per_call: maximum number of vision tokens in a call of the vision tower, see `encode_media`, and of
+            tokens in a pass of the prefill, which has at least one prompt, or one beginning with all prompts that share
+            it. None means no limit.
         look_every: number of tokens between two looks at which rows have ended; None means LOOK_EVERY of the device.
             The sampled tokens do not depend on it.
     """
