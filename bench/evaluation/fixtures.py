@@ -13,13 +13,12 @@ import tempfile
 import textwrap
 from pathlib import Path
 
-from bench.core.records import RESULTS, surroundings
+from bench.core.records import RESULTS, sources, surroundings
 from bench.evaluation.fixture_records import Clip, write_annotation, write_clips
-from rmsd_fast.config import BENCHMARKS
+from rmsd_fast.config import BENCHMARKS, RunConfig
 from rmsd_fast.data.media import MediaReader
 from rmsd_fast.files import write_text_atomic
 from rmsd_fast.made.student import build_tiny_student
-from rmsd_fast.models.students import Student
 from rmsd_fast.runtime.process_group import World, start, stop
 from rmsd_fast.settings import load_settings
 from rmsd_fast.stages.build import load
@@ -31,7 +30,7 @@ from rmsd_fast.stages.material import prepare_material
 UNTRAINED = "A student with random weights"
 
 
-def fixture_settings(benchmark: str, folder: Path, model: str, prompt: str):
+def fixture_settings(benchmark: str, folder: Path, model: str, prompt: str, *overrides: str) -> RunConfig:
     return load_settings(
         "quickstart",
         [
@@ -45,23 +44,27 @@ def fixture_settings(benchmark: str, folder: Path, model: str, prompt: str):
             f"data.heldout={folder / benchmark}",
             f"data.media_root={folder}",
             "data.max_prompt_tokens=4096",
+            *overrides,
         ],
         trains=False,
     )
 
 
-def table_of(benchmark: str, folder: Path, clips: list[Clip], model: str, prompt: str, world: World) -> str:
-    """Write the annotation of a benchmark, answer its questions as `rmsd_fast.evaluate` does, and return the table."""
-    write_annotation(benchmark, folder, clips)
-    settings = fixture_settings(benchmark, folder, model, prompt)
-    questions = prepare_material(settings, world, training=False).heldout
-    student: Student = load(model, settings, world)
-    with MediaReader(settings.data, world.device) as media:
-        records = answer_questions(student, questions, settings, world, media, name=benchmark)
-    return format_table(evaluation_of({"student": records}, questions, settings))
+def evaluate_all(folder: Path, clips: list[Clip], model: str, prompt: str, world: World, *overrides: str) -> dict:
+    """Answer the questions of all benchmarks as `rmsd_fast.evaluate` does, and return the results by benchmark."""
+    every = {name: fixture_settings(name, folder, model, prompt, *overrides) for name in BENCHMARKS}
+    student = load(model, every[BENCHMARKS[0]], world)
+    results = {}
+    with MediaReader(every[BENCHMARKS[0]].data, world.device) as media:
+        for benchmark, settings in every.items():
+            write_annotation(benchmark, folder, clips)
+            questions = prepare_material(settings, world, training=False).heldout
+            records = answer_questions(student, questions, settings, world, media, name=benchmark)
+            results[benchmark] = evaluation_of({"student": records}, questions, settings)
+    return results
 
 
-def page(tables: dict[str, str], about: str, prompt: str) -> str:
+def page(results: dict[str, dict], about: str, prompt: str) -> str:
     facts = surroundings()
     asked = (
         f"{about} answers a few invented questions in the format of each benchmark. They are about generated clips of "
@@ -70,10 +73,9 @@ def page(tables: dict[str, str], about: str, prompt: str) -> str:
     )
     lines = ["# Tables of invented records", "", "Written by `python -m bench.evaluation.fixtures`.", ""]
     lines += [*textwrap.wrap(asked, 120), ""]
-    for benchmark, text in tables.items():
-        lines += [f"## {benchmark}", "", "```", text, "```", ""]
-    versions = f"torch {facts['torch']}, transformers {facts.get('transformers')}"
-    lines.append(f"{facts['cpu']}, {versions}, commit {str(facts['commit'])[:10]}.")
+    for benchmark, result in results.items():
+        lines += [f"## {benchmark}", "", "```", format_table(result), "```", ""]
+    lines.append(f"{sources([facts])}.")
     return "\n".join(lines) + "\n"
 
 
@@ -92,9 +94,9 @@ def main() -> None:
         model = arguments.model or str(folder / "student")
         if not arguments.model:
             build_tiny_student(folder / "student", texts=["Which colour is the shape?", "When is the light on?"])
-        tables = {name: table_of(name, folder, clips, model, arguments.prompt, world) for name in BENCHMARKS}
+        results = evaluate_all(folder, clips, model, arguments.prompt, world)
     stop()
-    write_text_atomic(arguments.out, page(tables, arguments.about, arguments.prompt))
+    write_text_atomic(arguments.out, page(results, arguments.about, arguments.prompt))
 
 
 if __name__ == "__main__":

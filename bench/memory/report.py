@@ -8,6 +8,8 @@ from bench.core.records import RESULTS, read_lines, sources
 
 MIB = 2**20
 NAMES = ("vision", "rollout", "discriminator", "reference", "policy", "optimizer")
+# The default of micro_tokens, which no batch of these evaluations exceeds.
+MOST_TOKENS = 32768
 
 
 def plan_table() -> list[str]:
@@ -17,6 +19,27 @@ def plan_table() -> list[str]:
     for record in records:
         planned, measured = record["planned"] / MIB, record["peak"] / MIB
         lines.append(f"| {_name(record)} | {planned:,.0f} | {measured:,.0f} | {planned / measured:.2f} |")
+    return [*lines, "", *textwrap.wrap(f"{sources(records)}.", 120)]
+
+
+def evaluations_table() -> list[str]:
+    """Return the table of planned and measured peaks of evaluations, one line per configuration."""
+    records = list({r["case"]: r for r in read_lines(RESULTS / "evaluation_memory.jsonl")}.values())
+    lines = ["| evaluation | planned | measured | ratio | peak in | prefill |", "|---|---|---|---|---|---|"]
+    for record in records:
+        settings, measured, phases = record["settings"], record["measured"], record["plan"]
+        peak = max(measured, key=measured.get)
+        shown = f"{settings['prompts']} questions"
+        shown += " about a video" if settings["each"] > 1 else ""
+        shown += f", prompts of {record['prompt_tokens']:,} tokens"
+        parts = [shown, f"{settings['response']} new tokens", settings["dtype"]]
+        parts += [f"{settings['rollouts']} samples"] * bool(settings["rollouts"]) + ["reranker"] * settings["reranker"]
+        parts += [f"`micro_tokens={settings['micro_tokens']}`"] * (settings["micro_tokens"] < MOST_TOKENS)
+        planned, most = record["planned"] / MIB, record["peak"] / MIB
+        lines.append(
+            f"| {', '.join(parts)} | {planned:,.0f} | {most:,.0f} | {planned / most:.2f} | {peak} | "
+            f"{sum(phases['answers'].values()) / measured['answers']:.2f} |"
+        )
     return [*lines, "", *textwrap.wrap(f"{sources(records)}.", 120)]
 
 
@@ -48,4 +71,4 @@ def _name(record: dict) -> str:
 
 
 if __name__ == "__main__":
-    print("\n".join([*plan_table(), "", *modes_table()]))
+    print("\n".join([*plan_table(), "", *evaluations_table(), "", *modes_table()]))
