@@ -115,7 +115,8 @@ class RunConfig:
     micro_tokens: int = number(32768, least=1)
     """Maximum number of tokens in a forward pass on one process, including padding. A question's responses are split
     over several passes only if they do not fit in one; the longest prompt and the longest response must fit
-    together."""
+    together. A pass in which prompts of rollouts or evaluations are prefilled may exceed it with a single prompt, or
+    with the questions about a single video."""
     made: MadeConfig = field(default_factory=MadeConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     video: VideoConfig = field(default_factory=VideoConfig)
