@@ -25,22 +25,23 @@ def plan_table() -> list[str]:
 def evaluations_table() -> list[str]:
     """Return the table of planned and measured peaks of evaluations, one line per configuration."""
     records = list({r["case"]: r for r in read_lines(RESULTS / "evaluation_memory.jsonl")}.values())
-    lines = ["| evaluation | planned | measured | ratio | peak in | prefill |", "|---|---|---|---|---|---|"]
+    lines = ["| evaluation | planned | measured | ratio | by phase |", "|---|---|---|---|---|"]
     for record in records:
-        settings, measured, phases = record["settings"], record["measured"], record["plan"]
-        peak = max(measured, key=measured.get)
-        shown = f"{settings['prompts']} questions"
-        shown += " about a video" if settings["each"] > 1 else ""
-        shown += f", prompts of {record['prompt_tokens']:,} tokens"
-        parts = [shown, f"{settings['response']} new tokens", settings["dtype"]]
+        settings, measured = record["settings"], record["measured"]
+        videos = f"{settings['frames']} frames, prompts of {record['prompt_tokens']:,} tokens"
+        parts = [f"{settings['prompts']} questions{' about a video' * (settings['each'] > 1)}", videos]
+        parts += [f"{settings['response']} new tokens", settings["dtype"]]
         parts += [f"{settings['rollouts']} samples"] * bool(settings["rollouts"]) + ["reranker"] * settings["reranker"]
         parts += [f"`micro_tokens={settings['micro_tokens']}`"] * (settings["micro_tokens"] < MOST_TOKENS)
         planned, most = record["planned"] / MIB, record["peak"] / MIB
-        lines.append(
-            f"| {', '.join(parts)} | {planned:,.0f} | {most:,.0f} | {planned / most:.2f} | {peak} | "
-            f"{sum(phases['answers'].values()) / measured['answers']:.2f} |"
-        )
+        phases = ", ".join(f"{name} {_planned(record, name) / size:.2f}" for name, size in measured.items())
+        lines.append(f"| {', '.join(parts)} | {planned:,.0f} | {most:,.0f} | {planned / most:.2f} | {phases} |")
     return [*lines, "", *textwrap.wrap(f"{sources(records)}.", 120)]
+
+
+def _planned(record: dict, phase: str) -> int:
+    """Return the planned bytes of a measured phase, which may consist of several planned ones."""
+    return max(sum(parts.values()) for name, parts in record["plan"].items() if name.startswith(phase))
 
 
 def modes_table() -> list[str]:

@@ -11,7 +11,8 @@ import torch
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from bench.core.records import REPOSITORY, read_lines
-from bench.memory.report import modes_table, plan_table
+from bench.memory.__main__ import EVALUATIONS
+from bench.memory.report import evaluations_table, modes_table, plan_table
 from rmsd_fast import train_run
 from rmsd_fast.config import RECIPES, ModelConfig, RunConfig, SettingsError
 from rmsd_fast.made.student import build_tiny_student
@@ -756,9 +757,12 @@ def test_gpu_gib_needs_a_dry_run(capsys):
 
 def test_the_manual_shows_the_records():
     text = (REPOSITORY / "docs" / "memory.md").read_text()
-    assert "\n".join(plan_table()) in text and "\n".join(modes_table()) in text
-    records = read_lines(REPOSITORY / "bench" / "results" / "memory.jsonl")
-    assert len(records) >= 8
+    for table in (plan_table(), evaluations_table(), modes_table()):
+        assert "\n".join(table) in text
+    results = REPOSITORY / "bench" / "results"
+    evaluations, steps = (read_lines(results / f"{name}.jsonl") for name in ("evaluation_memory", "memory"))
+    records = steps + evaluations
+    assert len(steps) >= 8 and {record["case"] for record in evaluations} == {case.name for case in EVALUATIONS}
     assert all(abs(record["planned"] / record["peak"] - 1) < 0.15 for record in records)
 
 
