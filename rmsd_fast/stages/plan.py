@@ -31,7 +31,7 @@ from rmsd_fast.setting_rules.uses import (
 )
 from rmsd_fast.stages.hints import plan_hints
 from rmsd_fast.stages.inputs import read_inputs
-from rmsd_fast.stages.material import check_batches, check_model, check_packages
+from rmsd_fast.stages.material import check_batches, check_groups, check_model, check_packages
 from rmsd_fast.stages.memory import GIB, plan_memory, teacher_config
 from rmsd_fast.stages.memory_advice import device_room, fit_lines
 from rmsd_fast.stages.rollout_dump import plan_rollout_files
@@ -49,11 +49,13 @@ def describe_plan(settings: RunConfig, gpu_gib: float | None = None, resume: Pat
         resume: folder of the run to continue; None for a new run.
     Raises:
         UserError: an existing input is damaged, the pool belongs to other questions, or the batches cannot be divided
-            among the processes that torchrun has started.
+            or the groups of `rollout.tensor_parallel` formed among the processes that torchrun has started.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     refuse_evaluation_only(settings)
     check_batches(settings, processes)
+    if "WORLD_SIZE" in os.environ:
+        check_groups(settings, processes)
     launch = "" if "WORLD_SIZE" in os.environ else " (start the dry run with torchrun to count processes)"
     lines = [
         f"run {settings.name}: settings are consistent; {counted(processes, 'process', 'processes')}{launch}, "
