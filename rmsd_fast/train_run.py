@@ -38,24 +38,20 @@ from rmsd_fast.stages.rollout_dump import begin_dump, check_replay_start, dump_f
 from rmsd_fast.stages.rollout_servers import check_servers
 from rmsd_fast.stages.run import (
     Saved,
-    Step,
     TrainingRun,
     close_logs,
     export,
     first_step,
     forget_stage1,
-    next_prompts,
-    open_loader,
     open_run,
-    rate_of,
     record_stage1,
     restore,
-    run_steps,
     write_discriminator,
-    write_facts,
 )
+from rmsd_fast.stages.run_facts import write_facts
 from rmsd_fast.stages.run_folder import run_folder
 from rmsd_fast.stages.state import StageState
+from rmsd_fast.stages.training_loop import Step, next_prompts, open_loader, rate_of, run_steps
 
 log = logging.getLogger("rmsd_fast")
 # Below this share of groups whose rollouts differ in content, the forecast warns.

@@ -39,7 +39,7 @@ from rmsd_fast.stages.build import build_distillation
 from rmsd_fast.stages.hints import missing_hint_media, plan_hints, read_hints
 from rmsd_fast.stages.material import prepare_material
 from rmsd_fast.stages.plan import describe_plan
-from rmsd_fast.stages.run import open_loader
+from rmsd_fast.stages.training_loop import open_loader
 from rmsd_fast.train_feedback import Feedback
 
 SMALL = (
