@@ -1,8 +1,8 @@
 """Sample with vLLM in this process, which is the training process or that of a rollout server.
 
-This module, `vllm_group` and `vllm_process` have everything that depends on vLLM. vLLM gets token ids and vision features of the
-training model, so prompts, pixels and vision tower are those of the trainer. It samples without the banned ids, and
-each log-prob is corrected to that over the whole vocabulary.
+This module, `vllm_group` and `vllm_process` have everything that depends on vLLM. vLLM gets token ids and vision
+features of the training model, so prompts, pixels and vision tower are those of the trainer. It samples without the
+banned ids, and each log-prob is corrected to that over the whole vocabulary.
 """
 
 from __future__ import annotations

@@ -7,9 +7,10 @@ requests in the same order and sample the same tokens, and vLLM adds up what the
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from math import prod
+from math import gcd, prod
 from typing import Any
 
 import torch
@@ -58,6 +59,22 @@ def check_split(config: Any, tensor_parallel: int) -> None:
         )
 
 
+def check_groups(tensor_parallel: int, processes: int) -> None:
+    """Raise SettingsError if the processes of a run cannot form groups of this size, each on one node.
+
+    Args:
+        tensor_parallel: `rollout.tensor_parallel`.
+        processes: number of processes. torchrun gives that of each node to its processes.
+    """
+    of_node = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    for number, what in ((processes, "processes"), (of_node, "processes of a node")):
+        if number % tensor_parallel:
+            raise SettingsError(
+                f"rollout.tensor_parallel: expected a divisor of {number} ({what}), got {tensor_parallel}; set "
+                f"rollout.tensor_parallel={gcd(number, tensor_parallel)}, or start a different number of processes"
+            )
+
+
 class TensorGroup:
     """The processes with consecutive ranks that hold one copy of the model.
 
@@ -90,9 +107,7 @@ class TensorGroup:
         dist.all_gather_object(values, value, group=self._objects)
         return values
 
-    def gather(
-        self, requests: list[Request], dtype: torch.dtype, device: torch.device
-    ) -> tuple[list[Request], slice]:
+    def gather(self, requests: list[Request], dtype: torch.dtype, device: torch.device) -> tuple[list[Request], slice]:
         """Return the requests of all processes, in the order of the ranks, and the places of those of this process.
 
         The features of each medium are sent once, in `dtype`.

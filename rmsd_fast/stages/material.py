@@ -32,7 +32,7 @@ from rmsd_fast.models.students import DTYPES
 from rmsd_fast.models.teacher_folder import check_teacher
 from rmsd_fast.rollout.dump import INFO
 from rmsd_fast.rollout.vllm import check_family, check_length
-from rmsd_fast.rollout.vllm_group import check_split
+from rmsd_fast.rollout.vllm_group import check_groups, check_split
 from rmsd_fast.rollout.vllm_process import check_vllm
 from rmsd_fast.runtime.engine import import_adamw_8bit
 from rmsd_fast.runtime.process_group import World, on_main
@@ -99,7 +99,8 @@ def prepare_material(
     check_packages(settings, training=training)
     if training:
         check_batches(settings, world.size)
-        check_groups(settings, world.size)
+        if uses_vllm(settings):
+            check_groups(settings.rollout.tensor_parallel, world.size)
         losses_of(settings, world)
         # Only the main process writes to trackers.
         on_main(world, lambda: check_trackers(settings.runtime.trackers))
@@ -225,20 +226,6 @@ def check_batches(settings: RunConfig, processes: int) -> None:
             raise SettingsError(
                 f"{key}: expected a multiple of {processes} (processes), got {batch}; set {key}="
                 f"{max(1, round(batch / processes)) * processes}, or start a different number of processes"
-            )
-
-
-def check_groups(settings: RunConfig, processes: int) -> None:
-    """Raise SettingsError if the processes cannot form the groups of `rollout.tensor_parallel`, each on one node."""
-    if not uses_vllm(settings):
-        return
-    size = settings.rollout.tensor_parallel
-    of_node = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
-    for number, what in ((processes, "processes"), (of_node, "processes of a node")):
-        if number % size:
-            raise SettingsError(
-                f"rollout.tensor_parallel: expected a divisor of {number} ({what}), got {size}; set "
-                f"rollout.tensor_parallel={math.gcd(number, size)}, or start a different number of processes"
             )
 
 

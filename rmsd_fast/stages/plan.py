@@ -13,6 +13,7 @@ from rmsd_fast.data.errors import DataError, counted
 from rmsd_fast.files import file_digest
 from rmsd_fast.models.folders import find_folder, open_folder
 from rmsd_fast.models.teacher_folder import check_teacher
+from rmsd_fast.rollout.vllm_group import check_groups
 from rmsd_fast.runtime.trackers import missing_trackers
 from rmsd_fast.setting_rules.evaluation import refuse_evaluation_only
 from rmsd_fast.setting_rules.uses import (
@@ -28,10 +29,11 @@ from rmsd_fast.setting_rules.uses import (
     uses_other_teacher,
     uses_pool,
     uses_servers,
+    uses_vllm,
 )
 from rmsd_fast.stages.hints import plan_hints
 from rmsd_fast.stages.inputs import read_inputs
-from rmsd_fast.stages.material import check_batches, check_groups, check_model, check_packages
+from rmsd_fast.stages.material import check_batches, check_model, check_packages
 from rmsd_fast.stages.memory import GIB, plan_memory, teacher_config
 from rmsd_fast.stages.memory_advice import device_room, fit_lines
 from rmsd_fast.stages.rollout_dump import plan_rollout_files
@@ -54,8 +56,8 @@ def describe_plan(settings: RunConfig, gpu_gib: float | None = None, resume: Pat
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     refuse_evaluation_only(settings)
     check_batches(settings, processes)
-    if "WORLD_SIZE" in os.environ:
-        check_groups(settings, processes)
+    if uses_vllm(settings) and "WORLD_SIZE" in os.environ:
+        check_groups(settings.rollout.tensor_parallel, processes)
     launch = "" if "WORLD_SIZE" in os.environ else " (start the dry run with torchrun to count processes)"
     lines = [
         f"run {settings.name}: settings are consistent; {counted(processes, 'process', 'processes')}{launch}, "

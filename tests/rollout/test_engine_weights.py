@@ -314,23 +314,25 @@ def test_models_that_cannot_be_split_are_refused(processes, changes, expected):
 
 
 def test_groups_that_cannot_be_formed_are_refused(folder, monkeypatch):
-    """A run of 12 processes on 2 nodes. Without a launcher, a dry run does not know the number of processes."""
+    """A run of 6 processes on 2 nodes. Without a launcher, a dry run does not know the number of processes."""
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.32.0")
-    given = ["rollout.engine=vllm", "rollout.vllm_kv_cache_gib=1", f"model.path={folder}", "rollout.tensor_parallel=4"]
-    settings = load_settings("quickstart", [*given, "distill.batch_size=12", "sft.batch_size=12"])
+    given = ["rollout.engine=vllm", "rollout.vllm_kv_cache_gib=1", f"model.path={folder}", "rollout.tensor_parallel=2"]
+    settings = load_settings("quickstart", [*given, "distill.batch_size=6", "sft.batch_size=6"])
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert describe_plan(settings)[1]
-    monkeypatch.setenv("WORLD_SIZE", "12")
-    assert describe_plan(settings)[1]
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "6")
-    advice = "set rollout.tensor_parallel=2, or start a different number of processes"
-    expected = rf"^rollout.tensor_parallel: expected a divisor of 6 \(processes of a node\), got 4; {advice}"
+    for variables in ({}, {"WORLD_SIZE": "6"}):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        text, ready = describe_plan(settings)
+        assert ready, text
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    advice = "set rollout.tensor_parallel=1, or start a different number of processes"
+    expected = rf"^rollout.tensor_parallel: expected a divisor of 3 \(processes of a node\), got 2; {advice}"
     with pytest.raises(SettingsError, match=expected):
         describe_plan(settings)
     with pytest.raises(SettingsError, match=expected):
-        prepare_material(settings, replace(WORLD, size=12))
-    monkeypatch.setenv("WORLD_SIZE", "6")
-    with pytest.raises(SettingsError, match=r"expected a divisor of 6 \(processes\), got 4"):
+        prepare_material(settings, replace(WORLD, size=6))
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(SettingsError, match=r"expected a divisor of 3 \(processes\), got 2"):
         describe_plan(settings)
 
 

@@ -51,11 +51,11 @@ def check_equal(rollouts, others):
 
 
 def test_each_process_has_a_part_of_the_weights(outcome):
-    """The student has 4 heads of 16 for queries, keys and values, a hidden size of 64, and an MLP of 128."""
+    """The student has 2 heads of 32 for queries, keys and values, a hidden size of 64, and an MLP of 128."""
     for results in outcome:
         parts = {name.rpartition("layers.1.")[2]: shape for name, shape in results["parts"].items()}
-        assert parts["self_attn.qkv_proj.weight"] == [3 * 2 * 16, 64]
-        assert parts["self_attn.o_proj.weight"] == [64, 2 * 16]
+        assert parts["self_attn.qkv_proj.weight"] == [3 * 32, 64]
+        assert parts["self_attn.o_proj.weight"] == [64, 32]
         assert parts["mlp.gate_up_proj.weight"] == [2 * 64, 64] and parts["mlp.down_proj.weight"] == [64, 64]
         assert parts["input_layernorm.weight"] == [64]
 

@@ -829,6 +829,21 @@ def test_processes_hold_a_part_of_vllms_weights(simple_counts, monkeypatch):
     assert parts.phases["rollout"]["vision"] == (4 + 16 * 4) * of_question
 
 
+def test_vllms_weights_are_split_to_make_it_fit(simple_counts, monkeypatch):
+    """The quickstart's student has 2 heads, and 6 processes form groups of 2, or of 1 on nodes with 3 processes."""
+    monkeypatch.setattr(memory, "count_parameters", lambda *_: parameters(total=10**10, largest=10**8))
+    sizes = ["data.max_prompt_tokens=512", "micro_tokens=2048", "sft.batch_size=6", "distill.batch_size=6", STAGES]
+    engine = ["rollout.engine=vllm", "rollout.vllm_kv_cache_gib=1", "runtime.zero_stage=3"]
+    settings = load_settings("quickstart", [*sizes, *engine])
+    plan = plan_memory(settings, CONFIG, processes=6, device="cuda")
+    found = fit_lines(settings, CONFIG, plan, plan.total - 8 * GIB, 6)
+    # Half of 10^10 weights in 4 bytes.
+    expected = f"set rollout.tensor_parallel=2, planned {(plan.total - 2 * 10**10) / GIB:.1f} GiB"
+    assert expected in found and not any("parallel=3" in line or "parallel=6" in line for line in found), found
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert not any("tensor_parallel" in line for line in fit_lines(settings, CONFIG, plan, plan.total - 8 * GIB, 6))
+
+
 def test_servers_hold_no_memory_of_the_gpu(simple_counts, monkeypatch):
     """Two questions at once on each of two servers, whose features are joined on the GPU and sent from the host."""
     size = parameters(total=10**10, largest=10**8)

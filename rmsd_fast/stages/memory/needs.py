@@ -184,7 +184,7 @@ class StageNeeds:
         return max(BUCKET_BYTES, self.count.largest * self.width, self.features(self._messages))
 
     def vllm_weights(self) -> int:
-        """Return the bytes of the weights that vLLM holds on this process, all or with `rollout.tensor_parallel` a part.
+        """Return the bytes of the weights that vLLM holds on this process: all, or a part of them.
 
         Norms and the vision tower's positions, which are not split, are less than 1% and counted as if they were.
         """
