@@ -131,6 +131,8 @@ def _run_stages(run: TrainingRun) -> None:
     if run.media.decoder_reason:
         run.metrics.message(f"videos are decoded on the CPU: {run.media.decoder_reason}")
     on_main(run.world, lambda: describe_run(run))
+    if asks_judge(settings):
+        try_judge(run)
     evaluate(run, run.material.model_path, "untrained" if "sft" in settings.stages else "stage1")
     if "sft" in settings.stages:
         imitate(run)
@@ -217,7 +219,7 @@ def distillation(run: TrainingRun) -> None:
 
 
 def check_judge(settings: RunConfig, folder: Path | None = None) -> None:
-    """Check a judge of stage 2 before stage 1. Its server is not asked yet.
+    """Check the settings of a judge of stage 2, and its replies so far. Its server is not asked yet.
 
     Args:
         settings: settings of the run.
@@ -234,6 +236,20 @@ def check_judge(settings: RunConfig, folder: Path | None = None) -> None:
         feedback_client(settings.self_teacher.judge)
     else:
         check_replies(folder)
+
+
+def try_judge(run: TrainingRun) -> None:
+    """Ask the judge about one answer, so that a wrong URL, key or model is found before anything is trained.
+
+    Raises:
+        JudgeError: the judge does not answer.
+    """
+    from rmsd_fast.train_feedback import Feedback
+
+    question = run.material.train[0]
+    with closing(Feedback(run.settings.self_teacher.judge, run.folder, run.world, run.stop)) as feedback:
+        # A continued run has the reply in its file.
+        feedback([(question, f"<answer>{question.answer or ''}</answer>")] if run.world.is_main else [])
 
 
 @contextmanager
