@@ -91,11 +91,6 @@ class TensorGroup:
         from vllm.distributed.parallel_state import get_tp_group
 
         group = get_tp_group()
-        if group.world_size != size:
-            raise RolloutError(
-                f"rollout.tensor_parallel: expected the {group.world_size} of this process's first engine, got {size}; "
-                "start another process"
-            )
         # Nothing uses this shared memory, and it would outlive a process that ends abruptly.
         group.mq_broadcaster = None
         self._rank, self._ranks = group.rank_in_group, group.ranks
