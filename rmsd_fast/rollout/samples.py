@@ -43,7 +43,8 @@ class Medium:
 
     def embeds(self, dtype: torch.dtype) -> torch.Tensor:
         """Return the features of all layers side by side, [tokens, layers * D]."""
-        return torch.cat(self.layers, -1).to(dtype)
+        joined = self.layers[0] if len(self.layers) == 1 else torch.cat(self.layers, -1)
+        return joined.to(dtype)
 
 
 @dataclass(frozen=True)

@@ -163,7 +163,9 @@ class StageNeeds:
         rollout = self.settings.rollout
         if uses_vllm(self.settings):
             state = self.vllm_state() if self.device == "cuda" else 0
-            return {ROLLOUT: state + self._vllm_pass(), VISION: 2 * self.features(self.questions)}
+            # The features of the process, and copies of those of its group.
+            held = (1 + rollout.tensor_parallel) * self.features(self.questions)
+            return {ROLLOUT: state + self._vllm_pass(), VISION: held}
         if uses_servers(self.settings):
             if self.device == "cpu":
                 return {ROLLOUT: self.sent(), VISION: self.features(self.questions)}
@@ -181,19 +183,36 @@ class StageNeeds:
         """Return the bytes in host memory of messages to servers: a bucket of weights, or questions with features."""
         return max(BUCKET_BYTES, self.count.largest * self.width, self.features(self._messages))
 
+    def vllm_weights(self) -> int:
+        """Return the bytes of the weights that vLLM holds on this process: all, or a part of them.
+
+        Norms and the vision tower's positions, which are not split, are less than 1% and counted as if they were.
+        """
+        text, processes = self.text, self.settings.rollout.tensor_parallel
+        of_head = 2 * text["num_hidden_layers"] * self._head_dim * text["hidden_size"]
+        # Each process has at least one head of keys and values.
+        repeated = of_head * max(0, processes - text["num_key_value_heads"])
+        return -(-(self.count.total + repeated) // processes) * self.width
+
     def vllm_state(self) -> int:
-        """Return the bytes that vLLM holds while it is awake: all weights, buffers for deepstack, and the KV cache."""
+        """Return the bytes that vLLM holds while it is awake: weights, buffers for deepstack, and the KV cache."""
         buffers = (self.feature_layers - 1) * self._vllm_tokens * self.text["hidden_size"]
-        return (self.count.total + buffers) * self.width + int(self.settings.rollout.vllm_kv_cache_gib * GIB)
+        cache = int(self.settings.rollout.vllm_kv_cache_gib * GIB)
+        return self.vllm_weights() + buffers * self.width + cache
 
     def _vllm_pass(self) -> int:
         """Return the bytes of vLLM's largest pass: an estimate, which was not measured on a GPU."""
         text, rollout = self.text, self.settings.rollout
-        layer = 3 * text["intermediate_size"] + 6 * text["hidden_size"]
-        rows = min(rollout.prompts_per_batch, self.questions) * rollout.n
+        layer = 3 * text["intermediate_size"] // rollout.tensor_parallel + 6 * text["hidden_size"]
+        # Each process has the logits of the responses of its group.
+        rows = min(rollout.prompts_per_batch, self.questions) * rollout.n * rollout.tensor_parallel
         # Logits, in float32 the same scaled, their log-softmax, and noise.
         logits = rows * text["vocab_size"] * (self.width + 4 * 4)
         return max(self._vllm_tokens * layer * self.width, logits)
+
+    @property
+    def _head_dim(self) -> int:
+        return self.text.get("head_dim") or self.text["hidden_size"] // self.text["num_attention_heads"]
 
     @property
     def _vllm_tokens(self) -> int:
@@ -232,13 +251,12 @@ class StageNeeds:
             beside: number of prompts that share the beginning of another one; the plan assumes the same one for all.
         """
         settings, prefix, vision = self.settings, self.settings.data.max_prompt_tokens, self._shown_tokens()
-        first, alone = (prefix + beside * (prefix - vision), media - 1) if media else (prefix, beside - 1)
-        in_pass = min(alone, max(0, settings.micro_tokens - first) // prefix)
-        lengths, shown = (prefix,) * in_pass, (vision,) * in_pass
-        if media:
-            lengths, shown = (prefix, *lengths) + (prefix - vision,) * beside, (vision, *shown) + (0,) * beside
-        else:
-            lengths, shown = (prefix, *lengths), (0, *shown)
+        # Prompts about text alone share nothing.
+        alone, shared = (media, beside) if media else (beside, 0)
+        first = prefix + shared * (prefix - vision)
+        in_pass = min(alone, 1 + max(0, settings.micro_tokens - first) // prefix)
+        lengths = (prefix,) * in_pass + (prefix - vision,) * shared
+        shown = (vision,) * in_pass + (0,) * shared
         shape = RowShape("shared", lengths, ((),) * len(lengths), shown)
         counted = sum(_counted_prefill(_key(self.config), _model_key(settings.model), shape, self.device).values())
         if in_pass == alone:
@@ -250,9 +268,7 @@ class StageNeeds:
 
     def _kv_bytes(self) -> int:
         """Return the bytes of the keys and values of a token in one layer."""
-        text = self.text
-        head_dim = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
-        return 2 * text["num_key_value_heads"] * head_dim * self.width
+        return 2 * self.text["num_key_value_heads"] * self._head_dim * self.width
 
     def tower(self) -> dict[str, int]:
         """Return the bytes of encoding the step's media, which is done in calls of at most micro_tokens tokens."""
