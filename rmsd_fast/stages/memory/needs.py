@@ -252,17 +252,17 @@ class StageNeeds:
         """
         settings, prefix, vision = self.settings, self.settings.data.max_prompt_tokens, self._shown_tokens()
         # Prompts about text alone share nothing.
-        alone, shared = (media, beside) if media else (beside, 0)
+        groups, shared = (media, beside) if media else (beside, 0)
         first = prefix + shared * (prefix - vision)
-        in_pass = min(alone, 1 + max(0, settings.micro_tokens - first) // prefix)
+        in_pass = min(groups, 1 + max(0, settings.micro_tokens - first) // prefix)
         lengths = (prefix,) * in_pass + (prefix - vision,) * shared
         shown = (vision,) * in_pass + (0,) * shared
         shape = RowShape("shared", lengths, ((),) * len(lengths), shown)
         counted = sum(_counted_prefill(_key(self.config), _model_key(settings.model), shape, self.device).values())
-        if in_pass == alone:
+        if in_pass == groups:
             return counted
         # The keys and values of all passes are joined layer by layer, first keys and then values.
-        layers, of_layer, earlier = self.text["num_hidden_layers"], self._kv_bytes(), (alone - in_pass) * prefix
+        layers, of_layer, earlier = self.text["num_hidden_layers"], self._kv_bytes(), (groups - in_pass) * prefix
         joined = (earlier + sum(lengths)) * (layers * of_layer + of_layer // 2)
         return max(earlier * layers * of_layer + counted, joined)
 
