@@ -20,7 +20,7 @@ from rmsd_fast.config import ModelError, SettingsError, first_line
 from rmsd_fast.models.families import family_of
 from rmsd_fast.models.students import DTYPES
 from rmsd_fast.rollout.base import RolloutError, Sampling
-from rmsd_fast.rollout.samples import ADVICE, Completion, Request
+from rmsd_fast.rollout.samples import Completion, Request, advice
 from rmsd_fast.rollout.vllm_process import GIB, REQUEST, BannedMask, check_plain, check_vllm, shut_down, start_engine
 from rmsd_fast.rollout.weights import group_sums, to_host, weight_group
 
@@ -29,16 +29,18 @@ FAMILY = "Qwen3-VL"
 BATCH_TOKENS = 8192
 
 
-def check_family(student_family: str, path: str, engine: str = "vllm") -> None:
-    """Raise ModelError if the rollouts of a model family were not tested with vLLM."""
+def check_family(student_family: str, path: str, engine: str = "vllm", *, section: str = "rollout") -> None:
+    """Raise ModelError if a model family was not tested with vLLM. `section` has the setting `engine`."""
     if student_family != FAMILY:
         raise ModelError(
-            f"{path}: expected a {FAMILY} model with rollout.engine={engine}, got a {student_family} model; "
-            "set rollout.engine=hf"
+            f"{path}: expected a {FAMILY} model with {section}.engine={engine}, got a {student_family} model; "
+            f"set {section}.engine=hf"
         )
 
 
-def check_length(text_config: Any, *, dtype: str, max_tokens: int, kv_cache_gib: float) -> None:
+def check_length(
+    text_config: Any, *, dtype: str, max_tokens: int, kv_cache_gib: float, section: str = "rollout"
+) -> None:
     """Raise SettingsError if a prompt and its response are too long for the model or for vLLM's KV cache.
 
     Args:
@@ -46,12 +48,13 @@ def check_length(text_config: Any, *, dtype: str, max_tokens: int, kv_cache_gib:
         dtype: `model.dtype`.
         max_tokens: most tokens of a prompt and its response.
         kv_cache_gib: size of the KV cache in GiB.
+        section: section of the settings `engine` and `max_new_tokens`.
     """
-    both = f"data.max_prompt_tokens and rollout.max_new_tokens together, {max_tokens}"
+    both = f"data.max_prompt_tokens and {section}.max_new_tokens together, {max_tokens}"
     if max_tokens > text_config.max_position_embeddings:
         raise SettingsError(
             f"data.max_prompt_tokens: expected at most {text_config.max_position_embeddings}, max_position_embeddings "
-            f"in config.json, for {both}; lower one of them, or set rollout.engine=hf"
+            f"in config.json, for {both}; lower one of them, or set {section}.engine=hf"
         )
     head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
     of_token = 2 * text_config.num_hidden_layers * text_config.num_key_value_heads * head_dim * DTYPES[dtype].itemsize
@@ -82,8 +85,10 @@ class VllmSampler:
         sequences: number of responses that are decoded together.
         kv_cache_gib: size of the engine's KV cache in GiB.
         device: device of this process.
-        processes: number of processes, which wait for each other in each decoding step.
+        processes: number of processes, which start their engines together.
+        lockstep: whether they also call `sample` together, and wait for each other in each decoding step.
         sleeps: whether the engine frees the GPU's memory except during rollouts.
+        section: section of the settings `engine` and `max_new_tokens`, for messages.
     Raises:
         NotInstalled: vLLM is missing or was not tested, or packs weights so that they cannot be updated.
         ModelError: the model is of an untested family, or vLLM cannot load it.
@@ -103,10 +108,13 @@ class VllmSampler:
         kv_cache_gib: float,
         device: torch.device,
         processes: int = 1,
+        lockstep: bool = True,
         sleeps: bool = False,
+        section: str = "rollout",
     ) -> None:
-        check_vllm()
-        check_family(family_of(config).title, str(folder))
+        check_vllm(section=section)
+        check_family(family_of(config).title, str(folder), section=section)
+        self._advice = advice(section)
         self.max_tokens, self.dtype, self.device = max_tokens, DTYPES[dtype], device
         self._eos_id = eos_id
         self._mask = BannedMask(banned_ids, eos_id)
@@ -115,11 +123,11 @@ class VllmSampler:
         self._numbers = itertools.count()
         # By number: the request, the number of its responses, and vLLM's name of it.
         self._running: dict[int, tuple[Request, int, str]] = {}
-        self._temperature = 1.0
         self._corrections: dict[tuple[int, int, int], float] = {}
         self._engine = start_engine(
             self._mask,
             device,
+            section,
             model=str(folder),
             dtype=dtype,
             max_model_len=max_tokens,
@@ -132,14 +140,15 @@ class VllmSampler:
             enforce_eager=device.type == "cpu",
             enable_sleep_mode=self._sleeps,
             **({"distributed_executor_backend": "external_launcher"} if processes > 1 else {}),
-            data_parallel_size=processes,
+            # Engines that are not parts of one data-parallel engine have no collectives after their start.
+            data_parallel_size=processes if lockstep else 1,
         )
         core = self._engine.engine_core.engine_core
         # vLLM's own finalizer would destroy the process group of the training.
         self._engine.engine_core._finalizer.detach()
         weakref.finalize(self, shut_down, core).atexit = False
         self._model = core.model_executor.driver_worker.worker.model_runner.get_model()
-        check_plain(self._model)
+        check_plain(self._model, section)
         self._vocabulary = config.text_config.vocab_size
         self._sleep()
 
@@ -159,13 +168,13 @@ class VllmSampler:
         if loaded != expected:
             raise RolloutError(
                 f"weights in vLLM: expected {len(expected)} to be loaded, got {len(loaded)}; first difference: "
-                f"{min(loaded ^ expected)}; {ADVICE}"
+                f"{min(loaded ^ expected)}; {self._advice}"
             )
         if taken != names:
             missing = [name for name in names if name not in set(taken)]
             raise RolloutError(
                 f"weights in vLLM: expected it to take {len(names)}, it took {len(taken)}; first missing: "
-                f"{(missing or ['none, but their order has changed'])[0]}; {ADVICE}"
+                f"{(missing or ['none, but their order has changed'])[0]}; {self._advice}"
             )
 
     def _name_of(self, name: str) -> str:
@@ -187,7 +196,7 @@ class VllmSampler:
     def _forget(self) -> None:
         """Forget keys, values and media that were computed with earlier weights."""
         if not self._engine.reset_prefix_cache():
-            raise RolloutError(f"vLLM could not reset its prefix cache; {ADVICE}")
+            raise RolloutError(f"vLLM could not reset its prefix cache; {self._advice}")
         self._engine.reset_mm_cache()
         self._engine.reset_encoder_cache()
 
@@ -230,16 +239,10 @@ class VllmSampler:
         """Do nothing: the engine ends with this object."""
 
     def add(self, request: Request, sampling: Sampling) -> int:
-        """Begin a request, and return its number. All requests in progress have the same temperature."""
+        """Begin a request, and return its number."""
         if not self._running:
             self._corrections = {}
-            self._temperature = sampling.temperature
-            self._mask.begin(sampling.temperature or 1.0)
-        elif sampling.temperature != self._temperature:
-            raise RolloutError(
-                f"question {request.question_id!r}: expected the temperature of the requests in progress, "
-                f"{self._temperature:g}, got {sampling.temperature:g}; wait until they have ended"
-            )
+            self._mask.begin()
         number = next(self._numbers)
         inputs = self._inputs(request)
         self._check_prompt(request, inputs, sampling)
@@ -270,7 +273,7 @@ class VllmSampler:
         if isinstance(error, torch.OutOfMemoryError):
             return error
         return RolloutError(
-            f"vLLM failed while it sampled rollouts ({type(error).__name__}: {first_line(error)}); {ADVICE}"
+            f"vLLM failed while it sampled rollouts ({type(error).__name__}: {first_line(error)}); {self._advice}"
         )
 
     def _inputs(self, request: Request) -> Any:
@@ -324,13 +327,13 @@ class VllmSampler:
         ]
         positions, delta = self._model.get_mrope_input_positions(inputs["prompt_token_ids"], features)
         if not torch.equal(positions, request.position_ids):
-            raise RolloutError(f"{name}: expected the trainer's position ids in vLLM, got others; {ADVICE}")
+            raise RolloutError(f"{name}: expected the trainer's position ids in vLLM, got others; {self._advice}")
         # vLLM adds this difference to the index of each token of the response.
         first = len(request.input_ids) + delta
         if first != request.next_position:
             raise RolloutError(
                 f"{name}: expected the response to begin at position {request.next_position} in vLLM, got {first}; "
-                f"{ADVICE}"
+                f"{self._advice}"
             )
 
     def _params(self, request: Request, sampling: Sampling, number: int) -> Any:
@@ -357,9 +360,9 @@ class VllmSampler:
         request, n, _ = self._running.pop(number)
         name = f"question {request.question_id!r}"
         if output.prompt_token_ids != request.input_ids.tolist():
-            raise RolloutError(f"{name}: expected the trainer's prompt ids in vLLM, got others; {ADVICE}")
+            raise RolloutError(f"{name}: expected the trainer's prompt ids in vLLM, got others; {self._advice}")
         if len(output.outputs) != n:
-            raise RolloutError(f"{name}: expected {n} rollouts, got {len(output.outputs)}; {ADVICE}")
+            raise RolloutError(f"{name}: expected {n} rollouts, got {len(output.outputs)}; {self._advice}")
         completions = []
         for index, completion in enumerate(sorted(output.outputs, key=lambda completion: completion.index)):
             ids, seed = list(completion.token_ids), request.seed + index
@@ -367,7 +370,7 @@ class VllmSampler:
             if not ids or completion.logprobs is None or len(completion.logprobs) != len(ids) or None in steps:
                 raise RolloutError(
                     f"{name}: expected tokens with log-probs in rollout {index}, got {len(ids)} tokens and "
-                    f"{len(completion.logprobs or ())} log-probs; {ADVICE}"
+                    f"{len(completion.logprobs or ())} log-probs; {self._advice}"
                 )
             logp = [chosen[i].logprob + step for i, chosen, step in zip(ids, completion.logprobs, steps, strict=True)]
             completions.append(
