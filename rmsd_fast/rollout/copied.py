@@ -117,6 +117,5 @@ def check_sums(
     wrong = [group for group in groups if sum(sums.get(group, 0) for sums in expected) != held.get(group, 0)]
     if wrong:
         raise RolloutError(
-            f"{expects} in vLLM, got others in {', '.join(wrong)} "
-            f"({len(wrong)} of {len(groups)} groups); {remedy}"
+            f"{expects} in vLLM, got others in {', '.join(wrong)} ({len(wrong)} of {len(groups)} groups); {remedy}"
         )

@@ -27,6 +27,9 @@ from rmsd_fast.rollout.weights import group_sums, to_host, weight_group
 FAMILY = "Qwen3-VL"
 # Tokens that vLLM processes in one pass at most. A medium must fit too.
 BATCH_TOKENS = 8192
+# Responses of an evaluation that are decoded together at most. With more, logits take much memory: those of 256
+# responses take 0.6 GiB in 4 copies of float32 and a vocabulary of 151,936.
+MOST_ANSWERS = 256
 
 
 def check_family(student_family: str, path: str, engine: str = "vllm", *, section: str = "rollout") -> None:
@@ -56,13 +59,29 @@ def check_length(
             f"data.max_prompt_tokens: expected at most {text_config.max_position_embeddings}, max_position_embeddings "
             f"in config.json, for {both}; lower one of them, or set {section}.engine=hf"
         )
-    head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
-    of_token = 2 * text_config.num_hidden_layers * text_config.num_key_value_heads * head_dim * DTYPES[dtype].itemsize
-    if of_token * max_tokens > kv_cache_gib * GIB:
+    least = cache_gib(text_config, dtype=dtype, max_tokens=max_tokens)
+    if least > kv_cache_gib:
         raise SettingsError(
-            f"rollout.vllm_kv_cache_gib: expected at least {of_token * max_tokens / GIB:.3g}, the keys and values for "
+            f"rollout.vllm_kv_cache_gib: expected at least {least:.3g}, the keys and values for "
             f"{both}, got {kv_cache_gib:g}; raise it, or lower one of the two"
         )
+
+
+def cache_gib(text_config: Any, *, dtype: str, max_tokens: int) -> float:
+    """Return the GiB of the keys and values of so many tokens; see `check_length`."""
+    head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
+    of_token = 2 * text_config.num_hidden_layers * text_config.num_key_value_heads * head_dim * DTYPES[dtype].itemsize
+    return of_token * max_tokens / GIB
+
+
+def answered_together(questions: int, rollouts: int) -> int:
+    """Return the number of responses that vLLM decodes together in an evaluation; the others of a batch wait.
+
+    Args:
+        questions: questions of a batch, each with a greedy answer.
+        rollouts: sampled answers of each.
+    """
+    return min(questions * (1 + rollouts), MOST_ANSWERS)
 
 
 def batch_tokens(max_tokens: int) -> int:

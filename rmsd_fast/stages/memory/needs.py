@@ -26,7 +26,7 @@ from rmsd_fast.models.pass_memory import (
 from rmsd_fast.models.quantize import BYTES_PER_WEIGHT
 from rmsd_fast.rollout.protocol import BUCKET_BYTES
 from rmsd_fast.rollout.shared_cache import BLOCK, PrefixCache
-from rmsd_fast.rollout.vllm import batch_tokens
+from rmsd_fast.rollout.vllm import answered_together, batch_tokens
 from rmsd_fast.setting_rules.uses import (
     distills_vocabulary,
     has_policy_gradient,
@@ -67,6 +67,8 @@ class StageNeeds:
         self.prompts_each = 2 if shows_media(settings) and stage in ("warm_up", "distill") else 1
         # Questions of an evaluation may be about the same media, which are then encoded and prefilled once.
         self.media, self.images = self.questions, False
+        # Most tokens of a prompt that vLLM is started for.
+        self.limit = settings.data.max_prompt_tokens
         self.width = 2 if settings.model.dtype == "bfloat16" else 4
         self.lora = settings.model.adapter == "lora"
         self.quantized = settings.model.quantize == "nf4"
@@ -163,7 +165,7 @@ class StageNeeds:
         rollout = self.settings.rollout
         if uses_vllm(self.settings):
             state = self.vllm_state() if self.device == "cuda" else 0
-            return {ROLLOUT: state + self._vllm_pass(), VISION: 2 * self.features(self.questions)}
+            return {ROLLOUT: state + self.vllm_pass(), VISION: 2 * self.features(self.questions)}
         if uses_servers(self.settings):
             if self.device == "cpu":
                 return {ROLLOUT: self.sent(), VISION: self.features(self.questions)}
@@ -186,18 +188,21 @@ class StageNeeds:
         buffers = (self.feature_layers - 1) * self._vllm_tokens * self.text["hidden_size"]
         return (self.count.total + buffers) * self.width + int(self.settings.rollout.vllm_kv_cache_gib * GIB)
 
-    def _vllm_pass(self) -> int:
+    def vllm_pass(self) -> int:
         """Return the bytes of vLLM's largest pass: an estimate, which was not measured on a GPU."""
         text, rollout = self.text, self.settings.rollout
         layer = 3 * text["intermediate_size"] + 6 * text["hidden_size"]
         rows = min(rollout.prompts_per_batch, self.questions) * rollout.n
+        if self.stage == "evaluate":
+            rows = answered_together(self.questions, self.settings.evaluate.rollouts)
         # Logits, in float32 the same scaled, their log-softmax, and noise.
         logits = rows * text["vocab_size"] * (self.width + 4 * 4)
         return max(self._vllm_tokens * layer * self.width, logits)
 
     @property
     def _vllm_tokens(self) -> int:
-        return batch_tokens(self.settings.data.max_prompt_tokens + self.settings.rollout.max_new_tokens)
+        section = self.settings.evaluate if self.stage == "evaluate" else self.settings.rollout
+        return batch_tokens(self.limit + section.max_new_tokens)
 
     def generation(self, prompts: int, rows: int, tokens: int) -> dict[str, int]:
         settings, text = self.settings, self.text
