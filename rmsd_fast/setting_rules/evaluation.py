@@ -7,12 +7,12 @@ from rmsd_fast.config import (
     OF_IMAGES,
     REQUEST_FIELDS,
     SUBTITLED,
-    TASK_TYPES,
     JudgeConfig,
     MadeConfig,
     RunConfig,
     SettingsError,
 )
+from rmsd_fast.method.answers import TASK_TYPES
 
 # vLLM replaces lower temperatures by this one.
 LEAST_TEMPERATURE = 0.01
