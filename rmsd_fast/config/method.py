@@ -112,11 +112,11 @@ class RolloutConfig:
     """`hf` = transformers, with the model that is trained; `vllm` = vLLM, with a copy of it that is updated in each
     step (extra `vllm`; not with Qwen2.5-VL or `model.quantize`); `vllm_server` = the same in other processes, on other
     GPUs or machines, at `rollout.server_urls`; or `replay` = they are read from `rollout.replay`, and nothing is
-    generated. Evaluations always use `hf`."""
+    generated. Evaluations have `evaluate.engine`."""
     vllm_kv_cache_gib: float = number(8.0, above=0)
     """Size of vLLM's KV cache in GiB, on the device of each process or, with `rollout.engine=vllm_server`, of each
     server. vLLM also holds a copy of the weights there; on a GPU of the training, both are there only during
-    rollouts."""
+    rollouts. Evaluations use it with `evaluate.engine=vllm`."""
     server_urls: list[str] = field(default_factory=list)
     """With `rollout.engine=vllm_server`: the servers that `rmsd_fast.serve_rollouts` has started, such as
     [http://127.0.0.1:8400]. All processes spread their questions over all servers."""
