@@ -287,7 +287,7 @@ def test_a_dry_run(material, world, capsys):
 def test_a_killed_evaluation_continues_with_the_same_result(tmp_path, material, world):
     """Kill the program in the middle, continue with two processes, and compare with one that was not interrupted.
 
-    The batches are five for each process, or the rest of them, so the processes do not step together.
+    A kill leaves any number of batches, and each process answers its share without waiting for the other one.
     """
     tasks = [setting for setting in SIX_TASKS if setting.startswith("made.")]
     sizes = ["made.train_clips=12", "made.heldout_clips=12", "evaluate.prompts_per_batch=4", "data.cache_mib=16"]
