@@ -119,6 +119,8 @@ def _out_of_memory(settings: RunConfig, error: Exception, run_folder: Path | Non
     ]
     if uses_vllm(settings):
         lines.append(f"  rollout.vllm_kv_cache_gib={settings.rollout.vllm_kv_cache_gib:g} (vLLM's cache)")
+        parallel = settings.rollout.tensor_parallel
+        lines.append(f"  or split vLLM's weights: rollout.tensor_parallel={parallel} -> {2 * parallel}")
     if settings.rollout.cuda_graphs:
         lines.append(no_graphs)
     if not settings.model.gradient_checkpointing:

@@ -117,6 +117,9 @@ class RolloutConfig:
     """Size of vLLM's KV cache in GiB, on the device of each process or, with `rollout.engine=vllm_server`, of each
     server. vLLM also holds a copy of the weights there; on a GPU of the training, both are there only during
     rollouts. Evaluations use it with `evaluate.engine=vllm`."""
+    tensor_parallel: int = number(1, least=1)
+    """With `rollout.engine=vllm`: number of training processes, on one node, that hold one copy of the model in vLLM.
+    Each has a part of the weights and of the keys and values, and all decode the responses of the group (open)."""
     server_urls: list[str] = field(default_factory=list)
     """With `rollout.engine=vllm_server`: the servers that `rmsd_fast.serve_rollouts` has started, such as
     [http://127.0.0.1:8400]. All processes spread their questions over all servers."""

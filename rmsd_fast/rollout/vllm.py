@@ -1,8 +1,8 @@
 """Sample with vLLM in this process, which is the training process or that of a rollout server.
 
-This module and `vllm_process` have everything that depends on vLLM. vLLM gets token ids and vision features of the
-training model, so prompts, pixels and vision tower are those of the trainer. It samples without the banned ids, and
-each log-prob is corrected to that over the whole vocabulary.
+This module, `vllm_group` and `vllm_process` have everything that depends on vLLM. vLLM gets token ids and vision
+features of the training model, so prompts, pixels and vision tower are those of the trainer. It samples without the
+banned ids, and each log-prob is corrected to that over the whole vocabulary.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from rmsd_fast.models.families import family_of
 from rmsd_fast.models.students import DTYPES
 from rmsd_fast.rollout.base import RolloutError, Sampling
 from rmsd_fast.rollout.samples import Completion, Request, advice
+from rmsd_fast.rollout.vllm_group import TensorGroup
 from rmsd_fast.rollout.vllm_process import GIB, REQUEST, BannedMask, check_plain, check_vllm, shut_down, start_engine
-from rmsd_fast.rollout.weights import group_sums, to_host, weight_group
 
 FAMILY = "Qwen3-VL"
 # Tokens that vLLM processes in one pass at most. A medium must fit too.
@@ -42,7 +42,13 @@ def check_family(student_family: str, path: str, engine: str = "vllm", *, sectio
 
 
 def check_length(
-    text_config: Any, *, dtype: str, max_tokens: int, kv_cache_gib: float, section: str = "rollout"
+    text_config: Any,
+    *,
+    dtype: str,
+    max_tokens: int,
+    kv_cache_gib: float,
+    tensor_parallel: int = 1,
+    section: str = "rollout",
 ) -> None:
     """Raise SettingsError if a prompt and its response are too long for the model or for vLLM's KV cache.
 
@@ -51,6 +57,7 @@ def check_length(
         dtype: `model.dtype`.
         max_tokens: most tokens of a prompt and its response.
         kv_cache_gib: size of the KV cache in GiB.
+        tensor_parallel: number of processes that hold one copy of the model, each with a part of the heads.
         section: section of the settings `engine` and `max_new_tokens`.
     """
     both = f"data.max_prompt_tokens and {section}.max_new_tokens together, {max_tokens}"
@@ -59,7 +66,7 @@ def check_length(
             f"data.max_prompt_tokens: expected at most {text_config.max_position_embeddings}, max_position_embeddings "
             f"in config.json, for {both}; lower one of them, or set {section}.engine=hf"
         )
-    least = cache_gib(text_config, dtype=dtype, max_tokens=max_tokens)
+    least = cache_gib(text_config, dtype=dtype, max_tokens=max_tokens, tensor_parallel=tensor_parallel)
     if least > kv_cache_gib:
         raise SettingsError(
             f"rollout.vllm_kv_cache_gib: expected at least {least:.3g}, the keys and values for "
@@ -67,10 +74,11 @@ def check_length(
         )
 
 
-def cache_gib(text_config: Any, *, dtype: str, max_tokens: int) -> float:
-    """Return the GiB of the keys and values of so many tokens; see `check_length`."""
+def cache_gib(text_config: Any, *, dtype: str, max_tokens: int, tensor_parallel: int = 1) -> float:
+    """Return the GiB of the keys and values of so many tokens on a process; see `check_length`."""
     head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
-    of_token = 2 * text_config.num_hidden_layers * text_config.num_key_value_heads * head_dim * DTYPES[dtype].itemsize
+    heads = max(1, text_config.num_key_value_heads // tensor_parallel)
+    of_token = 2 * text_config.num_hidden_layers * heads * head_dim * DTYPES[dtype].itemsize
     return of_token * max_tokens / GIB
 
 
@@ -90,9 +98,10 @@ def batch_tokens(max_tokens: int) -> int:
 
 
 class VllmSampler:
-    """Sample with an engine of vLLM in this process, which has all weights of the model; see `Sampler`.
+    """Sample with an engine of vLLM in this process; see `Sampler`.
 
-    A server uses `add` and `step` instead of `sample`, so that requests of several processes are decoded together.
+    It has all weights of the model, or with `tensor_parallel` a part of them. A server uses `add` and `step` instead of
+    `sample`, so that requests of several processes are decoded together.
 
     Args:
         folder: folder of the model.
@@ -101,10 +110,11 @@ class VllmSampler:
         eos_id: id that ends a response.
         dtype: `model.dtype`.
         max_tokens: most tokens of a prompt and its response.
-        sequences: number of responses that are decoded together.
-        kv_cache_gib: size of the engine's KV cache in GiB.
+        sequences: number of responses of this process that are decoded together.
+        kv_cache_gib: size of the KV cache on this process's device in GiB.
         device: device of this process.
         processes: number of processes, which start their engines together.
+        tensor_parallel: number of processes with consecutive ranks that hold one copy of the model.
         lockstep: whether they also call `sample` together, and wait for each other in each decoding step.
         sleeps: whether the engine frees the GPU's memory except during rollouts.
         section: section of the settings `engine` and `max_new_tokens`, for messages.
@@ -127,6 +137,7 @@ class VllmSampler:
         kv_cache_gib: float,
         device: torch.device,
         processes: int = 1,
+        tensor_parallel: int = 1,
         lockstep: bool = True,
         sleeps: bool = False,
         section: str = "rollout",
@@ -150,7 +161,8 @@ class VllmSampler:
             model=str(folder),
             dtype=dtype,
             max_model_len=max_tokens,
-            max_num_seqs=sequences,
+            # The engines of a group decode the responses of all its processes.
+            max_num_seqs=sequences * tensor_parallel,
             max_num_batched_tokens=batch_tokens(max_tokens),
             kv_cache_memory_bytes=int(kv_cache_gib * GIB),
             # vLLM only checks that this share of the GPU is free, since the size of the KV cache is given.
@@ -160,15 +172,18 @@ class VllmSampler:
             enable_sleep_mode=self._sleeps,
             **({"distributed_executor_backend": "external_launcher"} if processes > 1 else {}),
             # Engines that are not parts of one data-parallel engine have no collectives after their start.
-            data_parallel_size=processes if lockstep else 1,
+            data_parallel_size=processes // tensor_parallel if lockstep else 1,
+            tensor_parallel_size=tensor_parallel,
+            # vLLM's own sum over GPUs maps memory of other processes, which nobody has tried while the engine sleeps.
+            disable_custom_all_reduce=True,
         )
+        self._group = TensorGroup(tensor_parallel)
         core = self._engine.engine_core.engine_core
         # vLLM's own finalizer would destroy the process group of the training.
         self._engine.engine_core._finalizer.detach()
         weakref.finalize(self, shut_down, core).atexit = False
         self._model = core.model_executor.driver_worker.worker.model_runner.get_model()
         check_plain(self._model, section)
-        self._vocabulary = config.text_config.vocab_size
         self._sleep()
 
     def load(self, weights: Iterator[tuple[str, torch.Tensor]], names: list[str]) -> None:
@@ -221,12 +236,7 @@ class VllmSampler:
 
     def weight_sums(self) -> dict[str, int]:
         """Return the sum of `bit_sum` over each group of vLLM's language model, without padding of the vocabulary."""
-        named = (
-            (name, param[: self._vocabulary] if weight_group(name) in ("embeddings", "head") else param)
-            for name, param in self._model.named_parameters()
-            if weight_group(name) != "vision"
-        )
-        return to_host(group_sums(named))
+        return self._group.weight_sums(self._model)
 
     def _sleep(self) -> None:
         """Free the GPU's memory for training. Level 2 would drop the weights that are not copied in each step."""
@@ -242,9 +252,10 @@ class VllmSampler:
     def sample(self, requests: list[Request], sampling: Sampling) -> list[list[Completion]]:
         """Return the completions of all requests; see `Sampler`."""
         self._wake()
+        every, own = self._group.gather(requests, self.dtype, self.device)
         finished: dict[int, list[Completion]] = {}
         try:
-            numbers = [self.add(request, sampling) for request in requests]
+            numbers = [self.add(request, sampling) for request in every]
             # With several processes, this waits for all of them in each step.
             while self._engine.has_unfinished_requests():
                 finished |= self.step()
@@ -252,7 +263,9 @@ class VllmSampler:
             self.abort()
             raise
         self._sleep()
-        return [finished[number] for number in numbers]
+        drawn = [finished[number] for number in numbers]
+        self._group.check_equal(drawn)
+        return drawn[own]
 
     def close(self) -> None:
         """Do nothing: the engine ends with this object."""

@@ -76,7 +76,7 @@ def start_engine(mask: BannedMask, device: torch.device, section: str, **setting
     os.environ.update(_ENVIRONMENT)
     for name, value in _PREFERENCES.items():
         os.environ.setdefault(name, value)
-    with _state_of_process_kept(device), _plain_cpu_layers(device):
+    with _state_of_process_kept(device), _plain_cpu_layers(device), _gloo_between_cpus(device):
         return _start(mask, section, settings)
 
 
@@ -231,6 +231,26 @@ def _plain_cpu_layers(device: torch.device) -> Iterator[None]:
         yield
     finally:
         _custom_ops._supports_onednn, utils.check_cpu_sgl_kernel = packs
+
+
+@contextmanager
+def _gloo_between_cpus(device: torch.device) -> Iterator[None]:
+    """Let vLLM's layers on CPUs exchange tensors with gloo, as the training does.
+
+    vLLM has no setting for this. By default, it shares memory under a name that all runs on a machine have in common if
+    another program has started the processes, and that exists until the machine restarts if a process ends abruptly.
+    """
+    if device.type != "cpu":
+        yield
+        return
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
+
+    shares = CpuCommunicator._all_group_ranks_share_shm_group_name
+    CpuCommunicator._all_group_ranks_share_shm_group_name = lambda communicator: False
+    try:
+        yield
+    finally:
+        CpuCommunicator._all_group_ranks_share_shm_group_name = shares
 
 
 @torch.no_grad()

@@ -215,6 +215,13 @@ def _of_rollouts(settings: RunConfig, *, trains: bool) -> list[_Rule]:
             f"rollout.engine={settings.rollout.engine} has no cache of this size; set rollout.engine=vllm",
         ),
         (
+            ["rollout.tensor_parallel"],
+            settings.rollout.engine != "vllm",
+            "several servers each hold the whole model; use servers with larger GPUs"
+            if settings.rollout.engine == "vllm_server"
+            else f"rollout.engine={settings.rollout.engine} does not split the model; set rollout.engine=vllm",
+        ),
+        (
             ["rollout.log_questions"],
             settings.rollout.log_every_steps == 0,
             "rollout.log_every_steps is 0, so no rollouts are written; set rollout.log_every_steps=10",

@@ -267,6 +267,7 @@ def make_rollouts(state: StageState, path: str, settings: RunConfig, world: Worl
             kv_cache_gib=rollout.vllm_kv_cache_gib,
             device=world.device,
             processes=world.size,
+            tensor_parallel=rollout.tensor_parallel,
             sleeps=True,
         )
         return CopyRollout(sampler, state.builder)

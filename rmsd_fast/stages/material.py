@@ -32,6 +32,7 @@ from rmsd_fast.models.students import DTYPES
 from rmsd_fast.models.teacher_folder import check_teacher
 from rmsd_fast.rollout.dump import INFO
 from rmsd_fast.rollout.vllm import check_family, check_length
+from rmsd_fast.rollout.vllm_group import check_groups, check_split
 from rmsd_fast.rollout.vllm_process import check_vllm
 from rmsd_fast.runtime.engine import import_adamw_8bit
 from rmsd_fast.runtime.process_group import World, on_main
@@ -98,6 +99,8 @@ def prepare_material(
     check_packages(settings, training=training)
     if training:
         check_batches(settings, world.size)
+        if uses_vllm(settings):
+            check_groups(settings.rollout.tensor_parallel, world.size)
         losses_of(settings, world)
         # Only the main process writes to trackers.
         on_main(world, lambda: check_trackers(settings.runtime.trackers))
@@ -154,7 +157,8 @@ def check_model(folder: Path, settings: RunConfig, *, training: bool) -> ModelFo
     Raises:
         ModelError: the folder cannot be used, or not with `rollout.engine` or, in an evaluation, `evaluate.engine`.
         SettingsError: the family's boxes cannot be read with `evaluate.prompt`, or with vLLM, prompts and responses are
-            too long for the model or, in this process, the KV cache, or training compares more tokens than it has.
+            too long for the model or, in this process, the KV cache, vLLM cannot split the model, or training compares
+            more tokens than it has.
     """
     model = open_folder(folder)
     if training:
@@ -163,12 +167,15 @@ def check_model(folder: Path, settings: RunConfig, *, training: bool) -> ModelFo
         check_boxes(family_of(model.config))
     if training and (uses_vllm(settings) or uses_servers(settings)):
         check_family(family_of(model.config).title, str(folder), settings.rollout.engine)
+        if uses_vllm(settings):
+            check_split(model.config, settings.rollout.tensor_parallel)
         check_length(
             model.config.text_config,
             dtype=settings.model.dtype,
             max_tokens=settings.data.max_prompt_tokens + settings.rollout.max_new_tokens,
             # The cache of a server may be larger than this recipe says.
             kv_cache_gib=settings.rollout.vllm_kv_cache_gib if uses_vllm(settings) else math.inf,
+            tensor_parallel=settings.rollout.tensor_parallel if uses_vllm(settings) else 1,
         )
     if not training and settings.evaluate.engine == "vllm":
         check_family(family_of(model.config).title, str(folder), section="evaluate")

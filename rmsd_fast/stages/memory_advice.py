@@ -11,8 +11,11 @@ import torch
 import yaml
 
 from rmsd_fast.config import RunConfig, SettingsError
+from rmsd_fast.models.families import family_of
+from rmsd_fast.models.pass_memory import complete_config
+from rmsd_fast.rollout.vllm_group import check_groups, check_split
 from rmsd_fast.setting_rules.training import check_together
-from rmsd_fast.setting_rules.uses import uses_discriminator
+from rmsd_fast.setting_rules.uses import uses_discriminator, uses_vllm
 from rmsd_fast.stages.memory import CONTEXT_BYTES, GIB, MemoryPlan, plan_memory
 
 log = logging.getLogger("rmsd_fast")
@@ -38,7 +41,7 @@ def fit_lines(settings: RunConfig, config: dict[str, Any], plan: MemoryPlan, roo
     if plan.total <= room:
         return [f"memory: {planned} are planned; less than a tenth is left for fragments and longer peaks"]
     lines = [f"memory: expected at most {room / GIB:.1f} GiB per process, got a plan of {plan.total / GIB:.1f} GiB"]
-    changes = list(_changes(settings))
+    changes = [*_changes(settings), *_splits(settings, config, processes)]
     alone = []
     for change in changes:
         total = _total(settings, config, plan.device, processes, change)
@@ -89,6 +92,20 @@ def _changes(settings: RunConfig) -> Iterator[tuple[str, ...]]:
         frozen = [f"{name}.train_vision=false" for name in ("sft", "distill") if getattr(settings, name).train_vision]
         stage = min(2, max(1, settings.runtime.zero_stage))
         yield ("model.adapter=lora", *mode, f"runtime.zero_stage={stage}", *frozen)
+
+
+def _splits(settings: RunConfig, config: dict[str, Any], processes: int) -> Iterator[tuple[str, ...]]:
+    """Yield larger numbers of processes that can hold one copy of the model in vLLM, if the run uses it."""
+    if not uses_vllm(settings):
+        return
+    model = family_of(config).config_class(**complete_config(config))
+    for size in range(settings.rollout.tensor_parallel + 1, processes + 1):
+        try:
+            check_groups(size, processes)
+            check_split(model, size)
+        except SettingsError:
+            continue
+        yield (f"rollout.tensor_parallel={size}",)
 
 
 def _total(

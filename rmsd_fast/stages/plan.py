@@ -13,6 +13,7 @@ from rmsd_fast.data.errors import DataError, counted
 from rmsd_fast.files import file_digest
 from rmsd_fast.models.folders import find_folder, open_folder
 from rmsd_fast.models.teacher_folder import check_teacher
+from rmsd_fast.rollout.vllm_group import check_groups
 from rmsd_fast.runtime.trackers import missing_trackers
 from rmsd_fast.setting_rules.evaluation import refuse_evaluation_only
 from rmsd_fast.setting_rules.uses import (
@@ -28,6 +29,7 @@ from rmsd_fast.setting_rules.uses import (
     uses_other_teacher,
     uses_pool,
     uses_servers,
+    uses_vllm,
 )
 from rmsd_fast.stages.hints import plan_hints
 from rmsd_fast.stages.inputs import read_inputs
@@ -49,11 +51,13 @@ def describe_plan(settings: RunConfig, gpu_gib: float | None = None, resume: Pat
         resume: folder of the run to continue; None for a new run.
     Raises:
         UserError: an existing input is damaged, the pool belongs to other questions, or the batches cannot be divided
-            among the processes that torchrun has started.
+            or the groups of `rollout.tensor_parallel` formed among the processes that torchrun has started.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     refuse_evaluation_only(settings)
     check_batches(settings, processes)
+    if uses_vllm(settings) and "WORLD_SIZE" in os.environ:
+        check_groups(settings.rollout.tensor_parallel, processes)
     launch = "" if "WORLD_SIZE" in os.environ else " (start the dry run with torchrun to count processes)"
     lines = [
         f"run {settings.name}: settings are consistent; {counted(processes, 'process', 'processes')}{launch}, "

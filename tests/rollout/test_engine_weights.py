@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,7 @@ from rmsd_fast.config import ModelConfig, ModelError, NotInstalled, SettingsErro
 from rmsd_fast.models.adapters import POLICY, adapted_layers, add_adapter, merged_weights
 from rmsd_fast.models.policy import Policy
 from rmsd_fast.models.students import freeze, load_student
-from rmsd_fast.rollout import vllm, vllm_process, weights
+from rmsd_fast.rollout import vllm, vllm_group, vllm_process, weights
 from rmsd_fast.rollout.base import Sampling
 from rmsd_fast.rollout.samples import request_seed
 from rmsd_fast.rollout.weights import bit_sum, group_sums, source_weights, stream, weight_group
@@ -282,6 +283,10 @@ def test_lengths_are_checked_before_training():
         vllm.check_length(config, dtype="float32", max_tokens=16384, kv_cache_gib=2.25)
     with pytest.raises(SettingsError, match="data.max_prompt_tokens: expected at most 32768, max_position_embeddings"):
         vllm.check_length(config, dtype="bfloat16", max_tokens=32769, kv_cache_gib=64)
+    # Four processes have two heads each, and sixteen have one.
+    vllm.check_length(config, dtype="bfloat16", max_tokens=16384, kv_cache_gib=2.25 / 4, tensor_parallel=4)
+    with pytest.raises(SettingsError, match="expected at least 0.281"):
+        vllm.check_length(config, dtype="bfloat16", max_tokens=16384, kv_cache_gib=0.28, tensor_parallel=16)
 
 
 def test_runs_are_refused_before_they_start(tmp_path, monkeypatch):
@@ -289,6 +294,57 @@ def test_runs_are_refused_before_they_start(tmp_path, monkeypatch):
     small = ["rollout.engine=vllm", "rollout.vllm_kv_cache_gib=1e-4"]
     with pytest.raises(SettingsError, match="rollout.vllm_kv_cache_gib: expected at least"):
         prepare_material(tiny_settings(tmp_path, *small), WORLD)
+
+
+@pytest.mark.parametrize(
+    ("processes", "changes", "expected"),
+    [
+        (1, {}, None),
+        (8, {}, None),
+        # Two processes have the same head of keys and values.
+        (16, {}, None),
+        (3, {}, "a divisor of 32, num_attention_heads in config.json, got 3; set rollout.tensor_parallel=1 or 2$"),
+        (32, {}, "a divisor of 16, num_heads of vision_config in config.json, got 32; set .*=1 or 2 or 4 or 8 or 16$"),
+        (4, {"num_key_value_heads": 6}, "a divisor or a multiple of 6, num_key_value_heads in config.json, got 4"),
+        (4, {"intermediate_size": 9730}, "a divisor of 9730, intermediate_size in config.json, got 4; set .*=1 or 2$"),
+        (3, {"num_attention_heads": 24, "intermediate_size": 9729}, "a divisor of 151936, vocab_size rounded up to a"),
+    ],
+)
+def test_models_that_cannot_be_split_are_refused(processes, changes, expected):
+    """The sizes are those of Qwen3-VL-4B."""
+    text = {"num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 9728, "vocab_size": 151900}
+    config = SimpleNamespace(
+        text_config=SimpleNamespace(**text | changes),
+        vision_config=SimpleNamespace(num_heads=16, intermediate_size=4096),
+    )
+    if expected is None:
+        vllm_group.check_split(config, processes)
+        return
+    with pytest.raises(SettingsError, match=f"^rollout.tensor_parallel: expected {expected}"):
+        vllm_group.check_split(config, processes)
+
+
+def test_groups_that_cannot_be_formed_are_refused(folder, monkeypatch):
+    """A run of 6 processes on 2 nodes. Without a launcher, a dry run does not know the number of processes."""
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.32.0")
+    given = ["rollout.engine=vllm", "rollout.vllm_kv_cache_gib=1", f"model.path={folder}", "rollout.tensor_parallel=2"]
+    settings = load_settings("quickstart", [*given, "distill.batch_size=6", "sft.batch_size=6"])
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for variables in ({}, {"WORLD_SIZE": "6"}):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        text, ready = describe_plan(settings)
+        assert ready, text
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    advice = "set rollout.tensor_parallel=1, or start a different number of processes"
+    expected = rf"^rollout.tensor_parallel: expected a divisor of 3 \(processes of a node\), got 2; {advice}"
+    with pytest.raises(SettingsError, match=expected):
+        describe_plan(settings)
+    with pytest.raises(SettingsError, match=expected):
+        prepare_material(settings, replace(WORLD, size=6))
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(SettingsError, match=r"expected a divisor of 3 \(processes\), got 2"):
+        describe_plan(settings)
 
 
 def test_missing_package(monkeypatch):
@@ -303,6 +359,15 @@ def test_missing_package(monkeypatch):
 def test_refused_settings():
     with pytest.raises(SettingsError, match="rollout.vllm_kv_cache_gib has no effect: rollout.engine=hf"):
         load_settings("quickstart", ["rollout.vllm_kv_cache_gib=1"])
+    urls = ["rollout.engine=vllm_server", "rollout.server_urls=[http://h:1]"]
+    replays = ["rollout.engine=replay", "rollout.replay=a"]
+    for engine, reason in (
+        ([], "rollout.engine=hf does not split the model; set rollout.engine=vllm"),
+        (replays, "rollout.engine=replay does not split the model; set rollout.engine=vllm"),
+        (urls, "several servers each hold the whole model; use servers with larger GPUs"),
+    ):
+        with pytest.raises(SettingsError, match=f"rollout.tensor_parallel has no effect: {reason}, or leave"):
+            load_settings("quickstart", [*engine, "rollout.tensor_parallel=2"])
     with pytest.raises(SettingsError, match="rollout.engine: expected hf with model.quantize"):
         settings = load_settings("quickstart", ["rollout.engine=vllm", "model.adapter=lora", "model.quantize=nf4"])
         check_together(settings)

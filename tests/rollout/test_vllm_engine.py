@@ -574,9 +574,9 @@ def test_an_engine_that_is_no_longer_used_is_released(state, material, world, pr
     [
         (1, ("runtime.zero_stage=1", "checkpoint.every_steps=2", "checkpoint.keep=9")),
         (2, ("runtime.zero_stage=3",)),
-        (2, LORA),
+        (2, (*LORA, "rollout.tensor_parallel=2")),
     ],
-    ids=["full", "two processes with ZeRO-3", "two processes with adapters"],
+    ids=["full", "two processes with ZeRO-3", "two processes with adapters and one copy of the model"],
 )
 def test_runs(tmp_path, processes, overrides, monkeypatch):
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")

@@ -133,6 +133,8 @@ def test_the_plan_has_one_language_model_and_the_cache(made):
     config = json.loads((Path(material.model_path) / "config.json").read_text())
     hf = plan_evaluation(settings, config, device="cuda")
     settings.evaluate.engine, settings.rollout.vllm_kv_cache_gib = "vllm", 0.5
+    # The recipe may be that of a run with groups of processes. An evaluation has none.
+    settings.rollout.tensor_parallel = 2
     plan = plan_evaluation(settings, config, device="cuda")
     assert set(hf.phases) == {"vision", "answers", "samples"} and set(plan.phases) == {"start", "vision", "answers"}
     total, tower = hf.phases["answers"]["weights"], plan.phases["answers"]["weights"]

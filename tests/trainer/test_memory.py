@@ -798,6 +798,52 @@ def test_vllm_holds_its_weights_and_cache_during_rollouts(simple_counts, monkeyp
     assert on_cpu.phases["rollout"]["rollout"] == state + largest
 
 
+def test_processes_hold_a_part_of_vllms_weights(simple_counts, monkeypatch):
+    """16 processes on a model with 8 heads of keys and values of 128 elements, so that each has one of them."""
+    size = parameters(total=10**10, largest=10**8)
+    monkeypatch.setattr(memory, "count_parameters", lambda *_: size)
+    engine = ["rollout.engine=vllm", "rollout.vllm_kv_cache_gib=3", "rollout.prompts_per_batch=4", "rollout.n=2"]
+    common = ["data.max_prompt_tokens=15000", "distill.batch_size=64", "sft.batch_size=64", STAGES]
+    config = config_4b()
+    text = config["text_config"]
+    hidden, mlp, vocabulary = text["hidden_size"], text["intermediate_size"], text["vocab_size"]
+    assert (text["num_key_value_heads"], text["head_dim"]) == (8, 128)
+
+    def plan(*more):
+        settings = load_settings("rmsd_qwen3vl_4b", [*engine, *common, *more])
+        return settings, plan_memory(settings, config, processes=16, device="cuda").stages["distill"]
+
+    settings, whole = plan()
+    _, parts = plan("rollout.tensor_parallel=16")
+    # In each layer, the group has 8 further heads of keys and of values.
+    weights = 2 * (10**10 + text["num_hidden_layers"] * 8 * 2 * 128 * hidden) // 16
+    tokens = 15000 + settings.rollout.max_new_tokens
+    state = weights + 2 * 3 * tokens * hidden + 3 * memory.GIB
+    # The logits are those of the responses to 4 questions of each process.
+    largest = max(2 * tokens * (3 * mlp // 16 + 6 * hidden), 16 * 8 * vocabulary * 18)
+    assert parts.phases["rollout"]["rollout"] == state + largest
+    assert whole.host - parts.host == 2 * 10**10 - weights
+    # The features of 4 questions, and of those of the whole group.
+    of_question = settings.video.max_video_pixels // (32 * 32 * 2) * 4 * hidden * 2
+    assert whole.phases["rollout"]["vision"] == (4 + 4) * of_question
+    assert parts.phases["rollout"]["vision"] == (4 + 16 * 4) * of_question
+
+
+def test_vllms_weights_are_split_to_make_it_fit(simple_counts, monkeypatch):
+    """The quickstart's student has 2 heads, and 6 processes form groups of 2, or of 1 on nodes with 3 processes."""
+    monkeypatch.setattr(memory, "count_parameters", lambda *_: parameters(total=10**10, largest=10**8))
+    sizes = ["data.max_prompt_tokens=512", "micro_tokens=2048", "sft.batch_size=6", "distill.batch_size=6", STAGES]
+    engine = ["rollout.engine=vllm", "rollout.vllm_kv_cache_gib=1", "runtime.zero_stage=3"]
+    settings = load_settings("quickstart", [*sizes, *engine])
+    plan = plan_memory(settings, CONFIG, processes=6, device="cuda")
+    found = fit_lines(settings, CONFIG, plan, plan.total - 8 * GIB, 6)
+    # Half of 10^10 weights in 4 bytes.
+    expected = f"set rollout.tensor_parallel=2, planned {(plan.total - 2 * 10**10) / GIB:.1f} GiB"
+    assert expected in found and not any("parallel=3" in line or "parallel=6" in line for line in found), found
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert not any("tensor_parallel" in line for line in fit_lines(settings, CONFIG, plan, plan.total - 8 * GIB, 6))
+
+
 def test_servers_hold_no_memory_of_the_gpu(simple_counts, monkeypatch):
     """Two questions at once on each of two servers, whose features are joined on the GPU and sent from the host."""
     size = parameters(total=10**10, largest=10**8)

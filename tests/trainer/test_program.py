@@ -271,7 +271,9 @@ def test_vllms_cache_can_be_lowered(group, capsys):
     for engine in ("hf", "vllm"):
         settings.rollout.engine = engine
         assert end(torch.OutOfMemoryError("full"), settings=settings) == 2
-        assert ("rollout.vllm_kv_cache_gib=8 (vLLM's cache)" in capsys.readouterr().err) == (engine == "vllm")
+        told = capsys.readouterr().err
+        for line in ("rollout.vllm_kv_cache_gib=8 (vLLM's cache)", "vLLM's weights: rollout.tensor_parallel=1 -> 2\n"):
+            assert (line in told) == (engine == "vllm")
 
 
 @pytest.mark.parametrize("trains", [True, False])

@@ -165,7 +165,9 @@ class StageNeeds:
         rollout = self.settings.rollout
         if uses_vllm(self.settings):
             state = self.vllm_state() if self.device == "cuda" else 0
-            return {ROLLOUT: state + self.vllm_pass(), VISION: 2 * self.features(self.questions)}
+            # The features of the process, and copies of those of its group.
+            held = (1 + rollout.tensor_parallel) * self.features(self.questions)
+            return {ROLLOUT: state + self.vllm_pass(), VISION: held}
         if uses_servers(self.settings):
             if self.device == "cpu":
                 return {ROLLOUT: self.sent(), VISION: self.features(self.questions)}
@@ -183,21 +185,43 @@ class StageNeeds:
         """Return the bytes in host memory of messages to servers: a bucket of weights, or questions with features."""
         return max(BUCKET_BYTES, self.count.largest * self.width, self.features(self._messages))
 
+    def vllm_weights(self) -> int:
+        """Return the bytes of the weights that vLLM holds on this process: all, or a part of them.
+
+        Norms and the vision tower's positions, which are not split, are less than 1% and counted as if they were.
+        """
+        text, processes = self.text, self._vllm_parts
+        of_head = 2 * text["num_hidden_layers"] * self._head_dim * text["hidden_size"]
+        # Each process has at least one head of keys and values.
+        repeated = of_head * max(0, processes - text["num_key_value_heads"])
+        return -(-(self.count.total + repeated) // processes) * self.width
+
     def vllm_state(self) -> int:
-        """Return the bytes that vLLM holds while it is awake: all weights, buffers for deepstack, and the KV cache."""
+        """Return the bytes that vLLM holds while it is awake: weights, buffers for deepstack, and the KV cache."""
         buffers = (self.feature_layers - 1) * self._vllm_tokens * self.text["hidden_size"]
-        return (self.count.total + buffers) * self.width + int(self.settings.rollout.vllm_kv_cache_gib * GIB)
+        cache = int(self.settings.rollout.vllm_kv_cache_gib * GIB)
+        return self.vllm_weights() + buffers * self.width + cache
 
     def vllm_pass(self) -> int:
         """Return the bytes of vLLM's largest pass: an estimate, which was not measured on a GPU."""
         text, rollout = self.text, self.settings.rollout
-        layer = 3 * text["intermediate_size"] + 6 * text["hidden_size"]
-        rows = min(rollout.prompts_per_batch, self.questions) * rollout.n
+        layer = 3 * text["intermediate_size"] // self._vllm_parts + 6 * text["hidden_size"]
+        # Each process has the logits of the responses of its group.
+        rows = min(rollout.prompts_per_batch, self.questions) * rollout.n * self._vllm_parts
         if self.stage == "evaluate":
             rows = answered_together(self.questions, self.settings.evaluate.rollouts)
         # Logits, in float32 the same scaled, their log-softmax, and noise.
         logits = rows * text["vocab_size"] * (self.width + 4 * 4)
         return max(self._vllm_tokens * layer * self.width, logits)
+
+    @property
+    def _vllm_parts(self) -> int:
+        """Return the number of processes that hold one copy of the model in vLLM. Evaluations do not split it."""
+        return 1 if self.stage == "evaluate" else self.settings.rollout.tensor_parallel
+
+    @property
+    def _head_dim(self) -> int:
+        return self.text.get("head_dim") or self.text["hidden_size"] // self.text["num_attention_heads"]
 
     @property
     def _vllm_tokens(self) -> int:
@@ -207,8 +231,7 @@ class StageNeeds:
     def generation(self, prompts: int, rows: int, tokens: int) -> dict[str, int]:
         settings, text = self.settings, self.text
         prefix = settings.data.max_prompt_tokens
-        head_dim = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
-        of_layer = 2 * text["num_key_value_heads"] * head_dim * self.width
+        of_layer = 2 * text["num_key_value_heads"] * self._head_dim * self.width
         vision, media = self._shown_tokens(), min(self.media, prompts)
         # Questions about the same media share everything up to the end of these.
         beside = prompts - media

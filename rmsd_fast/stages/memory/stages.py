@@ -327,7 +327,7 @@ class StagePlanner:
             host += self.needs.teacher_hidden() if self.stage == "distill" else 0
             if uses_vllm(self.settings) and self.stage in ("warm_up", "distill"):
                 # vLLM keeps its weights in host memory while it sleeps.
-                host += self.count.total * self.needs.width
+                host += self.needs.vllm_weights()
             if uses_servers(self.settings) and self.stage in ("warm_up", "distill"):
                 host += self.needs.sent()
         return StagePlan(phases, host)
