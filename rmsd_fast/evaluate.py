@@ -97,9 +97,9 @@ def rehearse(settings: RunConfig, world: World) -> bool:
         Whether the evaluation is ready to start: at most `data.max_bad_share` of the questions cannot be used.
     """
     from rmsd_fast.data.media import MediaReader
-    from rmsd_fast.stages.build import load
     from rmsd_fast.stages.evaluation import time_questions
     from rmsd_fast.stages.evaluation_forecast import describe_evaluation
+    from rmsd_fast.stages.evaluation_vllm import load_answering
     from rmsd_fast.stages.material import prepare_material
     from rmsd_fast.stages.reranker import load_reranker
 
@@ -114,9 +114,9 @@ def rehearse(settings: RunConfig, world: World) -> bool:
         usable = [question for question in questions if question.id not in lengths.faults]
         ready = len(lengths.faults) <= settings.data.max_bad_share * len(questions) and bool(usable)
         if usable:
-            student = load(material.model_path, settings, world)
+            student, engine = load_answering(material.model_path, settings, world)
             reranker = load_reranker(student, settings, world) if settings.evaluate.reranker else None
-            line = time_questions(student, usable, settings, world, media, reranker)
+            line = time_questions(student, usable, settings, world, media, engine, reranker)
             if world.is_main:
                 print(line)
     if world.is_main:
@@ -187,9 +187,9 @@ def evaluate(settings: RunConfig, world: World, stop: StopSignal, output: Path) 
 def _answer(settings: RunConfig, world: World, stop: StopSignal, material: Material, store: AnswerStore) -> list[dict]:
     """Load the student, and return its answers to all questions."""
     from rmsd_fast.data.media import MediaReader
-    from rmsd_fast.stages.build import load
     from rmsd_fast.stages.evaluation import answer_questions
     from rmsd_fast.stages.evaluation_forecast import READ_FIRST, describe_evaluation
+    from rmsd_fast.stages.evaluation_vllm import load_answering
     from rmsd_fast.stages.reranker import load_reranker
 
     model, questions = material.model_path, material.heldout
@@ -197,7 +197,7 @@ def _answer(settings: RunConfig, world: World, stop: StopSignal, material: Mater
         lines, _ = describe_evaluation(model, questions, settings, world, media, most=READ_FIRST)
         if world.is_main:
             tell("\n".join(lines))
-        student = load(model, settings, world)
+        student, engine = load_answering(model, settings, world)
         return answer_questions(
             student,
             questions,
@@ -207,6 +207,7 @@ def _answer(settings: RunConfig, world: World, stop: StopSignal, material: Mater
             name=model,
             stop=stop,
             store=store,
+            engine=engine,
             reranker=load_reranker(student, settings, world) if settings.evaluate.reranker else None,
             forecast=True,
         )

@@ -104,9 +104,12 @@ def _out_of_memory(settings: RunConfig, error: Exception, run_folder: Path | Non
     if not trains:
         frames = f"evaluate.num_frames={evaluate.num_frames}, " if evaluate.num_frames else ""
         lines = [head, f"  evaluate.prompts_per_batch={evaluate.prompts_per_batch}", f"  {frames}{pixels.strip()}"]
+        if evaluate.engine == "vllm":
+            lines.append(f"  rollout.vllm_kv_cache_gib={settings.rollout.vllm_kv_cache_gib:g} (vLLM's cache)")
         if evaluate.reranker:
             lines.append(f"  micro_tokens={settings.micro_tokens} (tokens of one forward pass of evaluate.reranker)")
-        return "\n".join([*lines, no_graphs] if settings.rollout.cuda_graphs else lines)
+        captured = settings.rollout.cuda_graphs and evaluate.engine == "hf"
+        return "\n".join([*lines, no_graphs] if captured else lines)
     lines = [
         head,
         f"  micro_tokens={settings.micro_tokens} (tokens of one forward pass)",

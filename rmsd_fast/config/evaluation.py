@@ -64,6 +64,10 @@ class EvaluateConfig:
     evaluation of Video-MMMU as the first one prints the knowledge gain."""
     num_frames: int | None = number(None, least=2)
     """Frames per video in evaluation instead of `video.num_frames` or `video.fps` (2603.11423: 64)."""
+    engine: str = choice("hf", of=("hf", "vllm"))
+    """Engine of rmsd_fast.evaluate: `hf` = transformers, with the student's model, or `vllm` = vLLM in each process,
+    with a KV cache of `rollout.vllm_kv_cache_gib` (extra `vllm`; not with Qwen2.5-VL or `model.quantize`). Prompts,
+    pixels and vision features are the same. Evaluations during training use `hf`."""
     max_questions: int = number(0, least=0)
     """Number of held-out questions to evaluate, from the start of the file; 0 = all."""
     every_steps: int = number(0, least=0)

@@ -112,11 +112,11 @@ class RolloutConfig:
     """`hf` = transformers, with the model that is trained; `vllm` = vLLM, with a copy of it that is updated in each
     step (extra `vllm`; not with Qwen2.5-VL or `model.quantize`); `vllm_server` = the same in other processes, on other
     GPUs or machines, at `rollout.server_urls`; or `replay` = they are read from `rollout.replay`, and nothing is
-    generated. Evaluations always use `hf`."""
+    generated. Evaluations have `evaluate.engine`."""
     vllm_kv_cache_gib: float = number(8.0, above=0)
     """Size of vLLM's KV cache in GiB, on the device of each process or, with `rollout.engine=vllm_server`, of each
     server. vLLM also holds a copy of the weights there; on a GPU of the training, both are there only during
-    rollouts."""
+    rollouts. Evaluations use it with `evaluate.engine=vllm`."""
     tensor_parallel: int = number(1, least=1)
     """With `rollout.engine=vllm`: number of training processes, on one node, that hold one copy of the model in vLLM.
     Each has a part of the weights and of the keys and values, and all decode the responses of the group (open)."""

@@ -14,7 +14,7 @@ import torch
 from rmsd_fast.data.prompts import Prompt, PromptBuilder
 from rmsd_fast.models.students import MediaFeatures, encode_media
 from rmsd_fast.rollout.base import PolicyEngine, Rollout, RolloutError, Sampling
-from rmsd_fast.rollout.samples import ADVICE, Sampler, make_request, rollouts_of
+from rmsd_fast.rollout.samples import Sampler, advice, make_request, rollouts_of
 from rmsd_fast.rollout.weights import bit_sum, source_weights, stream, to_host, weight_group
 
 
@@ -26,12 +26,13 @@ class CopyRollout:
     Args:
         sampler: the copy.
         builder: builder of the prompts, which also decodes responses.
+        section: the section whose setting `engine` has chosen the copy, for messages: "rollout" or "evaluate".
     """
 
     runs_policy = False
 
-    def __init__(self, sampler: Sampler, builder: PromptBuilder) -> None:
-        self.sampler, self.builder = sampler, builder
+    def __init__(self, sampler: Sampler, builder: PromptBuilder, *, section: str = "rollout") -> None:
+        self.sampler, self.builder, self._section = sampler, builder, section
         self._frozen_sums: dict[str, int] | None = None
         # A prefix is shared only within one call of `generate`, and therefore only with the same weights.
         self._name, self._calls = uuid.uuid4().hex, 0
@@ -56,7 +57,10 @@ class CopyRollout:
         held = self.sampler.commit()
         # Only a complete first update has sent the frozen weights.
         frozen = to_host(frozen_sums) if self._frozen_sums is None else self._frozen_sums
-        check_sums([to_host(trained_sums), frozen], held, version)
+        expects = f"rollout step {version}: expected the policy's weights"
+        if self._section != "rollout":
+            expects = f"{self._section}.engine: expected the student's weights"
+        check_sums([to_host(trained_sums), frozen], held, expects, advice(self._section))
         self._frozen_sums = frozen
 
     def close(self) -> None:
@@ -98,18 +102,20 @@ class CopyRollout:
         return [rollouts_of(prompt, completions, self.builder, policy_version) for prompt, completions in pairs]
 
 
-def check_sums(expected: list[dict[str, int]], held: dict[str, int], version: int) -> None:
+def check_sums(
+    expected: list[dict[str, int]], held: dict[str, int], expects: str, remedy: str = "set rollout.engine=hf"
+) -> None:
     """Raise RolloutError if the copy's weights are not those of the policy.
 
     Args:
         expected: sums of the groups of the policy's weights, in parts that add up.
         held: sums of the groups of the copy's weights.
-        version: number of the rollout step.
+        expects: what was expected, for the message.
+        remedy: what to do, for the message.
     """
     groups = sorted({group for sums in (*expected, held) for group in sums})
     wrong = [group for group in groups if sum(sums.get(group, 0) for sums in expected) != held.get(group, 0)]
     if wrong:
         raise RolloutError(
-            f"rollout step {version}: expected the policy's weights in vLLM, got others in {', '.join(wrong)} "
-            f"({len(wrong)} of {len(groups)} groups); {ADVICE}"
+            f"{expects} in vLLM, got others in {', '.join(wrong)} ({len(wrong)} of {len(groups)} groups); {remedy}"
         )

@@ -77,11 +77,9 @@ class HfRollout:
     def update(self, policy: PolicyEngine, version: int) -> None:
         """Do nothing: the rollouts are those of the training model itself."""
 
-    @torch.no_grad()
     def encode(self, model: torch.nn.Module, prompts: list[Prompt]) -> MediaFeatures:
         """Return the vision features of prompts, for several calls of `generate`."""
-        with _generating(model):
-            return encode_media(model, prompts, tokens_per_call=self.tokens_per_call)
+        return encode_shown(model, prompts, tokens_per_call=self.tokens_per_call)
 
     def close(self) -> None:
         """Do nothing: this engine uses no server."""
@@ -191,6 +189,13 @@ class HfRollout:
                 )
             groups.append(group)
         return groups
+
+
+@torch.no_grad()
+def encode_shown(model: torch.nn.Module, prompts: list[Prompt], *, tokens_per_call: int | None) -> MediaFeatures:
+    """Return the vision features of prompts to answer, computed as in `HfRollout`; see `encode_media`."""
+    with _generating(model):
+        return encode_media(model, prompts, tokens_per_call=tokens_per_call)
 
 
 @contextmanager

@@ -18,8 +18,11 @@ from rmsd_fast.data.prompts import Prompt, PromptBuilder
 from rmsd_fast.models.students import MediaFeatures
 from rmsd_fast.rollout.base import Rollout, Sampling
 
-# What to do about a fault of an engine.
-ADVICE = "set rollout.engine=hf, and report this with the versions in run.json"
+
+def advice(section: str = "rollout") -> str:
+    """Return what to do about a fault of an engine that `<section>.engine` has chosen."""
+    versions = "the versions in run.json" if section == "rollout" else "the installed versions"
+    return f"set {section}.engine=hf, and report this with {versions}"
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,8 @@ class Medium:
         kind: "video" or "image".
         grid_thw: patches along time, height and width.
         start, end: its first place in the prompt, and its last place + 1.
-        layers: its vision features, followed by those of each deepstack layer, each [tokens, D].
+        layers: its vision features, followed by those of each deepstack layer, each [tokens, D]; or one tensor with
+            all of them side by side.
         key: name of the features. Equal keys have equal features.
     """
 
@@ -42,7 +46,7 @@ class Medium:
     key: str
 
     def embeds(self, dtype: torch.dtype) -> torch.Tensor:
-        """Return the features of all layers side by side, [tokens, layers * D]."""
+        """Return the features of all layers side by side, [tokens, layers * D]. A single tensor is not copied."""
         joined = self.layers[0] if len(self.layers) == 1 else torch.cat(self.layers, -1)
         return joined.to(dtype)
 

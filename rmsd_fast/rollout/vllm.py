@@ -20,26 +20,35 @@ from rmsd_fast.config import ModelError, SettingsError, first_line
 from rmsd_fast.models.families import family_of
 from rmsd_fast.models.students import DTYPES
 from rmsd_fast.rollout.base import RolloutError, Sampling
-from rmsd_fast.rollout.samples import ADVICE, Completion, Request
+from rmsd_fast.rollout.samples import Completion, Request, advice
 from rmsd_fast.rollout.vllm_group import TensorGroup
 from rmsd_fast.rollout.vllm_process import GIB, REQUEST, BannedMask, check_plain, check_vllm, shut_down, start_engine
 
 FAMILY = "Qwen3-VL"
 # Tokens that vLLM processes in one pass at most. A medium must fit too.
 BATCH_TOKENS = 8192
+# Responses of an evaluation that are decoded together at most. With more, logits take much memory: those of 256
+# responses take 0.6 GiB in 4 copies of float32 and a vocabulary of 151,936.
+MOST_ANSWERS = 256
 
 
-def check_family(student_family: str, path: str, engine: str = "vllm") -> None:
-    """Raise ModelError if the rollouts of a model family were not tested with vLLM."""
+def check_family(student_family: str, path: str, engine: str = "vllm", *, section: str = "rollout") -> None:
+    """Raise ModelError if a model family was not tested with vLLM. `section` has the setting `engine`."""
     if student_family != FAMILY:
         raise ModelError(
-            f"{path}: expected a {FAMILY} model with rollout.engine={engine}, got a {student_family} model; "
-            "set rollout.engine=hf"
+            f"{path}: expected a {FAMILY} model with {section}.engine={engine}, got a {student_family} model; "
+            f"set {section}.engine=hf"
         )
 
 
 def check_length(
-    text_config: Any, *, dtype: str, max_tokens: int, kv_cache_gib: float, tensor_parallel: int = 1
+    text_config: Any,
+    *,
+    dtype: str,
+    max_tokens: int,
+    kv_cache_gib: float,
+    tensor_parallel: int = 1,
+    section: str = "rollout",
 ) -> None:
     """Raise SettingsError if a prompt and its response are too long for the model or for vLLM's KV cache.
 
@@ -49,21 +58,38 @@ def check_length(
         max_tokens: most tokens of a prompt and its response.
         kv_cache_gib: size of the KV cache in GiB.
         tensor_parallel: number of processes that hold one copy of the model, each with a part of the heads.
+        section: section of the settings `engine` and `max_new_tokens`.
     """
-    both = f"data.max_prompt_tokens and rollout.max_new_tokens together, {max_tokens}"
+    both = f"data.max_prompt_tokens and {section}.max_new_tokens together, {max_tokens}"
     if max_tokens > text_config.max_position_embeddings:
         raise SettingsError(
             f"data.max_prompt_tokens: expected at most {text_config.max_position_embeddings}, max_position_embeddings "
-            f"in config.json, for {both}; lower one of them, or set rollout.engine=hf"
+            f"in config.json, for {both}; lower one of them, or set {section}.engine=hf"
         )
+    least = cache_gib(text_config, dtype=dtype, max_tokens=max_tokens, tensor_parallel=tensor_parallel)
+    if least > kv_cache_gib:
+        raise SettingsError(
+            f"rollout.vllm_kv_cache_gib: expected at least {least:.3g}, the keys and values for "
+            f"{both}, got {kv_cache_gib:g}; raise it, or lower one of the two"
+        )
+
+
+def cache_gib(text_config: Any, *, dtype: str, max_tokens: int, tensor_parallel: int = 1) -> float:
+    """Return the GiB of the keys and values of so many tokens on a process; see `check_length`."""
     head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
     heads = max(1, text_config.num_key_value_heads // tensor_parallel)
     of_token = 2 * text_config.num_hidden_layers * heads * head_dim * DTYPES[dtype].itemsize
-    if of_token * max_tokens > kv_cache_gib * GIB:
-        raise SettingsError(
-            f"rollout.vllm_kv_cache_gib: expected at least {of_token * max_tokens / GIB:.3g}, the keys and values for "
-            f"{both}, got {kv_cache_gib:g}; raise it, or lower one of the two"
-        )
+    return of_token * max_tokens / GIB
+
+
+def answered_together(questions: int, rollouts: int) -> int:
+    """Return the number of responses that vLLM decodes together in an evaluation; the others of a batch wait.
+
+    Args:
+        questions: questions of a batch, each with a greedy answer.
+        rollouts: sampled answers of each.
+    """
+    return min(questions * (1 + rollouts), MOST_ANSWERS)
 
 
 def batch_tokens(max_tokens: int) -> int:
@@ -87,9 +113,11 @@ class VllmSampler:
         sequences: number of responses of this process that are decoded together.
         kv_cache_gib: size of the KV cache on this process's device in GiB.
         device: device of this process.
-        processes: number of processes, which wait for each other in each decoding step.
+        processes: number of processes, which start their engines together.
         tensor_parallel: number of processes with consecutive ranks that hold one copy of the model.
+        lockstep: whether they also call `sample` together, and wait for each other in each decoding step.
         sleeps: whether the engine frees the GPU's memory except during rollouts.
+        section: section of the settings `engine` and `max_new_tokens`, for messages.
     Raises:
         NotInstalled: vLLM is missing or was not tested, or packs weights so that they cannot be updated.
         ModelError: the model is of an untested family, or vLLM cannot load it.
@@ -110,10 +138,13 @@ class VllmSampler:
         device: torch.device,
         processes: int = 1,
         tensor_parallel: int = 1,
+        lockstep: bool = True,
         sleeps: bool = False,
+        section: str = "rollout",
     ) -> None:
-        check_vllm()
-        check_family(family_of(config).title, str(folder))
+        check_vllm(section=section)
+        check_family(family_of(config).title, str(folder), section=section)
+        self._advice = advice(section)
         self.max_tokens, self.dtype, self.device = max_tokens, DTYPES[dtype], device
         self._eos_id = eos_id
         self._mask = BannedMask(banned_ids, eos_id)
@@ -122,11 +153,11 @@ class VllmSampler:
         self._numbers = itertools.count()
         # By number: the request, the number of its responses, and vLLM's name of it.
         self._running: dict[int, tuple[Request, int, str]] = {}
-        self._temperature = 1.0
         self._corrections: dict[tuple[int, int, int], float] = {}
         self._engine = start_engine(
             self._mask,
             device,
+            section,
             model=str(folder),
             dtype=dtype,
             max_model_len=max_tokens,
@@ -140,7 +171,8 @@ class VllmSampler:
             enforce_eager=device.type == "cpu",
             enable_sleep_mode=self._sleeps,
             **({"distributed_executor_backend": "external_launcher"} if processes > 1 else {}),
-            data_parallel_size=processes // tensor_parallel,
+            # Engines that are not parts of one data-parallel engine have no collectives after their start.
+            data_parallel_size=processes // tensor_parallel if lockstep else 1,
             tensor_parallel_size=tensor_parallel,
             # vLLM's own sum over GPUs maps memory of other processes, which nobody has tried while the engine sleeps.
             disable_custom_all_reduce=True,
@@ -151,7 +183,7 @@ class VllmSampler:
         self._engine.engine_core._finalizer.detach()
         weakref.finalize(self, shut_down, core).atexit = False
         self._model = core.model_executor.driver_worker.worker.model_runner.get_model()
-        check_plain(self._model)
+        check_plain(self._model, section)
         self._sleep()
 
     def load(self, weights: Iterator[tuple[str, torch.Tensor]], names: list[str]) -> None:
@@ -170,13 +202,13 @@ class VllmSampler:
         if loaded != expected:
             raise RolloutError(
                 f"weights in vLLM: expected {len(expected)} to be loaded, got {len(loaded)}; first difference: "
-                f"{min(loaded ^ expected)}; {ADVICE}"
+                f"{min(loaded ^ expected)}; {self._advice}"
             )
         if taken != names:
             missing = [name for name in names if name not in set(taken)]
             raise RolloutError(
                 f"weights in vLLM: expected it to take {len(names)}, it took {len(taken)}; first missing: "
-                f"{(missing or ['none, but their order has changed'])[0]}; {ADVICE}"
+                f"{(missing or ['none, but their order has changed'])[0]}; {self._advice}"
             )
 
     def _name_of(self, name: str) -> str:
@@ -198,7 +230,7 @@ class VllmSampler:
     def _forget(self) -> None:
         """Forget keys, values and media that were computed with earlier weights."""
         if not self._engine.reset_prefix_cache():
-            raise RolloutError(f"vLLM could not reset its prefix cache; {ADVICE}")
+            raise RolloutError(f"vLLM could not reset its prefix cache; {self._advice}")
         self._engine.reset_mm_cache()
         self._engine.reset_encoder_cache()
 
@@ -239,16 +271,10 @@ class VllmSampler:
         """Do nothing: the engine ends with this object."""
 
     def add(self, request: Request, sampling: Sampling) -> int:
-        """Begin a request, and return its number. All requests in progress have the same temperature."""
+        """Begin a request, and return its number."""
         if not self._running:
             self._corrections = {}
-            self._temperature = sampling.temperature
-            self._mask.begin(sampling.temperature or 1.0)
-        elif sampling.temperature != self._temperature:
-            raise RolloutError(
-                f"question {request.question_id!r}: expected the temperature of the requests in progress, "
-                f"{self._temperature:g}, got {sampling.temperature:g}; wait until they have ended"
-            )
+            self._mask.begin()
         number = next(self._numbers)
         inputs = self._inputs(request)
         self._check_prompt(request, inputs, sampling)
@@ -279,7 +305,7 @@ class VllmSampler:
         if isinstance(error, torch.OutOfMemoryError):
             return error
         return RolloutError(
-            f"vLLM failed while it sampled rollouts ({type(error).__name__}: {first_line(error)}); {ADVICE}"
+            f"vLLM failed while it sampled rollouts ({type(error).__name__}: {first_line(error)}); {self._advice}"
         )
 
     def _inputs(self, request: Request) -> Any:
@@ -333,13 +359,13 @@ class VllmSampler:
         ]
         positions, delta = self._model.get_mrope_input_positions(inputs["prompt_token_ids"], features)
         if not torch.equal(positions, request.position_ids):
-            raise RolloutError(f"{name}: expected the trainer's position ids in vLLM, got others; {ADVICE}")
+            raise RolloutError(f"{name}: expected the trainer's position ids in vLLM, got others; {self._advice}")
         # vLLM adds this difference to the index of each token of the response.
         first = len(request.input_ids) + delta
         if first != request.next_position:
             raise RolloutError(
                 f"{name}: expected the response to begin at position {request.next_position} in vLLM, got {first}; "
-                f"{ADVICE}"
+                f"{self._advice}"
             )
 
     def _params(self, request: Request, sampling: Sampling, number: int) -> Any:
@@ -366,9 +392,9 @@ class VllmSampler:
         request, n, _ = self._running.pop(number)
         name = f"question {request.question_id!r}"
         if output.prompt_token_ids != request.input_ids.tolist():
-            raise RolloutError(f"{name}: expected the trainer's prompt ids in vLLM, got others; {ADVICE}")
+            raise RolloutError(f"{name}: expected the trainer's prompt ids in vLLM, got others; {self._advice}")
         if len(output.outputs) != n:
-            raise RolloutError(f"{name}: expected {n} rollouts, got {len(output.outputs)}; {ADVICE}")
+            raise RolloutError(f"{name}: expected {n} rollouts, got {len(output.outputs)}; {self._advice}")
         completions = []
         for index, completion in enumerate(sorted(output.outputs, key=lambda completion: completion.index)):
             ids, seed = list(completion.token_ids), request.seed + index
@@ -376,7 +402,7 @@ class VllmSampler:
             if not ids or completion.logprobs is None or len(completion.logprobs) != len(ids) or None in steps:
                 raise RolloutError(
                     f"{name}: expected tokens with log-probs in rollout {index}, got {len(ids)} tokens and "
-                    f"{len(completion.logprobs or ())} log-probs; {ADVICE}"
+                    f"{len(completion.logprobs or ())} log-probs; {self._advice}"
                 )
             logp = [chosen[i].logprob + step for i, chosen, step in zip(ids, completion.logprobs, steps, strict=True)]
             completions.append(

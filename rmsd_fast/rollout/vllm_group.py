@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from rmsd_fast.config import SettingsError
 from rmsd_fast.rollout.base import RolloutError
-from rmsd_fast.rollout.samples import ADVICE, Completion, Request
+from rmsd_fast.rollout.samples import Completion, Request, advice
 from rmsd_fast.rollout.weights import group_sums, to_host, weight_group
 
 # vLLM pads the vocabulary to a multiple of this number before it splits it.
@@ -173,7 +173,7 @@ class TensorGroup:
         if uneven := [group for group, total in totals.items() if total % self.size]:
             raise RolloutError(
                 f"weights in vLLM: expected equal copies of weights that are not split, in the {self.size} processes "
-                f"of a group, got different ones in {', '.join(uneven)}; {ADVICE}"
+                f"of a group, got different ones in {', '.join(uneven)}; {advice()}"
             )
         return {group: total // self.size for group, total in totals.items()}
 

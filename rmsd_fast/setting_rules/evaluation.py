@@ -14,6 +14,9 @@ from rmsd_fast.config import (
 )
 from rmsd_fast.method.answers import TASK_TYPES
 
+# vLLM replaces lower temperatures by this one.
+LEAST_TEMPERATURE = 0.01
+
 
 def check_evaluated(settings: RunConfig) -> None:
     """Check settings of evaluations. The messages name settings that rmsd_fast.evaluate reads.
@@ -30,6 +33,14 @@ def check_evaluated(settings: RunConfig) -> None:
     _check_judge(settings)
     _check_subtitles(settings)
     evaluate = settings.evaluate
+    if evaluate.engine == "vllm" and evaluate.rollouts:
+        check_temperature(settings.rollout.temperature, "evaluate.engine=vllm")
+    if evaluate.engine != "hf" and settings.model.quantize != "none":
+        raise SettingsError(
+            "evaluate.engine: expected hf with model.quantize, since vLLM would answer with weights that are not "
+            f"quantized, got {evaluate.engine} with model.quantize={settings.model.quantize}; set evaluate.engine=hf, "
+            "or model.quantize=none to use the merged weights of a quantized run"
+        )
     if evaluate.without_video and (not evaluate.benchmark or evaluate.benchmark in OF_IMAGES):
         raise SettingsError(
             "evaluate.without_video: expected a benchmark about videos, got "
@@ -52,8 +63,22 @@ def check_evaluated(settings: RunConfig) -> None:
     _check_made(settings.made)
 
 
+def check_temperature(temperature: float, engine: str) -> None:
+    """Raise SettingsError for a temperature that vLLM would raise. `engine` names the setting that has chosen vLLM."""
+    if temperature < LEAST_TEMPERATURE:
+        raise SettingsError(
+            f"rollout.temperature: expected {LEAST_TEMPERATURE:g} or more with {engine}, since vLLM samples at no "
+            f"lower one, got {temperature:g}; raise it, or set {engine.partition('=')[0]}=hf"
+        )
+
+
 def refuse_evaluation_only(settings: RunConfig) -> None:
-    """Raise SettingsError for what only rmsd_fast.evaluate does: rank or judge answers, or ask without videos."""
+    """Raise SettingsError for what only rmsd_fast.evaluate does: rank or judge, ask without videos, or use vLLM."""
+    if settings.evaluate.engine != "hf":
+        raise SettingsError(
+            "evaluate.engine: expected hf in training, whose evaluations use the model on its device, got "
+            f"{settings.evaluate.engine}; leave it out, and evaluate the run's export/ with it"
+        )
     if settings.evaluate.without_video:
         raise SettingsError(
             "evaluate.without_video: expected false in training, whose report would show the scores as those with "

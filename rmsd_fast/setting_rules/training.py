@@ -5,7 +5,7 @@ from __future__ import annotations
 from urllib.parse import urlsplit
 
 from rmsd_fast.config import DIVERGENCES, MEDIA_VIEW, STAGES, TRACKERS, VIEWS, RolloutConfig, RunConfig, SettingsError
-from rmsd_fast.setting_rules.evaluation import check_evaluated, check_judge_model, check_room
+from rmsd_fast.setting_rules.evaluation import check_evaluated, check_judge_model, check_room, check_temperature
 from rmsd_fast.setting_rules.uses import (
     asks_judge,
     imitates_in_stage2,
@@ -56,6 +56,8 @@ def _check_training(settings: RunConfig) -> None:
         )
         _check_replay(settings)
         _check_servers(settings.rollout)
+    if uses_vllm(settings) or uses_servers(settings):
+        check_temperature(settings.rollout.temperature, f"rollout.engine={settings.rollout.engine}")
     if (uses_vllm(settings) or uses_servers(settings)) and settings.model.quantize != "none":
         raise SettingsError(
             "rollout.engine: expected hf with model.quantize, since vLLM would sample with weights that are not "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-from rmsd_fast.config import ACCURACY_STEPS, DIVERGENCES, MEDIA_VIEW, RunConfig, SettingsError
+from rmsd_fast.config import ACCURACY_STEPS, DIVERGENCES, MEDIA_VIEW, EvaluateConfig, RunConfig, SettingsError
 from rmsd_fast.setting_rules.uses import (
     has_policy_gradient,
     has_pool,
@@ -28,7 +28,7 @@ _EVALUATED = (
     *("data.check_frames", "data.cache_mib", "data.disk_cache", "data.disk_cache_gib", "data.max_bad_share"),
     *("model.path", "model.dtype", "model.attention", "model.liger", "model.quantize"),
     *("teacher.unlabeled", "teacher.numeric_metric", "teacher.numeric_eps", "teacher.ocr_metric"),
-    *("rollout.temperature", "rollout.cuda_graphs"),
+    *("rollout.temperature", "rollout.cuda_graphs", "rollout.vllm_kv_cache_gib"),
 )
 # Settings of `teacher` that are about the answers of the pool. The others say how to score answers of any kind.
 _OF_POOLS = (
@@ -42,6 +42,7 @@ _IN_PLACE = {
     "rollout.max_new_tokens": "evaluate.max_new_tokens",
     "rollout.prompts_per_batch": "evaluate.prompts_per_batch",
     "rollout.n": "evaluate.rollouts",
+    "rollout.engine": "evaluate.engine",
     "data.train": "data.heldout",
     "output": "--output",
 }
@@ -77,6 +78,20 @@ def refuse_training_settings(settings: RunConfig, written_keys: list[str]) -> No
                 f"override: {key} has no effect: answers are greedy; leave {key} out, or sample more of them with "
                 "evaluate.rollouts"
             )
+        if reason := _other_engine(key, settings.evaluate):
+            raise SettingsError(f"override: {key} has no effect: {reason}, or leave {key} out")
+
+
+def _other_engine(key: str, evaluate: EvaluateConfig) -> str:
+    """Return why a setting of `rmsd_fast.evaluate` has no effect with `evaluate.engine`, or ""."""
+    uses_vllm = evaluate.engine == "vllm"
+    if key == "rollout.vllm_kv_cache_gib" and not uses_vllm:
+        return f"evaluate.engine={evaluate.engine} has no cache of this size; set evaluate.engine=vllm"
+    if key == "rollout.cuda_graphs" and uses_vllm:
+        return "vLLM captures its own graphs; set evaluate.engine=hf"
+    if key == "model.liger" and uses_vllm and not evaluate.reranker:
+        return "vLLM has kernels of its own; set evaluate.engine=hf"
+    return ""
 
 
 def refuse_useless(settings: RunConfig, written_keys: list[str], where: str, *, trains: bool = True) -> None:
@@ -154,9 +169,10 @@ def _of_stages(settings: RunConfig) -> list[_Rule]:
 
 def _of_rollouts(settings: RunConfig, *, trains: bool) -> list[_Rule]:
     """Return the rules of rewards and rollouts."""
-    # Evaluations decode with rollout.cuda_graphs, and sample at rollout.temperature.
+    # Evaluations decode with rollout.cuda_graphs, and sample at rollout.temperature. A file may have settings of both
+    # engines; on the command line, `refuse_training_settings` refuses those of the other one.
     sampled = settings.evaluate.rollouts or not trains
-    evaluated = ("cuda_graphs", "temperature") if sampled else ("cuda_graphs",)
+    evaluated = ("cuda_graphs", *(["temperature"] * bool(sampled)), *(["vllm_kv_cache_gib"] * (not trains)))
     of_rollouts = [f"rollout.{f.name}" for f in fields(settings.rollout) if f.name not in evaluated]
     stages = settings.stages
     rolls_out = makes_rollouts(settings)
@@ -195,7 +211,7 @@ def _of_rollouts(settings: RunConfig, *, trains: bool) -> list[_Rule]:
         ([*of_rollouts, "reward."], not rolls_out, "no stage samples rollouts; add warm_up or distill to stages"),
         (
             ["rollout.vllm_kv_cache_gib"],
-            settings.rollout.engine not in ("vllm", "vllm_server"),
+            trains and settings.rollout.engine not in ("vllm", "vllm_server"),
             f"rollout.engine={settings.rollout.engine} has no cache of this size; set rollout.engine=vllm",
         ),
         (

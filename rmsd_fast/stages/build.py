@@ -52,7 +52,7 @@ from rmsd_fast.teacher.targets import Targets, build_targets
 log = logging.getLogger("rmsd_fast")
 
 
-def load(path: str, settings: RunConfig, world: World) -> Student:
+def load(path: str, settings: RunConfig, world: World, *, only_tower: bool = False) -> Student:
     """Load a student onto this process's device.
 
     With `model.quantize=nf4`, an export of a quantized run is its quantized base model with the exported adapter.
@@ -61,6 +61,7 @@ def load(path: str, settings: RunConfig, world: World) -> Student:
         path: folder or Hub name of the student.
         settings: settings of the run.
         world: this process in the run.
+        only_tower: whether the language model stays in host memory.
     Raises:
         NotInstalled: bitsandbytes is needed but not installed.
         SettingsError: the base model of an export was quantized in another dtype.
@@ -83,13 +84,16 @@ def load(path: str, settings: RunConfig, world: World) -> Student:
         student.base = base or QuantizedBase(path, dtype, model_digests(folder))
     if base:
         add_start(student.model, folder)
-    return prepare(student, path, settings, world)
+    return prepare(student, path, settings, world, only_tower=only_tower)
 
 
-def prepare(student: Student, path: str, settings: RunConfig, world: World) -> Student:
-    """Move a student to this process's device and set its attention implementation according to the settings."""
+def prepare(student: Student, path: str, settings: RunConfig, world: World, *, only_tower: bool = False) -> Student:
+    """Move a student to this process's device and set its attention implementation according to the settings.
+
+    With `only_tower`, only its vision tower is moved.
+    """
     # Move the student first, because the attention of the vision tower depends on the device.
-    student.model.to(world.device)
+    (student.model.model.visual if only_tower else student.model).to(world.device)
     reason = unsupported(student.model)
     if reason:
         raise ModelError(

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
 
 from tqdm import tqdm
 
@@ -52,6 +53,7 @@ def answer_questions(
     name: str,
     stop: StopSignal | None = None,
     store: AnswerStore | None = None,
+    engine: AnswerEngine | None = None,
     reranker: Reranker | None = None,
     forecast: bool = False,
 ) -> list[dict]:
@@ -74,13 +76,14 @@ def answer_questions(
         name: name of the student for messages.
         stop: stop signal, checked between batches.
         store: keeps the answers of each batch, and has those of an interrupted evaluation.
+        engine: generates the answers; None = the student's model does.
         reranker: scores the sampled responses to closed questions, if given.
         forecast: whether to print how long the rest will take, after the second batch and again after the fourth. These
             batches are then spread over the questions, because long videos may be together in a file.
     Raises:
         Stopped: the program was asked to end.
     """
-    answering = Answering(student, settings, world, media, clusters_of(questions), reranker)
+    answering = Answering(student, settings, world, media, clusters_of(questions), engine, reranker)
     # Batches do not depend on what is answered already, so that rounding gives the same answers after a kill.
     done = store.done if store is not None else {}
     batches = plan_batches(questions, settings.evaluate.prompts_per_batch, world.size)
@@ -124,6 +127,7 @@ def time_questions(
     settings: RunConfig,
     world: World,
     media: MediaReader,
+    engine: AnswerEngine | None = None,
     reranker: Reranker | None = None,
 ) -> str:
     """Answer a batch per process, drop the answers, and return a line about the time of all questions.
@@ -132,7 +136,7 @@ def time_questions(
     is answered before, so that kernels are compiled and no frame of the batch is cached. The arguments are those of
     `answer_questions`.
     """
-    answering = Answering(student, settings, world, media, clusters_of(questions), reranker)
+    answering = Answering(student, settings, world, media, clusters_of(questions), engine, reranker)
     batches = plan_batches(questions, settings.evaluate.prompts_per_batch, world.size)
     timed = spread(batches, world.size)
     # There may be fewer batches than processes, all of which take part.
@@ -177,6 +181,49 @@ class _Clock:
         return forecast_line(each / size, left * size, measured * size) if left else ""
 
 
+class AnswerEngine(Protocol):
+    """Generate the answers of an evaluation."""
+
+    def answer(self, prompts: list[Prompt], samplings: Sequence[Sampling]) -> list[list[list[Rollout]]]:
+        """Return for each of `samplings` the responses to each prompt."""
+
+
+class HfAnswers:
+    """Generate answers with the student's model.
+
+    Args:
+        student: the student.
+        builder: builder of the prompts.
+        settings: settings of the run.
+        world: this process in the run.
+    """
+
+    def __init__(self, student: Student, builder: PromptBuilder, settings: RunConfig, world: World) -> None:
+        self._model, evaluate = student.model, settings.evaluate
+        # As many rows at a time for sampled answers as for greedy ones.
+        rows = max(1, evaluate.prompts_per_batch // max(1, evaluate.rollouts))
+        self._greedy, self._sampler = (
+            HfRollout(
+                builder,
+                prompts_per_batch=batch,
+                device=world.device,
+                cuda_graphs=settings.rollout.cuda_graphs,
+                share_media=True,
+                tokens_per_call=settings.micro_tokens,
+            )
+            for batch in (evaluate.prompts_per_batch, rows)
+        )
+
+    def answer(self, prompts: list[Prompt], samplings: Sequence[Sampling]) -> list[list[list[Rollout]]]:
+        """Return the responses of greedy decoding and, if there are two samplings, of sampling; see `AnswerEngine`."""
+        features = self._greedy.encode(self._model, prompts)
+        engines = (self._greedy, self._sampler)[: len(samplings)]
+        return [
+            engine.generate(self._model, prompts, sampling, features=features)
+            for engine, sampling in zip(engines, samplings, strict=True)
+        ]
+
+
 class Answering:
     """Build the prompts of batches, and answer them with a student.
 
@@ -186,7 +233,7 @@ class Answering:
         world: this process in the run.
         media: reader of the videos and images.
         clusters: the cluster of each question by its id.
-        reranker: see `answer_questions`.
+        engine, reranker: see `answer_questions`.
     """
 
     def __init__(
@@ -196,25 +243,23 @@ class Answering:
         world: World,
         media: MediaReader | None,
         clusters: dict[str, str],
+        engine: AnswerEngine | None = None,
         reranker: Reranker | None = None,
     ) -> None:
-        evaluate, rollout = settings.evaluate, settings.rollout
-        self._reranker = reranker
-        self._student, self._settings, self._clusters = student, settings, clusters
+        evaluate = settings.evaluate
+        self._settings, self._clusters, self._reranker = settings, clusters, reranker
         self._builder = PromptBuilder(student, video_of(settings), media, prompt=evaluate.prompt)
-        # As many rows at a time for sampled answers as for greedy ones.
-        rows = max(1, evaluate.prompts_per_batch // max(1, evaluate.rollouts))
-        self._greedy, self._sampler = (
-            HfRollout(
-                self._builder,
-                prompts_per_batch=batch,
-                device=world.device,
-                cuda_graphs=rollout.cuda_graphs,
-                share_media=True,
-                tokens_per_call=settings.micro_tokens,
+        self._engine = engine or HfAnswers(student, self._builder, settings, world)
+        self._samplings = [Sampling(n=1, temperature=0.0, max_new_tokens=evaluate.max_new_tokens)]
+        if evaluate.rollouts:
+            # A response depends on the seed, the question's id and the response's index, and not on the batch.
+            sampled = Sampling(
+                n=evaluate.rollouts,
+                temperature=settings.rollout.temperature,
+                max_new_tokens=evaluate.max_new_tokens,
+                seed=settings.seed,
             )
-            for batch in (evaluate.prompts_per_batch, rows)
-        )
+            self._samplings.append(sampled)
 
     def prompts_ahead(self, batches: Sequence[list[Question]]) -> Iterator[list[tuple[Question, Prompt | Exception]]]:
         """Yield the batches, each question with its prompt or an error. The next batch is built in the background."""
@@ -247,9 +292,7 @@ class Answering:
         return records
 
     def _answer_prompts(self, prompts: list[Prompt]) -> list[dict]:
-        evaluate, model = self._settings.evaluate, self._student.model
-        greedy = Sampling(n=1, temperature=0.0, max_new_tokens=evaluate.max_new_tokens)
-        features = self._greedy.encode(model, prompts)
+        greedy, *sampled = self._engine.answer(prompts, self._samplings)
         records = [
             self._record(
                 prompt.question,
@@ -257,24 +300,15 @@ class Answering:
                 truncated=rollout.truncated,
                 error="" if rollout.finite else NOT_FINITE,
             )
-            for prompt, (rollout,) in zip(
-                prompts, self._greedy.generate(model, prompts, greedy, features=features), strict=True
-            )
+            for prompt, (rollout,) in zip(prompts, greedy, strict=True)
         ]
-        if evaluate.rollouts == 0:
+        if not sampled:
             return records
-        # The noise of a response depends on the seed, the question's id and the response's index, and not on the batch.
-        sampling = Sampling(
-            n=evaluate.rollouts,
-            temperature=self._settings.rollout.temperature,
-            max_new_tokens=evaluate.max_new_tokens,
-            seed=self._settings.seed,
-        )
-        sampled = self._sampler.generate(model, prompts, sampling, features=features)
-        ranks = self._rank(prompts, sampled)
+        (drawn,) = sampled
+        ranks = self._rank(prompts, drawn)
         return [
             with_samples(record, prompt.question, list(map(_ended, rollouts)), self._settings, ranks.get(number))
-            for number, (record, prompt, rollouts) in enumerate(zip(records, prompts, sampled, strict=True))
+            for number, (record, prompt, rollouts) in enumerate(zip(records, prompts, drawn, strict=True))
         ]
 
     def _rank(self, prompts: list[Prompt], sampled: list[list[Rollout]]) -> dict[int, list[float | None]]:

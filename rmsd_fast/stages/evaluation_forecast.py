@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import math
 import sys
 import time
 from collections import Counter
@@ -24,6 +25,8 @@ from rmsd_fast.data.prompts import PromptBuilder, PromptError
 from rmsd_fast.data.records import Question
 from rmsd_fast.models.families import family_of
 from rmsd_fast.models.folders import open_folder, resolve_folder
+from rmsd_fast.models.pass_memory import complete_config
+from rmsd_fast.rollout.vllm import cache_gib
 from rmsd_fast.runtime.process_group import World, all_gather_objects, global_max, on_main, raise_together
 from rmsd_fast.stages.answer_records import reason_of
 from rmsd_fast.stages.evaluation_batches import largest_batches, plan_batches, spread
@@ -135,6 +138,7 @@ def describe_protocol(path: str, settings: RunConfig) -> str:
     asked = [f"{evaluate.benchmark or 'own questions'}", f"prompt {evaluate.prompt}", f"parsing {evaluate.parse}"]
     asked += ["subtitles"] * evaluate.subtitles + ["without video"] * evaluate.without_video
     asked += [f"{counted(evaluate.rollouts, 'sample')} each"] if evaluate.rollouts else []
+    asked += ["engine vllm"] if evaluate.engine == "vllm" else []
     asked += [f"reranker {evaluate.reranker}"] if evaluate.reranker else []
     judge = evaluate.judge
     asked += [f"judge {judge.model} at {judge.endpoint} (not asked yet)"] if judge.endpoint else []
@@ -233,7 +237,7 @@ def check_evaluation_memory(
         room, free = device_room(device)
         if plan.total <= room:
             return [*lines, f"{free}"]
-        advice = _advice(settings, questions, planned, room)
+        advice = _advice(settings, questions, planned, room, _least_cache(settings, config))
     except UserError:
         raise
     except Exception as error:
@@ -248,7 +252,11 @@ def check_evaluation_memory(
 
 
 def _advice(
-    settings: RunConfig, questions: Sequence[Question], planned: Callable[[RunConfig], StagePlan], room: int
+    settings: RunConfig,
+    questions: Sequence[Question],
+    planned: Callable[[RunConfig], StagePlan],
+    room: int,
+    least_cache: int = 0,
 ) -> str:
     """Return what to change so that an evaluation fits into `room` bytes. It names only settings that lower the plan.
 
@@ -257,9 +265,12 @@ def _advice(
         questions: the questions.
         planned: returns the plan of changed settings.
         room: bytes of the device.
+        least_cache: GiB of the smallest KV cache of vLLM that holds a prompt and its response; 0 = there is none.
     """
     best, lower = planned(settings).total, []
+    cache = "rollout.vllm_kv_cache_gib"
     changes: list[tuple[str, list]] = [
+        *([(cache, _halves(int(settings.rollout.vllm_kv_cache_gib), least_cache))] if least_cache else []),
         ("evaluate.prompts_per_batch", _halves(settings.evaluate.prompts_per_batch, 1)),
         ("micro_tokens", _halves(settings.micro_tokens, 1024)),
         ("data.decoder", ["cpu"] if settings.data.decoder != "cpu" else []),
@@ -290,6 +301,15 @@ def _advice(
     return f"lower {', '.join(lower[:-1])}{' or ' if lower[1:] else ''}{lower[-1]}, or use a larger GPU"
 
 
+def _least_cache(settings: RunConfig, config: dict) -> int:
+    """Return the GiB of the smallest KV cache of vLLM, rounded up; 0 if the evaluation does not use vLLM."""
+    if settings.evaluate.engine != "vllm":
+        return 0
+    text = SimpleNamespace(**complete_config(config)["text_config"])
+    tokens = settings.data.max_prompt_tokens + settings.evaluate.max_new_tokens
+    return math.ceil(cache_gib(text, dtype=settings.model.dtype, max_tokens=tokens))
+
+
 def _halves(value: int, least: int) -> list[int]:
     """Return half the value, a quarter and so on, down to `least`."""
     values = []
@@ -307,7 +327,8 @@ def _plan(settings: RunConfig, config: dict, questions: Sequence[Question], long
         # The export of a quantized run has an adapter.
         shorter.model.adapter = "lora"
     batches = plan_batches(questions, settings.evaluate.prompts_per_batch, world.size)
-    return plan_evaluation(shorter, config, device=world.device.type, batches=largest_batches(batches))
+    limit = settings.data.max_prompt_tokens
+    return plan_evaluation(shorter, config, device=world.device.type, batches=largest_batches(batches), limit=limit)
 
 
 def _size(size: int) -> str:

@@ -155,7 +155,7 @@ def check_model(folder: Path, settings: RunConfig, *, training: bool) -> ModelFo
     """Return the contents of a model folder.
 
     Raises:
-        ModelError: the folder cannot be used, or not with `rollout.engine`.
+        ModelError: the folder cannot be used, or not with `rollout.engine` or, in an evaluation, `evaluate.engine`.
         SettingsError: the family's boxes cannot be read with `evaluate.prompt`, or with vLLM, prompts and responses are
             too long for the model or, in this process, the KV cache, vLLM cannot split the model, or training compares
             more tokens than it has.
@@ -176,6 +176,15 @@ def check_model(folder: Path, settings: RunConfig, *, training: bool) -> ModelFo
             # The cache of a server may be larger than this recipe says.
             kv_cache_gib=settings.rollout.vllm_kv_cache_gib if uses_vllm(settings) else math.inf,
             tensor_parallel=settings.rollout.tensor_parallel if uses_vllm(settings) else 1,
+        )
+    if not training and settings.evaluate.engine == "vllm":
+        check_family(family_of(model.config).title, str(folder), section="evaluate")
+        check_length(
+            model.config.text_config,
+            dtype=settings.model.dtype,
+            max_tokens=settings.data.max_prompt_tokens + settings.evaluate.max_new_tokens,
+            kv_cache_gib=settings.rollout.vllm_kv_cache_gib,
+            section="evaluate",
         )
     return model
 
@@ -212,6 +221,8 @@ def check_packages(settings: RunConfig, *, training: bool) -> None:
         import_adamw_8bit()
     if training and uses_vllm(settings):
         check_vllm()
+    if not training and settings.evaluate.engine == "vllm":
+        check_vllm(section="evaluate")
     if training and asks_judge(settings) and (reason := environment.why_not(("httpx2",), extras="collect")):
         raise NotInstalled(f"self_teacher.judge: {reason}")
 

@@ -12,6 +12,7 @@ from typing import Any
 from rmsd_fast.config import RunConfig, VideoConfig
 from rmsd_fast.data.records import Question
 from rmsd_fast.models.folders import model_digests, resolve_folder
+from rmsd_fast.rollout.vllm_process import check_vllm
 from rmsd_fast.settings import settings_as_dict
 from rmsd_fast.stages.judge import prompts_hash
 from rmsd_fast.teacher.scores import quality_settings
@@ -50,6 +51,7 @@ def protocol_of(settings: RunConfig) -> dict[str, Any]:
     sampled = {"temperature": settings.rollout.temperature} if settings.evaluate.rollouts else {}
     judge = settings_as_dict(settings)["evaluate"]["judge"]
     judged = {name: judge[name] for name in _OF_JUDGE} | {"prompts": prompts_hash()} if judge["endpoint"] else None
+    vllm = {"vllm": check_vllm(section="evaluate")} if settings.evaluate.engine == "vllm" else {}
     return {
         "decoding": "greedy",
         **sampled,
@@ -61,7 +63,7 @@ def protocol_of(settings: RunConfig) -> dict[str, Any]:
         "packing": settings.packing,
         "model": {name: getattr(settings.model, name) for name in _OF_MODEL},
         "metrics": quality_settings(settings.teacher),
-        "versions": {name: version_of(name) for name in PACKAGES},
+        "versions": {name: version_of(name) for name in PACKAGES} | vllm,
     }
 
 
@@ -91,6 +93,8 @@ def evaluation_identity(settings: RunConfig, questions: Sequence[Question], mode
         # Other batches, and other calls of the vision tower, can change an answer by rounding.
         "prompts_per_batch": settings.evaluate.prompts_per_batch,
         "micro_tokens": settings.micro_tokens,
+        # The requests that fit into vLLM's cache are computed together.
+        **({"vllm_kv_cache_gib": settings.rollout.vllm_kv_cache_gib} if settings.evaluate.engine == "vllm" else {}),
     }
 
 

@@ -149,7 +149,7 @@ def fault_of_element(case, rank, end):
         if rank:
             case.weight(end).view(torch.int32).view(-1)[-1] += 1
         held, expected = case.sums()
-        check_sums([expected], held, 3)
+        check_sums([expected], held, "expected the policy's weights")
 
     return case.fault(compare)
 

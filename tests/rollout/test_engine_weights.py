@@ -154,8 +154,9 @@ def test_the_policy_of_a_shared_backbone_is_merged_without_the_discriminator(fol
 BANNED = torch.tensor([1, 3])
 
 
-def row(seed, ids=(), request=0):
-    return SimpleNamespace(seed=seed, extra_args={vllm_process.REQUEST: request}), None, list(ids)
+def row(seed, ids=(), request=0, temperature=1.0):
+    extra = {vllm_process.REQUEST: request}
+    return SimpleNamespace(seed=seed, extra_args=extra, temperature=temperature), None, list(ids)
 
 
 def batch(removed=(), added=(), moved=()):
@@ -168,8 +169,8 @@ def test_the_mask_excludes_banned_ids_and_measures_their_mass():
     mask = vllm_process.BannedMask(BANNED, eos_id=0)
     logits = torch.tensor([[0.1, 0.2, 0.3, 0.4]]).log()
     for temperature, banned in ((1.0, 0.6), (0.5, (0.04 + 0.16) / 0.3)):
-        mask.begin(temperature)
-        mask.update_rows(batch(added=[(0, row(7, [5, 6]))]))
+        mask.begin()
+        mask.update_rows(batch(added=[(0, row(7, [5, 6], temperature=temperature))]))
         masked = mask.apply(logits.clone())
         assert masked[0, [1, 3]].eq(-torch.inf).all() and torch.equal(masked[0, [0, 2]], logits[0, [0, 2]])
         ((key, value),) = mask.take().items()
@@ -178,9 +179,19 @@ def test_the_mask_excludes_banned_ids_and_measures_their_mass():
         assert mask.take() == {}
 
 
+def test_rows_of_the_mask_have_temperatures_of_their_own():
+    """As above. Greedy requests have temperature 0, and log-probs at temperature 1."""
+    mask = vllm_process.BannedMask(BANNED, eos_id=0)
+    mask.begin()
+    mask.update_rows(batch(added=[(0, row(1, temperature=0.0)), (1, row(2, temperature=0.5)), (2, row(3))]))
+    mask.apply(torch.tensor([[0.1, 0.2, 0.3, 0.4]]).log().repeat(3, 1))
+    expected = [math.log(1 - banned) for banned in (0.6, (0.04 + 0.16) / 0.3, 0.6)]
+    assert list(mask.take().values()) == pytest.approx(expected, abs=1e-6)
+
+
 def test_the_mask_ends_rows_whose_logits_are_not_finite():
     mask = vllm_process.BannedMask(BANNED, eos_id=2)
-    mask.begin(1.0)
+    mask.begin()
     mask.update_rows(batch(added=[(0, row(1)), (1, row(2))]))
     masked = mask.apply(torch.tensor([[0.0, 0.0, 0.0, 0.0], [torch.nan, 1.0, 0.0, 0.0]]))
     assert torch.equal(masked[1], torch.tensor([-torch.inf, -torch.inf, 0.0, -torch.inf]))
@@ -191,7 +202,7 @@ def test_the_mask_ends_rows_whose_logits_are_not_finite():
 def test_the_mask_follows_rows_of_the_batch():
     """The banned mass of each row is 1/4, 2/4 or 3/4, by which the rows are recognized."""
     mask = vllm_process.BannedMask(torch.tensor([0]), eos_id=1)
-    mask.begin(1.0)
+    mask.begin()
     logits = {seed: torch.tensor([seed / 4, 1 - seed / 4]).log() for seed in (1, 2, 3)}
 
     def apply(*seeds):
@@ -215,7 +226,7 @@ def test_the_mask_follows_rows_of_the_batch():
 def test_a_later_value_of_a_position_replaces_the_former():
     """vLLM may sample after a part of the prompt, and drops that token."""
     mask = vllm_process.BannedMask(torch.tensor([0]), eos_id=1)
-    mask.begin(1.0)
+    mask.begin()
     mask.update_rows(batch(added=[(0, row(1))]))
     for banned in (0.25, 0.5):
         mask.apply(torch.tensor([[banned, 1 - banned]]).log())
@@ -225,7 +236,7 @@ def test_a_later_value_of_a_position_replaces_the_former():
 def test_two_copies_of_a_question_keep_their_own_values():
     """They have the same seed, and their logits differ as rounding may make them."""
     mask = vllm_process.BannedMask(torch.tensor([0]), eos_id=1)
-    mask.begin(1.0)
+    mask.begin()
     mask.update_rows(batch(added=[(0, row(9, request=2)), (1, row(9, request=5))]))
     mask.apply(torch.tensor([[0.25, 0.75], [0.5, 0.5]]).log())
     expected = {(2, 9, 0): pytest.approx(math.log(0.75)), (5, 9, 0): pytest.approx(math.log(0.5))}

@@ -292,10 +292,10 @@ def test_swapped_layers_are_caught(state, monkeypatch):
 @torch.no_grad()
 def test_changed_weights_in_vllm_are_caught(state):
     sums = [to_host(group_sums(stream(state.policy, source_weights(state.policy))))]
-    check_sums(sums, state.rollouts.sampler.weight_sums(), 1)
+    check_sums(sums, state.rollouts.sampler.weight_sums(), "expected them")
     dict(state.rollouts.sampler._model.named_parameters())["language_model.model.norm.weight"][0] += 1
     with pytest.raises(RolloutError, match=r"got others in norm \(1 of 4"):
-        check_sums(sums, state.rollouts.sampler.weight_sums(), 1)
+        check_sums(sums, state.rollouts.sampler.weight_sums(), "expected them")
 
 
 def with_ids(prompt, ids):
@@ -554,7 +554,7 @@ def test_untied_head_with_a_padded_vocabulary_in_bfloat16(material, world, tmp_p
         names["language_model.lm_head.weight"][589, 0] += 1
     sums = to_host(group_sums(stream(state.policy, source_weights(state.policy))))
     with pytest.raises(RolloutError, match=r"got others in head \(1 of 5"):
-        check_sums([sums], state.rollouts.sampler.weight_sums(), 3)
+        check_sums([sums], state.rollouts.sampler.weight_sums(), "expected them")
 
 
 def test_an_engine_that_is_no_longer_used_is_released(state, material, world, prompts):

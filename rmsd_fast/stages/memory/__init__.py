@@ -70,7 +70,12 @@ def plan_memory(settings: RunConfig, config: dict[str, Any], *, processes: int, 
 
 
 def plan_evaluation(
-    settings: RunConfig, config: dict[str, Any], *, device: str, batches: EvaluatedBatches | None = None
+    settings: RunConfig,
+    config: dict[str, Any],
+    *,
+    device: str,
+    batches: EvaluatedBatches | None = None,
+    limit: int | None = None,
 ) -> StagePlan:
     """Return the plan of `rmsd_fast.evaluate` on one process, which holds one model and answers batches.
 
@@ -79,6 +84,7 @@ def plan_evaluation(
         config: contents of the student's config.json.
         device: "cuda" or "cpu", where the evaluation will be.
         batches: the batches; None = full batches of questions about different videos.
+        limit: most tokens of a prompt that vLLM is started for; None = `data.max_prompt_tokens`.
     Raises:
         ModelError: the family is not supported.
     """
@@ -86,4 +92,5 @@ def plan_evaluation(
     needs = StageNeeds(settings, config, count_parameters(config, settings.model), 1, device, "evaluate")
     if batches is not None:
         needs.questions, needs.media, needs.images = batches.questions, batches.media, batches.images
+    needs.limit = limit or needs.limit
     return StagePlanner(needs).evaluation()

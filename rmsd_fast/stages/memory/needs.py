@@ -26,7 +26,7 @@ from rmsd_fast.models.pass_memory import (
 from rmsd_fast.models.quantize import BYTES_PER_WEIGHT
 from rmsd_fast.rollout.protocol import BUCKET_BYTES
 from rmsd_fast.rollout.shared_cache import BLOCK, PrefixCache
-from rmsd_fast.rollout.vllm import batch_tokens
+from rmsd_fast.rollout.vllm import answered_together, batch_tokens
 from rmsd_fast.setting_rules.uses import (
     distills_vocabulary,
     has_policy_gradient,
@@ -67,6 +67,8 @@ class StageNeeds:
         self.prompts_each = 2 if shows_media(settings) and stage in ("warm_up", "distill") else 1
         # Questions of an evaluation may be about the same media, which are then encoded and prefilled once.
         self.media, self.images = self.questions, False
+        # Most tokens of a prompt that vLLM is started for.
+        self.limit = settings.data.max_prompt_tokens
         self.width = 2 if settings.model.dtype == "bfloat16" else 4
         self.lora = settings.model.adapter == "lora"
         self.quantized = settings.model.quantize == "nf4"
@@ -165,7 +167,7 @@ class StageNeeds:
             state = self.vllm_state() if self.device == "cuda" else 0
             # The features of the process, and copies of those of its group.
             held = (1 + rollout.tensor_parallel) * self.features(self.questions)
-            return {ROLLOUT: state + self._vllm_pass(), VISION: held}
+            return {ROLLOUT: state + self.vllm_pass(), VISION: held}
         if uses_servers(self.settings):
             if self.device == "cpu":
                 return {ROLLOUT: self.sent(), VISION: self.features(self.questions)}
@@ -188,7 +190,7 @@ class StageNeeds:
 
         Norms and the vision tower's positions, which are not split, are less than 1% and counted as if they were.
         """
-        text, processes = self.text, self.settings.rollout.tensor_parallel
+        text, processes = self.text, self._vllm_parts
         of_head = 2 * text["num_hidden_layers"] * self._head_dim * text["hidden_size"]
         # Each process has at least one head of keys and values.
         repeated = of_head * max(0, processes - text["num_key_value_heads"])
@@ -200,15 +202,22 @@ class StageNeeds:
         cache = int(self.settings.rollout.vllm_kv_cache_gib * GIB)
         return self.vllm_weights() + buffers * self.width + cache
 
-    def _vllm_pass(self) -> int:
+    def vllm_pass(self) -> int:
         """Return the bytes of vLLM's largest pass: an estimate, which was not measured on a GPU."""
         text, rollout = self.text, self.settings.rollout
-        layer = 3 * text["intermediate_size"] // rollout.tensor_parallel + 6 * text["hidden_size"]
+        layer = 3 * text["intermediate_size"] // self._vllm_parts + 6 * text["hidden_size"]
         # Each process has the logits of the responses of its group.
-        rows = min(rollout.prompts_per_batch, self.questions) * rollout.n * rollout.tensor_parallel
+        rows = min(rollout.prompts_per_batch, self.questions) * rollout.n * self._vllm_parts
+        if self.stage == "evaluate":
+            rows = answered_together(self.questions, self.settings.evaluate.rollouts)
         # Logits, in float32 the same scaled, their log-softmax, and noise.
         logits = rows * text["vocab_size"] * (self.width + 4 * 4)
         return max(self._vllm_tokens * layer * self.width, logits)
+
+    @property
+    def _vllm_parts(self) -> int:
+        """Return the number of processes that hold one copy of the model in vLLM. Evaluations do not split it."""
+        return 1 if self.stage == "evaluate" else self.settings.rollout.tensor_parallel
 
     @property
     def _head_dim(self) -> int:
@@ -216,7 +225,8 @@ class StageNeeds:
 
     @property
     def _vllm_tokens(self) -> int:
-        return batch_tokens(self.settings.data.max_prompt_tokens + self.settings.rollout.max_new_tokens)
+        section = self.settings.evaluate if self.stage == "evaluate" else self.settings.rollout
+        return batch_tokens(self.limit + section.max_new_tokens)
 
     def generation(self, prompts: int, rows: int, tokens: int) -> dict[str, int]:
         """Return the bytes of generating so many responses (rows) of so many tokens to each of a batch of prompts."""

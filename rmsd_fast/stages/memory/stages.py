@@ -142,19 +142,29 @@ class StagePlanner:
         return self._plan(phases, engines)
 
     def evaluation(self) -> StagePlan:
-        """Return the plan of an evaluation, which decodes the media of the next batch while it answers one."""
+        """Return the plan of an evaluation, which decodes the media of the next batch while it answers one.
+
+        With vLLM, only the tower of the student is kept.
+        """
         evaluate, rollouts = self.settings.evaluate, self.settings.evaluate.rollouts
+        copied = evaluate.engine == "vllm"
         reranker = self.count.total - self.count.head if evaluate.reranker else 0
+        kept = self.count.vision if copied else self.count.total
         held = {
-            WEIGHTS: self.needs.width * (self.count.total + reranker) + self.needs.changed_by_nf4(),
+            WEIGHTS: self.needs.width * (kept + reranker) + self.needs.changed_by_nf4(),
             MEDIA: self.needs.frames(ahead=1) if self.needs.frames_on_device else 0,
             CONTEXT: CONTEXT_BYTES if self.needs.device == "cuda" else 0,
         }
-        phases = {
-            "vision": held | self.needs.tower(),
-            "answers": held | self.needs.generation(self.needs.questions, 1, evaluate.max_new_tokens),
-        }
-        if rollouts:
+        if copied:
+            phases = self._answered_by_vllm(held)
+            # vLLM stays awake.
+            held[ROLLOUT] = self.needs.vllm_state()
+        else:
+            phases = {
+                "vision": held | self.needs.tower(),
+                "answers": held | self.needs.generation(self.needs.questions, 1, evaluate.max_new_tokens),
+            }
+        if rollouts and not copied:
             prompts = min(self.needs.questions, max(1, evaluate.prompts_per_batch // rollouts))
             phases["samples"] = held | self.needs.generation(prompts, rollouts, evaluate.max_new_tokens)
         if reranker:
@@ -164,6 +174,22 @@ class StagePlanner:
             phases["reranker vision"] = self._add(held, self.needs.tower(), features)
             phases["reranker"] = self._add(held, scores | features, features)
         return StagePlan(phases, 0 if self.needs.frames_on_device else self.needs.frames(ahead=1))
+
+    def _answered_by_vllm(self, held: dict[str, int]) -> dict[str, dict[str, int]]:
+        """Return the phases of an evaluation with vLLM, which is awake all the time.
+
+        When it starts, the weights of the student's language model are in host memory, and on a GPU one after the
+        other. The features of a batch are joined, layer by layer, and vLLM reads the joined ones.
+        """
+        needs, state = self.needs, self.needs.vllm_state()
+        sent = self.count.largest if needs.device == "cuda" else self.count.total - self.count.vision
+        held = held | {ROLLOUT: state}
+        answers = {ROLLOUT: state + needs.vllm_pass(), VISION: 2 * needs.features(needs.media)}
+        return {
+            "start": held | {WEIGHTS: needs.width * (self.count.vision + sent), MEDIA: 0},
+            "vision": held | needs.tower(),
+            "answers": held | answers,
+        }
 
     def _average(self, trained: int) -> EngineMemory:
         """Return the bytes of a moving average of so many weights; `step` are those of a pass with it."""
