@@ -83,14 +83,15 @@ def _become(request: dict, variables: dict[str, str]) -> None:
         os.close(target)
     sys.stdin = open(0, closefd=False)  # noqa: SIM115
     os.chdir(request["folder"])
-    # As with `python -m`, in place of the folder of this file.
-    sys.path[0] = request["folder"]
+    # As with `python -m` or `python FILE.py`, in place of the folder of this file.
+    is_file = request["module"].endswith(".py")
+    sys.path[0] = os.path.dirname(request["module"]) if is_file else request["folder"]
     os.environ.update(variables)
     _prepare_decoders()
     for path in request["before"]:
         runpy.run_path(path)
     sys.argv = [request["module"], *request["arguments"]]
-    if request["module"].endswith(".py"):
+    if is_file:
         runpy.run_path(request["module"], run_name="__main__")
     else:
         runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
@@ -292,7 +293,7 @@ def start_programs(
 def run_program(
     module: str, arguments: list[str], environment: dict[str, str], *, processes: int = 1, timeout_s: float
 ) -> subprocess.CompletedProcess:
-    """Run `python -m MODULE` to its end in forks, like subprocess.run with captured text.
+    """Run `python -m MODULE` or `python FILE.py` to its end in forks, like subprocess.run with captured text.
 
     Several processes form a group with the variables and the store of torchrun. If one of them fails, the others are
     ended, as torchrun does.

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import warm_process
 from train_runs import environment
 
 from rmsd_fast import program, train_run
@@ -249,12 +250,7 @@ def test_an_interrupt_during_imports_is_one_line():
 def test_no_program_asks_for_settings():
     for name in ("train", "doctor", "evaluate", "collect", "lab", "report", "pool"):
         arguments = ["check"] if name == "pool" else ["--no-such-option"]
-        done = subprocess.run(
-            [sys.executable, "-m", f"rmsd_fast.{name}", *arguments],
-            capture_output=True,
-            text=True,
-            env=environment(),
-        )
+        done = warm_process.run_program(f"rmsd_fast.{name}", arguments, environment(), timeout_s=100)
         *_, last = done.stderr.splitlines()
         assert done.returncode == 2 and "error" in last and "section.field=value" not in last, last
 
