@@ -59,6 +59,10 @@ def test_float64_equals_the_reference(case, budget):
         assert torch.allclose(got, expected, atol=1e-13, rtol=1e-11)
 
 
+# Chunks are cut before an implementation is called, so in the interpreter two cases run without them.
+IN_ONE_CHUNK = ("cross_entropy", "policy_full")
+
+
 @pytest.mark.parametrize("budget", ["small", "default"] if INTERPRETED else ["small", "medium", "default"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("impl", implementations())
@@ -66,6 +70,8 @@ def test_float64_equals_the_reference(case, budget):
 def test_error_is_at_most_twice_that_of_eager(case, impl, dtype, budget):
     if impl == "native" and case in CLIPPED_CASES:
         pytest.skip("csrc/ does not implement vocab_clip")
+    if INTERPRETED and budget == "default" and case not in IN_ONE_CHUNK:
+        pytest.skip("the interpreter is slow")
     limit = budget_of(budget, dtype)
     errors, bars, scales = [], [], []
     # The error of a scalar may be small by chance, so the largest error over several inputs is compared.
