@@ -10,11 +10,10 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from rmsd_fast.bootstrap import mean_interval, t_quantile
-from rmsd_fast.config import TASK_TYPES
 from rmsd_fast.files import write_text_atomic
 from rmsd_fast.lab_chart import chart
 from rmsd_fast.lab_plan import Job, Plan
-from rmsd_fast.method.answers import CLOSED_TASKS
+from rmsd_fast.method.answers import CLOSED_TASKS, TASK_TYPES
 
 # Description of the score of a question, by metric.
 METRICS = {

@@ -38,24 +38,20 @@ from rmsd_fast.stages.rollout_dump import begin_dump, check_replay_start, dump_f
 from rmsd_fast.stages.rollout_servers import check_servers
 from rmsd_fast.stages.run import (
     Saved,
-    Step,
     TrainingRun,
     close_logs,
     export,
     first_step,
     forget_stage1,
-    next_prompts,
-    open_loader,
     open_run,
-    rate_of,
     record_stage1,
     restore,
-    run_steps,
     write_discriminator,
-    write_facts,
 )
+from rmsd_fast.stages.run_facts import write_facts
 from rmsd_fast.stages.run_folder import run_folder
 from rmsd_fast.stages.state import StageState
+from rmsd_fast.stages.training_loop import Step, next_prompts, open_loader, rate_of, run_steps
 
 log = logging.getLogger("rmsd_fast")
 # Below this share of groups whose rollouts differ in content, the forecast warns.
@@ -135,6 +131,8 @@ def _run_stages(run: TrainingRun) -> None:
     if run.media.decoder_reason:
         run.metrics.message(f"videos are decoded on the CPU: {run.media.decoder_reason}")
     on_main(run.world, lambda: describe_run(run))
+    if asks_judge(settings):
+        try_judge(run)
     evaluate(run, run.material.model_path, "untrained" if "sft" in settings.stages else "stage1")
     if "sft" in settings.stages:
         imitate(run)
@@ -221,7 +219,7 @@ def distillation(run: TrainingRun) -> None:
 
 
 def check_judge(settings: RunConfig, folder: Path | None = None) -> None:
-    """Check a judge of stage 2 before stage 1. Its server is not asked yet.
+    """Check the settings of a judge of stage 2, and its replies so far. Its server is not asked yet.
 
     Args:
         settings: settings of the run.
@@ -238,6 +236,20 @@ def check_judge(settings: RunConfig, folder: Path | None = None) -> None:
         feedback_client(settings.self_teacher.judge)
     else:
         check_replies(folder)
+
+
+def try_judge(run: TrainingRun) -> None:
+    """Ask the judge about one answer, so that a wrong URL, key or model is found before anything is trained.
+
+    Raises:
+        JudgeError: the judge does not answer.
+    """
+    from rmsd_fast.train_feedback import Feedback
+
+    question = run.material.train[0]
+    with closing(Feedback(run.settings.self_teacher.judge, run.folder, run.world, run.stop)) as feedback:
+        # A continued run has the reply in its file.
+        feedback([(question, f"<answer>{question.answer or ''}</answer>")] if run.world.is_main else [])
 
 
 @contextmanager

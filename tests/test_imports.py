@@ -48,7 +48,8 @@ SAME_LEVEL = {
     ("settings", "config"),  # settings fills the dataclasses.
     ("settings", "setting_rules"),
     ("setting_rules", "config"),
-    ("config", "method"),  # config has the task types among its choices.
+    ("config", "method"),  # config has the task types among its choices,
+    ("setting_rules", "method"),  # and so have its rules.
     ("train", "evaluate"),
     ("train", "report"),
     ("evaluate", "collect"),  # the client, which asks the judge

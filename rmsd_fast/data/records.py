@@ -22,10 +22,9 @@ machine: a run counts missing files before it starts, and replaces samples that 
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -33,28 +32,32 @@ from typing import Any
 from rmsd_fast.config import FORMATS, SettingsError
 from rmsd_fast.data import converters
 from rmsd_fast.data.errors import DataError, OtherFileError, several_faults
-from rmsd_fast.data.ground_truths import GroundTruthError, check_times, read_ground_truth
+from rmsd_fast.data.ground_truths import GroundTruthError
 from rmsd_fast.data.hint_records import check_hint_media, hints_record, read_hints
 from rmsd_fast.data.json_records import read_records
-from rmsd_fast.data.marks import MARK, SPECIAL_TOKEN, MarkError, is_unicode, place_marks, without_marks
-from rmsd_fast.data.media_paths import Span, is_number, media_paths, split_spans, with_span
-from rmsd_fast.data.option_lists import MOST_OPTIONS, OptionsError, check_options, shows_options, without_options
+from rmsd_fast.data.marks import MARK, MarkError, place_marks, without_marks
+from rmsd_fast.data.media_paths import Span, media_paths, split_spans, with_span
+from rmsd_fast.data.option_lists import shows_options
+from rmsd_fast.data.question_fields import (
+    check_fields,
+    check_hint_times,
+    check_interval,
+    check_shown,
+    check_text,
+    read_answer,
+    read_duration,
+    read_options,
+    read_system,
+    read_task_type,
+    read_texts,
+)
 from rmsd_fast.files import write_text_atomic
 from rmsd_fast.method.answers import (
-    BENCHMARK_TASKS,
     CLOSED_TASKS,
-    EXPECTED_FORMAT,
     GRADED_TASKS,
-    TASK_TYPES,
-    option_letters,
     parse_answer_body,
 )
 from rmsd_fast.method.hints import MEDIA_VIEW
-
-_FIELDS = (
-    *("id", "videos", "images", "question", "task_type", "options", "answer", "system", "duration"),
-    *("hints", "meta"),
-)
 
 
 @dataclass(frozen=True)
@@ -266,22 +269,13 @@ def parse_question(
             todo += f"; or set the record's task_type, which was inferred from the answer as {raw['task_type']}"
         return DataError.at(where, names.get(name, name), expected, got, todo)
 
-    for key in raw:
-        if key not in _FIELDS:
-            close = difflib.get_close_matches(str(key), _FIELDS, n=1, cutoff=0.8)
-            todo = f"did you mean {close[0]!r}? If not, " if close else ""
-            raise fail(key, f"one of the fields {', '.join(_FIELDS)}", key, f"{todo}remove it or put it under 'meta'")
+    check_fields(raw, fail)
     identity = parse_id(raw.get("id"))
     for name, value in (("id", identity), ("question", raw.get("question"))):
         if not isinstance(value, str) or not value.strip():
             raise fail(name, "non-empty text", value, "add it")
-    _check_text("id", identity, fail)
-    task = raw.get("task_type")
-    if task in BENCHMARK_TASKS:
-        todo = "only the readers of evaluate.benchmark make such questions; choose another task_type"
-        raise fail("task_type", f"one of {', '.join(TASK_TYPES)}", task, todo)
-    if task not in TASK_TYPES:
-        raise fail("task_type", f"one of {', '.join(TASK_TYPES)}", task, "name the type of the answer")
+    check_text("id", identity, fail)
+    task = read_task_type(raw.get("task_type"), fail)
     listed, spans = split_spans(raw.get("videos"), fail)
     videos, images = (
         media_paths(value, name, media_root, follow_symlinks, fail)
@@ -290,51 +284,31 @@ def parse_question(
     if not videos and not images and not (raw.get("videos") == [] == raw.get("images")):
         todo = "add it, or use this package's own format with both lists empty for a question about text alone"
         raise fail("videos", "at least one path under 'videos' or 'images'", raw.get("videos"), todo)
-    options = _options(raw.get("options"), task, fail, fewest=1 if held_out else 2)
+    options = read_options(raw.get("options"), task, fail, fewest=1 if held_out else 2)
     if task == "mcq" and options is None and not shows_options(raw["question"]):
         expected = "the options of an mcq question, here or as a list 'A. …', 'B. …' in the question"
         todo = 'add them, or choose another task_type; write ["A", "B"] if the picture shows the letters'
         raise fail("options", expected, raw.get("options"), todo)
-    duration = _duration(raw.get("duration"), fail)
-    answer = _answer(raw.get("answer"), task, options, require_answer, fail)
-    if task == "temporal" and not videos:
-        raise fail("videos", "a video, since temporal answers are times in one", None, "add it or change the task type")
-    if task == "spatial" and not videos and not images:
-        raise fail("task_type", "a type other than spatial, whose answers are boxes in a picture", task, "change it")
+    duration = read_duration(raw.get("duration"), fail)
+    answer = read_answer(raw.get("answer"), task, options, require_answer, fail)
+    check_shown(task, videos, images, fail)
     if task == "temporal" and answer is not None:
         try:
-            _check_times(parse_answer_body(answer, task), duration, spans or (None,) * len(videos))
+            check_interval(parse_answer_body(answer, task), duration, spans or (None,) * len(videos))
         except GroundTruthError as error:
             raise fail("answer", "an interval of the video", raw["answer"], str(error)) from None
     hints = read_hints(raw.get("hints"), media_root, follow_symlinks, fail)
-    _check_hint_times(hints, duration, spans or (None,) * len(videos), fail)
+    check_hint_times(hints, duration, spans or (None,) * len(videos), fail)
     meta = raw.get("meta")
     if meta is not None and not isinstance(meta, dict):
         raise fail("meta", "a JSON object", meta, "write {…} or leave it out")
     try:
-        question, *marked = place_marks([raw["question"], *(options or ())], videos=len(videos), images=len(images))
+        marked = place_marks([raw["question"], *(options or ())], videos=len(videos), images=len(images))
     except MarkError as error:
         raise DataError(f"{where}: field '{names.get('question', 'question')}': {error}") from None
-    checked = "options"
-    try:
-        check_options(marked, distinct=not held_out)
-        checked = "question"
-        question = without_options(question, marked)
-    except OptionsError as error:
-        raise DataError(f"{where}: field '{names.get(checked, checked)}': {error}") from None
-    for text in (question, *marked):
-        _check_text("question" if text is question else "options", text, fail)
-        if token := SPECIAL_TOKEN.search(text):
-            raise fail(
-                "question", "plain text", token[0], "remove special tokens of the model from question and options"
-            )
+    question, options = read_texts(marked, where, names, fail, distinct=not held_out)
     if MEDIA_VIEW in hints:
-        check_hint_media(hints[MEDIA_VIEW], marked, videos=len(videos), images=len(images), fail=fail)
-    system = raw.get("system")
-    if system is not None:
-        if not isinstance(system, str) or not system.strip() or SPECIAL_TOKEN.search(system):
-            raise fail("system", "non-empty plain text", system, "fix it or leave it out")
-        _check_text("system", system, fail)
+        check_hint_media(hints[MEDIA_VIEW], options, videos=len(videos), images=len(images), fail=fail)
     return Question(
         id=identity,
         question=question,
@@ -342,9 +316,9 @@ def parse_question(
         videos=videos,
         images=images,
         spans=spans,
-        options=tuple(marked) or None,
+        options=tuple(options) or None,
         answer=answer,
-        system=system,
+        system=read_system(raw.get("system"), fail),
         duration=duration,
         hints=hints,
         meta=meta or {},
@@ -358,12 +332,6 @@ def parse_id(value: object) -> object:
     if isinstance(value, float):
         return str(int(value)) if value.is_integer() else value
     return str(value)
-
-
-def _check_text(name: str, text: str, fail) -> None:
-    """Reject text that cannot be tokenized or written as UTF-8."""
-    if not is_unicode(text):
-        raise fail(name, "Unicode text", text, "it contains a lone surrogate; fix the escape")
 
 
 def write_questions(path: str | os.PathLike, questions: Iterable[Question], *, media_root: str | os.PathLike) -> None:
@@ -388,84 +356,3 @@ def write_questions(path: str | os.PathLike, questions: Iterable[Question], *, m
             record["meta"] = question.meta
         lines.append(json.dumps(record, ensure_ascii=False))
     write_text_atomic(path, "".join(line + "\n" for line in lines))
-
-
-def _options(value: object, task: str, fail, *, fewest: int) -> tuple[str, ...] | None:
-    if value is None or value == [] or value == {}:
-        return None
-    if task != "mcq":
-        raise fail("options", "none, since only mcq questions have options", value, "remove it or set task_type to mcq")
-    if isinstance(value, dict):
-        value = {key: option for key, option in value.items() if option is not None}
-        letters = [str(key).strip().strip("().").upper() for key in value]
-        if not fewest <= len(value) <= MOST_OPTIONS or letters != list(option_letters(list(value))):
-            raise fail("options", "the letters A, B, C, … in order as keys", value, 'write ["red", "green"]')
-        value = list(value.values())
-    if isinstance(value, list):
-        value = [str(item) if is_number(item) else item for item in value]
-    if not isinstance(value, list) or not all(isinstance(item, str) and item.strip() for item in value):
-        raise fail("options", "a list of non-empty texts", value, 'write ["red", "green"]')
-    if not fewest <= len(value) <= MOST_OPTIONS:
-        raise fail("options", f"{fewest} to 26 options", value, "fix the list")
-    return tuple(value)
-
-
-def _answer(value: object, task: str, options: Sequence[str] | None, required: bool, fail) -> str | None:
-    if value is None or (isinstance(value, str) and not value.strip()):
-        if required and task in CLOSED_TASKS:
-            todo = (
-                "add the ground truth, set task_type to open, or, for training questions only, set "
-                "teacher.unlabeled=agreement"
-            )
-            raise fail("answer", f"{EXPECTED_FORMAT[task]}, since {task} is a closed task", value, todo)
-        return None
-    expected = EXPECTED_FORMAT[task]
-    if task == "mcq" and options is not None:
-        expected += f" among {option_letters(options)}"
-    try:
-        text = read_ground_truth(value, task, options)
-    except GroundTruthError as error:
-        raise fail("answer", expected, value, str(error)) from None
-    _check_text("answer", text, fail)
-    parsed = parse_answer_body(text, task, options)
-    # A number larger than the largest float.
-    if parsed is None:
-        raise fail("answer", expected, value, "write it as it belongs inside <answer>")
-    if task == "temporal" and parsed[1] <= parsed[0]:
-        raise fail("answer", "an end after the start", value, "no answer could score above 0; fix it")
-    if task == "spatial" and (parsed[2] <= parsed[0] or parsed[3] <= parsed[1]):
-        raise fail("answer", "x1 < x2 and y1 < y2", value, "no answer could score above 0; fix it")
-    return text
-
-
-def _check_times(interval: tuple[float, float], duration: float | None, spans: Sequence[Span]) -> None:
-    """Reject an interval that none of the videos can contain. If there are several, it may refer to any of them."""
-    faults = []
-    for span in spans:
-        try:
-            check_times(*interval, duration=duration, span=span)
-        except GroundTruthError as error:
-            faults.append(error)
-    if len(faults) == len(spans):
-        raise faults[0]
-
-
-def _check_hint_times(hints: dict[str, Any], duration: float | None, spans: Sequence[Span], fail) -> None:
-    """Reject times of hints that none of the videos can contain."""
-    intervals = [("window", *hints["window"])] if "window" in hints else []
-    intervals += [("keyframes", time, time) for time in hints.get("keyframes", ())]
-    for name, start, end in intervals:
-        if not spans:
-            raise fail(f"hints.{name}", "a video, since hints of this kind are times in one", hints[name], "remove it")
-        try:
-            _check_times((start, end), duration, spans)
-        except GroundTruthError as error:
-            raise fail(f"hints.{name}", "times in the video", hints[name], str(error)) from None
-
-
-def _duration(value: object, fail) -> float | None:
-    if value is None:
-        return None
-    if not is_number(value) or value <= 0:
-        raise fail("duration", "a number of seconds above 0", value, "fix it or leave it out")
-    return float(value)

@@ -7,12 +7,12 @@ from rmsd_fast.config import (
     OF_IMAGES,
     REQUEST_FIELDS,
     SUBTITLED,
-    TASK_TYPES,
     JudgeConfig,
     MadeConfig,
     RunConfig,
     SettingsError,
 )
+from rmsd_fast.method.answers import TASK_TYPES
 
 
 def check_evaluated(settings: RunConfig) -> None:

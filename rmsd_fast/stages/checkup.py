@@ -35,9 +35,10 @@ from rmsd_fast.stages.material import Material, losses_of, prepare_material
 from rmsd_fast.stages.memory import GIB, OPTIMIZER, WEIGHTS, plan_memory
 from rmsd_fast.stages.memory_advice import check_memory
 from rmsd_fast.stages.plan import describe_plan
+from rmsd_fast.stages.protocol import version_of
 from rmsd_fast.stages.rollout_checks import after_update, examine_rollouts
 from rmsd_fast.stages.rollout_servers import check_servers
-from rmsd_fast.stages.run import PACKAGES, version_of
+from rmsd_fast.stages.run_facts import PACKAGES
 from rmsd_fast.stages.state import StageState
 from rmsd_fast.stages.step_times import time_distillation, time_evaluation, time_imitation
 

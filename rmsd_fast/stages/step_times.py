@@ -14,8 +14,8 @@ from rmsd_fast.stages.evaluation_batches import plan_batches, spread
 from rmsd_fast.stages.evaluation_forecast import time_batch
 from rmsd_fast.stages.findings import Finding, Sample
 from rmsd_fast.stages.material import Material
-from rmsd_fast.stages.run import Step
 from rmsd_fast.stages.state import StageState, StepResult
+from rmsd_fast.stages.training_loop import Step
 
 # A step is timed so many times, unless the steps so far took longer than this in seconds.
 _TIMED_STEPS, _ENOUGH_S = 3, 20.0

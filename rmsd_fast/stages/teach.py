@@ -182,8 +182,12 @@ def _score(
         if own_head and not head:
             # The average is in the place of the policy's weights only during these passes.
             head.append(weight.detach().clone() if kind == "ema" else weight.detach())
-        ranked = linear_topk(hidden, weight, top, temperature=temperature) if top else None
-        return score(hidden, weight, targets), hidden if distills else None, ranked
+        states = hidden if distills else None
+        if not top:
+            return score(hidden, weight, targets), states, None
+        # One product with the head gives the log-probs of the targets too.
+        ranked = linear_topk(hidden, weight, top, ids=targets[:, None], temperature=temperature)
+        return ranked.at_ids[:, 0], states, ranked._replace(at_ids=None)
 
     indices, logp, lengths, kept = [], [], [], {}
     with state.average.in_place() if kind == "ema" else nullcontext():

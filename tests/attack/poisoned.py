@@ -111,7 +111,7 @@ def main() -> None:
     rank = int(os.environ.get("RANK", "0"))
     prepare_process()
     from rmsd_fast import train_run
-    from rmsd_fast.stages import run as loop
+    from rmsd_fast.stages import training_loop as loop
 
     def is_chosen(stage: str, number: int) -> bool:
         return stage == options.stage and options.step in (0, number)

@@ -118,7 +118,7 @@ def test_a_pass_without_media_runs_the_tower_without_effect(tmp_path: Path, name
 # Other places that name families: students made for tests, and their setting; the two rules of preprocessing, which
 # decoder processes read without transformers; and the packed op, which supports more families than the trainer.
 NAMED = {
-    "config.py",
+    "config/inputs.py",
     "made/student.py",
     "data/preprocess.py",
     "models/shared_prefix.py",

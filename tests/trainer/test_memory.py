@@ -13,7 +13,7 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from bench.core.records import REPOSITORY, read_lines
 from bench.memory.report import modes_table, plan_table
 from rmsd_fast import train_run
-from rmsd_fast.config import RECIPES, ModelConfig, SettingsError
+from rmsd_fast.config import RECIPES, ModelConfig, RunConfig, SettingsError
 from rmsd_fast.made.student import build_tiny_student
 from rmsd_fast.models import pass_memory
 from rmsd_fast.models.families import family_of
@@ -36,7 +36,8 @@ from rmsd_fast.runtime.engine_memory import EngineMemory, engine_memory
 from rmsd_fast.settings import load_settings
 from rmsd_fast.stages import memory, memory_advice
 from rmsd_fast.stages import plan as stage_plan
-from rmsd_fast.stages.memory import GIB, Parameters, count_parameters, plan_memory
+from rmsd_fast.stages.memory import GIB, Parameters, count_parameters, needs, plan_memory
+from rmsd_fast.stages.memory.stages import TAIL_TOKENS, StagePlanner
 from rmsd_fast.stages.memory_advice import check_memory, fit_lines
 from rmsd_fast.train import main
 from rmsd_kernels.heads.chunks import workspace_bytes
@@ -55,6 +56,10 @@ FLAT = TEXT | dict(model_type="qwen2_5_vl", rope_scaling=dict(type="mrope", mrop
 del FLAT["rope_parameters"]
 FLAT |= {"vision_config": dict(depth=3, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=64)}
 FLAT["vision_config"] |= dict(fullatt_block_indexes=[1])
+
+
+def planner(settings: RunConfig, size: Parameters, stage: str) -> StagePlanner:
+    return StagePlanner(needs.StageNeeds(settings, CONFIG, size, 2, "cuda", stage))
 
 
 def test_parameter_count_of_the_4b_student():
@@ -120,19 +125,19 @@ def test_the_plan_counts_a_self_teacher():
     assert teacher["ema"]["weights"] - teacher["live"]["weights"] == 2 * (trained + -(-trained // 2))
     # The frozen teacher reads the rollouts twice, with and without a hint, up to micro_tokens.
     assert teacher["frozen"][ACTIVATIONS] >= teacher["live"][ACTIVATIONS]
-    rollout, hint = 1024 + memory.TAIL_TOKENS, 512
+    rollout, hint = 1024 + TAIL_TOKENS, 512
     for more, expected in (
         (["self_teacher.kind=live"], [rollout + hint] * 8),
         (["self_teacher.kind=frozen"], [rollout] * 8 + [rollout + hint] * 8),
         (["self_teacher.kind=live", "kd.kind=avsd", "self_teacher.views=[answer,cue]"], [rollout + hint] * 16),
     ):
         settings = load_settings("rmsd_qwen3vl_4b", [*taught, *more])
-        assert memory._Planner(settings, CONFIG, size, 2, "cuda", "distill")._hinted() == expected
+        assert planner(settings, size, "distill")._hinted() == expected
 
 
 def test_the_plan_counts_a_divergence(simple_counts, monkeypatch):
     passes = []
-    monkeypatch.setattr(memory, "_counted_pass", lambda config, model, shape, how: passes.append(how) or {})
+    monkeypatch.setattr(needs, "_counted_pass", lambda config, model, shape, how: passes.append(how) or {})
     taught = ["self_teacher.views=[answer]", "reward.alpha=0", STAGES, "micro_tokens=40000", "rollout.n=2"]
     size, width, vocabulary = count_parameters(CONFIG, ModelConfig()), 64, 512
     unrewarded = [f"{name}=0" for name in ("distill.kl_coef", "reward.beta", "reward.eta", "reward.delta")]
@@ -147,7 +152,7 @@ def test_the_plan_counts_a_divergence(simple_counts, monkeypatch):
         settings = load_settings(
             "rmsd_qwen3vl_4b", [*taught, f"self_teacher.kind={kind}", f"kd.kind={distilled}", *more]
         )
-        planners[kind, distilled] = memory._Planner(settings, CONFIG, size, 2, "cuda", "distill")
+        planners[kind, distilled] = planner(settings, size, "distill")
     plans = {case: planner.distillation() for case, planner in planners.items()}
     for kind in ("frozen", "ema"):
         plain, whole = plans[kind, "k1"], plans[kind, "forward_kl"]
@@ -159,15 +164,15 @@ def test_the_plan_counts_a_divergence(simple_counts, monkeypatch):
     # The policy's passes hold logits of the teacher, its hidden states, and gradients of each loss that has any.
     expected = {("frozen", "k1"): (0, 1), ("frozen", "forward_kl"): (1, 2), ("live", "forward_kl"): (1, 1)}
     for case, counts in expected.items():
-        sizes = planners[case]._pass([1024] * 2, "policy")
-        how, scored = passes[-1], planners[case]._rows([1024] * 2).scored
+        sizes = planners[case].needs.one_pass([1024] * 2, "policy")
+        how, scored = passes[-1], planners[case].needs._rows([1024] * 2).scored
         assert (how.reference_heads, how.losses) == counts
         assert sizes.get(HEADS, 0) == counts[0] * scored * width * 2
     # Comparing the most probable tokens adds a pass of the policy, with blocks of float32 logits.
     settings = load_settings(
         "rmsd_qwen3vl_4b", [*taught, "self_teacher.kind=live", "kd.kind=k1", "credit.prune=overlap"]
     )
-    pruned = memory._Planner(settings, CONFIG, size, 2, "cuda", "distill").distillation().phases
+    pruned = planner(settings, size, "distill").distillation().phases
     assert pruned["student"][HEADS] == 256 << 20 == pruned["teacher"][HEADS]
     shape = RowShape("shared", (20,), ((8, 8),), (0,))
     found = []
@@ -216,7 +221,7 @@ def test_the_plan_counts_imitated_responses():
     for selection in ("", "quality", "aligned"):
         named = [f"teacher.selection={selection}", "distill.sft_coef=0.05"] if selection else []
         settings = load_settings("rmsd_qwen3vl_4b", [*common, *named])
-        plans[selection] = memory._Planner(settings, CONFIG, size, 2, "cuda", "distill").distillation().phases
+        plans[selection] = planner(settings, size, "distill").distillation().phases
     plain, imitates, aligned = plans.values()
     # A response of 1,024 tokens, with the hidden states of all responses once more and a second gradient of the head.
     scored = 8 * 1024 + 1024
@@ -227,7 +232,7 @@ def test_the_plan_counts_imitated_responses():
     # Four answers are read without a gradient, of 9 responses that the reference reads.
     assert 0 < aligned["selection"][ACTIVATIONS] < imitates["reference"][ACTIVATIONS]
     settings = load_settings("rmsd_qwen3vl_4b", ["stages=[sft]", "teacher.selection=aligned"])
-    assert "selection" in memory._Planner(settings, CONFIG, size, 2, "cuda", "sft").imitation().phases
+    assert "selection" in planner(settings, size, "sft").imitation().phases
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -391,7 +396,7 @@ def test_the_states_of_a_stage_by_hand(monkeypatch):
     size = parameters(total=10 * GIB, vision=GIB, adapter=GIB // 4, largest=GIB, largest_of_adapter=2**20)
     monkeypatch.setattr(memory, "count_parameters", lambda *_: size)
     for name in ("_counted_pass", "_counted_prefill", "_counted_vision"):
-        monkeypatch.setattr(memory, name, lambda *_: {"vision": 0})
+        monkeypatch.setattr(needs, name, lambda *_: {"vision": 0})
     config = config_4b()
     adapters = ["model.adapter=lora"]
     for overrides, processes, gib in (
@@ -447,7 +452,7 @@ def test_quantized_backbones_by_hand(monkeypatch):
     size = parameters(total=10 * GIB, adapter=GIB // 4, quantizable=8 * GIB, largest_quantizable=GIB // 8)
     monkeypatch.setattr(memory, "count_parameters", lambda *_: size)
     for name in ("_counted_pass", "_counted_prefill", "_counted_vision"):
-        monkeypatch.setattr(memory, name, lambda *_: {"vision": 0})
+        monkeypatch.setattr(needs, name, lambda *_: {"vision": 0})
     backbone = 20 - 16 + 8 * 0.515869140625
     adapter = 0.5
     for stages, mode, stage, gib in (
@@ -500,7 +505,7 @@ def test_the_other_family_is_planned(monkeypatch):
     # 12 frames of 4 x 28 x 28 pixels in pairs are 24 tokens of 64 numbers. No layers have features of their own.
     changes = ["video.num_frames=12", "video.max_frame_pixels=3136", "sft.batch_size=1"]
     settings = load_settings("rmsd_qwen25vl_7b_lora", changes)
-    monkeypatch.setattr(memory, "_counted_vision", lambda *_: {"vision": 0})
+    monkeypatch.setattr(needs, "_counted_vision", lambda *_: {"vision": 0})
     plan = plan_memory(settings, FLAT, processes=1, device="cuda")
     assert plan.stages["distill"].phases["policy"]["vision"] == 32 * 24 * 64 * 2
     # Decoded frames have 3 bytes per pixel, in this step and in those ahead.
@@ -627,9 +632,9 @@ def simple_counts(monkeypatch):
         checkpointing = json.loads(model)["gradient_checkpointing"]
         return {"activations": shape.rows[0] * shape.rows[1] * (1 if checkpointing else 10) * 2**20}
 
-    monkeypatch.setattr(memory, "_counted_pass", count)
-    monkeypatch.setattr(memory, "_counted_prefill", lambda config, model, shape, _: {"a": len(shape.prefixes) * GIB})
-    monkeypatch.setattr(memory, "_counted_vision", lambda *_: {"vision": 0})
+    monkeypatch.setattr(needs, "_counted_pass", count)
+    monkeypatch.setattr(needs, "_counted_prefill", lambda config, model, shape, _: {"a": len(shape.prefixes) * GIB})
+    monkeypatch.setattr(needs, "_counted_vision", lambda *_: {"vision": 0})
 
 
 def test_settings_that_make_it_fit(simple_counts):

@@ -39,7 +39,7 @@ from rmsd_fast.stages.build import build_distillation
 from rmsd_fast.stages.hints import missing_hint_media, plan_hints, read_hints
 from rmsd_fast.stages.material import prepare_material
 from rmsd_fast.stages.plan import describe_plan
-from rmsd_fast.stages.run import open_loader
+from rmsd_fast.stages.training_loop import open_loader
 from rmsd_fast.train_feedback import Feedback
 
 SMALL = (
@@ -760,14 +760,14 @@ def test_feedback_is_kept_by_model_and_prompt(state, material, world, tmp_path, 
 
 
 def test_a_run_continues_after_its_judge_was_down(folder, material):
-    """The judge answers in the first step only, and is back when the run continues."""
+    """The judge is found before stage 1, answers in the first step only, and is back when the run continues."""
     train = folder / "judged.jsonl"
     write_questions(train, material.train, media_root=folder)
     failing = False
     answered = Counter()
 
     def script(request, number):
-        if failing and number >= 8:
+        if failing and number >= 9:
             return error(401, "no")
         answered[json.dumps(request["messages"])] += 1
         return advise(request, number)
@@ -780,19 +780,23 @@ def test_a_run_continues_after_its_judge_was_down(folder, material):
         paths = [f"data.train={train}", f"data.media_root={folder}", f"model.path={material.model_path}"]
         judge = ["self_teacher.judge.model=m", f"self_teacher.judge.endpoint={server.url}"]
         failing = True
+        wrong = [*judge[:1], "self_teacher.judge.endpoint=http://127.0.0.1:9", "self_teacher.judge.attempts=1"]
+        done = run_train(["visd", *paths, *sizes, *wrong, f"output={folder / 'wrong'}"])
+        assert done.returncode == 2 and "self_teacher.judge.endpoint http://127.0.0.1:9" in done.stderr
+        assert not (only_run(folder / "wrong") / "metrics.jsonl").exists() and not server.requests
         done = run_train(["visd", *paths, *sizes, *judge, f"output={folder / 'judged'}"])
         assert done.returncode == 2, done.stderr[-3000:]
         assert "self_teacher.judge" in done.stderr and "continue from the last checkpoint" in done.stderr
         run = only_run(folder / "judged")
         file = run / "feedback.jsonl"
         replies = file.read_bytes()
-        assert len(replies.splitlines()) == answered.total() == 8
+        assert len(replies.splitlines()) == answered.total() == 9
         failing = False
         # A damaged file is found before the first stage.
         file.write_bytes(replies + b"damaged\n")
         asked = len(server.requests)
         done = run_train(["--resume", str(run)])
-        assert done.returncode == 2 and f"{file}:9: expected a JSON object" in done.stderr
+        assert done.returncode == 2 and f"{file}:10: expected a JSON object" in done.stderr
         assert "continuing after step" not in done.stdout + done.stderr and len(server.requests) == asked
         file.write_bytes(replies)
         done = run_train(["--resume", str(run)])
@@ -801,7 +805,7 @@ def test_a_run_continues_after_its_judge_was_down(folder, material):
         shares = [json.loads(line).get("self_teacher/feedback_share") for line in (run / "metrics.jsonl").open()]
         assert [share for share in shares if share is not None] == [1.0, 1.0]
         # Nothing is requested twice, and all requests of the second step were sent.
-        assert set(answered.values()) == {1} and answered.total() > 8
+        assert set(answered.values()) == {1} and answered.total() > 9
         keys = [json.loads(line)["key"] for line in file.open()]
         assert len(set(keys)) == len(keys) == answered.total()
 
