@@ -49,6 +49,10 @@ def serve() -> None:
     """Answer requests, one line of stdin each: start processes, or tell how processes have ended."""
     for name in IMPORTS:
         __import__(name)
+    settings = sys.modules["rmsd_fast.settings"]
+    # These fill caches with the defaults and the documentation of the settings.
+    settings.load_settings("quickstart")
+    settings.describe_settings()
     threads = len(os.listdir("/proc/self/task")) if sys.platform == "linux" else threading.active_count()
     if threads > 1:
         raise RuntimeError(f"expected one thread before the first fork, got {threads}; see IMPORTS")
