@@ -98,6 +98,8 @@ def _become(request: dict, variables: dict[str, str]) -> None:
     if is_file:
         runpy.run_path(request["module"], run_name="__main__")
     else:
+        # runpy warns about a module that was imported before.
+        sys.modules.pop(request["module"], None)
         runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
 
 
