@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
@@ -26,13 +27,19 @@ LONGEST_S = 600
 FORKS = os.environ.get("ATTACK_FORKS") == "1"
 
 
+@functools.cache
+def _messages() -> tempfile.TemporaryDirectory:
+    """Return the folder for the messages of forks, which is removed when this program ends."""
+    return tempfile.TemporaryDirectory(prefix="attack-messages-")
+
+
 def start_fork(program: str, arguments: list[str], **variables: str) -> Fork:
     """Start a module, or a file, in a fork with its own process group.
 
     Args:
         variables: variables of its environment, which are not visible in /proc.
     """
-    descriptor, path = tempfile.mkstemp(prefix="attack-messages-")
+    descriptor, path = tempfile.mkstemp(dir=_messages().name)
     os.close(descriptor)
     hook = (str(HOOK / "sitecustomize.py"),) if "ATTACK_FOLDER" in variables else ()
     (fork,) = start_programs(program, arguments, environment(), [variables], stderr=path, before=hook, new_session=True)
