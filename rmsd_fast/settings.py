@@ -10,7 +10,7 @@ import math
 import os
 import sys
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -112,7 +112,7 @@ def load_settings(
             has no effect.
     """
     overrides = list(overrides)
-    defaults = OmegaConf.structured(schema)
+    defaults = _defaults(schema)
     from_recipe, own_keys, is_saved = (
         _read_recipe(recipe, folders, defaults) if recipe else (OmegaConf.create({}), [], False)
     )
@@ -141,6 +141,12 @@ def load_settings(
     _check(settings, trains=trains)
     refuse_useless(settings, _keys(from_user), where="override", trains=trains)
     return settings
+
+
+@functools.cache
+def _defaults(schema: type[RunConfig]) -> DictConfig:
+    """Return the defaults of all settings, which nobody may change."""
+    return OmegaConf.structured(schema)
 
 
 def save_settings(settings: RunConfig, path: Path) -> None:
@@ -200,6 +206,7 @@ def _as_yaml(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
+@functools.cache
 def _field_documents(cls: type) -> dict[str, str]:
     """Return the string that follows each field in the source of a class, by field."""
     documents: dict[str, str] = {}
@@ -400,6 +407,16 @@ def _keys(node: DictConfig, prefix: str = "") -> list[str]:
     return keys
 
 
+def _values(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield all settings with their keys."""
+    for item in fields(settings):
+        value = getattr(settings, item.name)
+        if is_dataclass(value):
+            yield from _values(value, f"{prefix}{item.name}.")
+        else:
+            yield f"{prefix}{item.name}", value
+
+
 def _value(settings: RunConfig, key: str):
     for name in key.split("."):
         settings = getattr(settings, name)
@@ -435,8 +452,7 @@ def _check_value(key: str, value: object, rule: Mapping[str, Any]) -> None:
 def _check(settings: RunConfig, *, trains: bool) -> None:
     for key, rule in _rules(type(settings)).items():
         _check_value(key, _value(settings, key), rule)
-    for key in _keys(OmegaConf.structured(settings)):
-        value = _value(settings, key)
+    for key, value in _values(settings):
         if isinstance(value, str) and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value):
             raise SettingsError(f"{key}: expected text without NUL and unpaired surrogates, got {value!r}")
     for key in PATHS:

@@ -40,14 +40,21 @@ import torchvision
 """
 
 
-# If several processes share the suite, each takes whole files. The longest files come first, so that none remains at
-# the end.
-LONGEST = ("test_train_run.py", "test_attacks.py", "test_fused_heads.py", "test_user_errors.py", "test_bench_cuda.py")
+# If several processes share the suite, each takes whole files. The longest files come first, and then the other files
+# with training runs, so that no long file remains at the end.
+LONGEST = ("test_train_run.py", "test_attacks.py", "test_bench_cuda.py", "test_fused_heads.py")
+
+
+def _place(item: pytest.Item) -> int:
+    """Return the place of a test's file in the order of the suite; files of equal places keep their order."""
+    if item.path.name in LONGEST:
+        return LONGEST.index(item.path.name)
+    return len(LONGEST) + (item.path.parent.name != "trainer")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if os.environ.get("PYTEST_XDIST_WORKER"):
-        items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+        items.sort(key=_place)
     skip_cuda = pytest.mark.skip(reason="needs a CUDA device, but torch.cuda.is_available() is False")
     skip_vllm = pytest.mark.skip(reason="needs vLLM, which is not installed here (make test-vllm installs it)")
     has_vllm = "RMSD_VLLM_PYTHON" in os.environ or importlib.util.find_spec("vllm") is not None

@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -188,6 +189,7 @@ def killed_in_stage_2(arguments: list[str], place: Path) -> Path:
         if sum('"distill"' in line for line in lines) >= 3:
             os.killpg(process.pid, signal.SIGKILL)
             break
+        time.sleep(0.005)
     process.wait()
     return only_run(place)
 

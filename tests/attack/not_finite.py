@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -24,12 +25,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
 
 import torch
-from small_runs import differences, end, result
+from small_runs import FORKS, differences, end, result, start_fork
 from train_runs import command, environment, metrics, mini_arguments, only_run
 
 from rmsd_fast.files import read_tensors
 
 LONGEST_S = 300
+TRAIN = ["-m", "rmsd_fast.train"]
 STEPS = {"sft": 3, "warm_up": 3, "distill": 4}
 QUESTIONS = {"sft": 8, "warm_up": 4, "distill": 4}
 # Each engine takes steps in these stages. Stage 1 has its own policy.
@@ -87,8 +89,23 @@ def cases() -> list[Case]:
     return chosen + [Case(kind, stage, 0) for stage, kind in every.items()]
 
 
-def run_to_end(line: list[str]) -> tuple[int, str]:
-    """Run to the end, and return the exit code and the messages."""
+def run_to_end(program: list[str], arguments: list[str], processes: int) -> tuple[int, str]:
+    """Run a module, or a file, to its end, and return the exit code and the messages.
+
+    Args:
+        program: ["-m", module] or [file], with its first arguments.
+    """
+    if FORKS and processes == 1:
+        name, *others = program[1:] if program[0] == "-m" else program
+        fork = start_fork(name, [*others, *arguments])
+        try:
+            _, errors = fork.communicate(timeout=LONGEST_S)
+        except subprocess.TimeoutExpired:
+            fork.kill()
+            return -1, f"Traceback: it hangs, {LONGEST_S} s"
+        return fork.returncode, errors
+    launcher = command([], processes=processes)[: -len(TRAIN)]
+    line = [*launcher, *program, *arguments]
     try:
         done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=LONGEST_S)
     except subprocess.TimeoutExpired:
@@ -97,9 +114,8 @@ def run_to_end(line: list[str]) -> tuple[int, str]:
 
 
 def poisoned(case: Case, arguments: list[str], processes: int, *others: str) -> tuple[int, str]:
-    launcher = command([], processes=processes)[: -len(("-m", "rmsd_fast.train"))]
     driver = [str(Path(__file__).with_name("poisoned.py")), case.kind, case.stage, str(case.step), *others]
-    return run_to_end([*launcher, *driver, "--rank", str(processes - 1), "--", *arguments])
+    return run_to_end([*driver, "--rank", str(processes - 1), "--"], arguments, processes)
 
 
 def failure(code: int, errors: str) -> str:
@@ -157,7 +173,7 @@ def every_step(case: Case, work: Path, processes: int, code: int, errors: str) -
     logged = [line for line in metrics(run) if line["stage"] == case.stage]
     if not len(listed) == len(logged) == MOST_SKIPPED:
         return f"{len(listed)} steps in skipped.jsonl, {len(logged)} in metrics.jsonl, expected {MOST_SKIPPED}"
-    code, errors = run_to_end(command(["--resume", str(run)], processes=processes))
+    code, errors = run_to_end(TRAIN, ["--resume", str(run)], processes)
     counted = metrics(run)[-1]["samples/skipped_steps"]
     # No checkpoint is written after the last skipped step, so the step is repeated.
     return failure(code, errors) or (f"resumed: {counted} skipped" if counted != MOST_SKIPPED - 1 else "")
@@ -198,7 +214,7 @@ def killed_and_resumed(case: Case, kill: str, work: Path, made: Path, processes:
 def refused(setting: str, work: Path) -> str:
     """Return the fault of the response to a setting that is not a finite number."""
     work.mkdir()
-    code, errors = run_to_end(command(mini_arguments(work / "out", work / "made", setting)))
+    code, errors = run_to_end(TRAIN, mini_arguments(work / "out", work / "made", setting), 1)
     written = list(work.iterdir())
     right = code == 2 and len(errors.splitlines()) == 1 and setting.split("=")[0] in errors and not written
     return "" if right else f"exit {code}, {errors!r}, {written}"
@@ -208,7 +224,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--processes", type=int, default=1, choices=(1, 2))
     parser.add_argument("--every", type=int, default=1, help="run the first of every N cases")
-    parser.add_argument("--only", default="", help="run the cases whose name contains this word")
+    parser.add_argument("--only", default="", help="run the cases whose name matches this regular expression")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings of all runs")
     options = parser.parse_args()
     SIZES.extend(options.overrides)
@@ -222,7 +238,9 @@ def main() -> int:
         if not problem:
             shutil.rmtree(folder)
 
-    for number, case in enumerate([case for case in cases() if options.only in case.name][:: options.every], start=1):
+    for number, case in enumerate(
+        [case for case in cases() if re.search(options.only, case.name)][:: options.every], start=1
+    ):
         folder = work / f"case-{number}"
         problem, made_of = try_case(case, folder, work / "made", options.processes, rests)
         note(case.sort, case.name, problem, folder)
@@ -230,7 +248,7 @@ def main() -> int:
             folder = work / f"case-{number}-{kill}"
             problem = killed_and_resumed(case, kill, folder, work / "made", options.processes, made_of)
             note("killed and resumed", f"{case.name}, killed {kill}", problem, folder)
-    for setting in [setting for setting in SETTINGS if options.only in setting]:
+    for setting in [setting for setting in SETTINGS if re.search(options.only, setting)]:
         folder = work / setting
         note("settings", setting, refused(setting, folder), folder)
     print(f"| {options.processes} process(es), poisoned | right | wrong |\n|---|---|---|")

@@ -59,6 +59,10 @@ def test_float64_equals_the_reference(case, budget):
         assert torch.allclose(got, expected, atol=1e-13, rtol=1e-11)
 
 
+# Chunks are cut before an implementation is called, so in the interpreter two cases run without them.
+IN_ONE_CHUNK = ("cross_entropy", "policy_full")
+
+
 @pytest.mark.parametrize("budget", ["small", "default"] if INTERPRETED else ["small", "medium", "default"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("impl", implementations())
@@ -66,6 +70,8 @@ def test_float64_equals_the_reference(case, budget):
 def test_error_is_at_most_twice_that_of_eager(case, impl, dtype, budget):
     if impl == "native" and case in CLIPPED_CASES:
         pytest.skip("csrc/ does not implement vocab_clip")
+    if INTERPRETED and budget == "default" and case not in IN_ONE_CHUNK:
+        pytest.skip("the interpreter is slow")
     limit = budget_of(budget, dtype)
     errors, bars, scales = [], [], []
     # The error of a scalar may be small by chance, so the largest error over several inputs is compared.
@@ -84,7 +90,8 @@ def test_error_is_at_most_twice_that_of_eager(case, impl, dtype, budget):
 
 @pytest.mark.parametrize("impl", implementations())
 def test_two_runs_are_bit_identical(impl):
-    for case in ("policy_full", "cross_entropy", "logprob_shaped", "jsd"):
+    # The interpreter runs one program after the other, so only memory that a kernel leaves unwritten could differ.
+    for case in ("policy_full", *(() if INTERPRETED else ("cross_entropy", "logprob_shaped", "jsd"))):
         inputs = [Inputs(torch.bfloat16, device=device_of(impl)) for _ in range(2)]
         runs = [run(case, x, impl=impl, memory_budget_bytes=4000) for x in inputs]
         assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
@@ -266,7 +273,7 @@ def test_triton_through_the_interpreter():
 
 
 @pytest.mark.parametrize("impl", implementations())
-@pytest.mark.parametrize("live", [0, 1, 14])
+@pytest.mark.parametrize("live", [14] if INTERPRETED else [0, 1, 14])
 def test_rows_without_advantage_cost_no_backward(impl, live, monkeypatch):
     """Rows of groups with equal rewards are scored for the metrics but skipped in the backward GEMMs."""
     x = Inputs(torch.float32, device=device_of(impl))

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import socket
-import subprocess
 import sys
 import time
 import weakref
@@ -23,7 +22,7 @@ import rollout_servers
 import torch
 from material import tiny_material, tiny_settings
 from rollout_servers import ServerProcess, free_port, serving
-from train_runs import MINI, command, environment, metrics, only_run, run_train
+from train_runs import MINI, metrics, only_run, run_train
 
 from rmsd_fast.config import SettingsError
 from rmsd_fast.models.adapters import POLICY, adapted_layers
@@ -715,22 +714,15 @@ def test_a_server_that_is_killed_ends_the_run(tmp_path):
     arguments = run_arguments(tmp_path, "runtime.zero_stage=3", "distill.steps=200")
     helper, port = [sys.executable, rollout_servers.__file__, *arguments], free_port()
     arguments.append(f"rollout.server_urls=[http://127.0.0.1:{port}]")
-    with ServerProcess(helper, tmp_path / "server.log", port=port) as found:
-        with (tmp_path / "run.log").open("wb") as log:
-            run = subprocess.Popen(
-                command(arguments, processes=2), env=environment(), stdout=subprocess.DEVNULL, stderr=log
-            )
-        end = time.monotonic() + 300
+    with ServerProcess(helper, tmp_path / "server.log", port=port) as found, ThreadPoolExecutor(1) as thread:
+        run = thread.submit(run_train, arguments, processes=2)
         # After the checkpoint of the second step.
-        while run.poll() is None and not list(tmp_path.glob("runs/*/checkpoints/step_*2")) and time.monotonic() < end:
+        while not run.done() and not list(tmp_path.glob("runs/*/checkpoints/step_*2")):
             time.sleep(0.05)
         found.kill()
-        try:
-            run.wait(120)
-        finally:
-            run.kill()
-    errors = (tmp_path / "run.log").read_text(errors="replace")
-    assert run.returncode, errors[-3000:]
+        ended = run.result()
+    errors = ended.stderr
+    assert ended.returncode, errors[-3000:]
     assert errors.count("rmsd_fast.train: rollout server") == 1 and "rmsd_fast/rollout" not in errors, errors[-3000:]
     assert "continue the run with --resume" in errors
     folder = only_run(tmp_path / "runs")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 from material import WORLD
 from train_runs import MINI, environment
+from warm_process import run_program, start_programs
 
 from rmsd_fast.runtime.process_group import World
 from rmsd_fast.stages.answer_store import AnswerStore, OtherAnswers, delete_parts
@@ -145,33 +145,25 @@ def test_a_killed_evaluation_continues_with_the_same_result(tmp_path):
     small = [setting for setting in MINI if setting.startswith("made.")]
     shared = ["quickstart", *small, f"made.folder={tmp_path / 'made'}", *sizes, *sampled]
 
-    def start(output: Path, processes: int = 1) -> subprocess.Popen:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        program = [*(launcher if processes > 1 else []), "-m", "rmsd_fast.evaluate"]
-        return subprocess.Popen(
-            [sys.executable, *program, *shared, "--output", str(output)],
-            env=environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+    def evaluate(output: Path, processes: int = 1) -> subprocess.CompletedProcess:
+        arguments = [*shared, "--output", str(output)]
+        return run_program("rmsd_fast.evaluate", arguments, environment(), processes=processes, timeout_s=200)
 
     whole, killed = tmp_path / "whole.json", tmp_path / "killed.json"
-    said, _ = start(whole).communicate(timeout=200)
-    assert whole.is_file(), said
+    done = evaluate(whole)
+    assert whole.is_file(), done.stderr
     part = tmp_path / "killed.predictions.jsonl.part0"
-    first = start(killed)
+    (first,) = start_programs("rmsd_fast.evaluate", [*shared, "--output", str(killed)], environment(), [{}])
     while first.poll() is None and not (part.exists() and len(part.read_bytes().splitlines()) > 9):
         time.sleep(0.01)
-    first.send_signal(signal.SIGKILL)
-    first.communicate()
+    first.kill()
+    first.wait(timeout=60)
     before = part.read_bytes()
     # Five of 18 batches of 4 were to come, or the kill came too late to test anything.
     assert not killed.exists() and 9 < len(before.splitlines()) < 60
     part.write_bytes(before[:-20])
-    second = start(killed, processes=2)
-    said, _ = second.communicate(timeout=200)
-    assert second.returncode == 0 and "continuing an interrupted evaluation" in said, said
+    done = evaluate(killed, processes=2)
+    assert done.returncode == 0 and "continuing an interrupted evaluation" in done.stderr, done.stderr
     results = [path.with_suffix(".predictions.jsonl").read_bytes() for path in (whole, killed)]
     assert results[0] == results[1] and len(results[0].splitlines()) == 72
     assert whole.read_bytes() == killed.read_bytes()

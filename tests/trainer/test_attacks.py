@@ -9,23 +9,23 @@ from pathlib import Path
 import pytest
 from train_runs import environment
 
+# The outputs of a run are lost in three ways, and SIGTERM is sent in test_train_run.py.
 ATTACKS = {
     "kills": ["--random", "0", "--operations", "1", "--full", "1", "--writers", "1"],
-    "damage": ["--every", "180"],
-    "signals": ["--only", "^sft: (TERM|INT)$"],
-    "streams": ["--only", "^1 (all closed|/dev/full)"],
-    "not_finite": ["--only", "rollouts.one.nan"],
-    "not_finite, to the end": ["--only", "both.loss.nan in every step"],
+    "damage": ["--every", "60"],
+    "signals": ["--only", "^sft: INT$"],
+    "streams": ["--only", "^1 (all closed|reader gone|/dev/full)"],
+    "not_finite": ["--only", "^rollouts.one.nan|^both.loss.nan in every step"],
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ATTACKS)
 def test_attack(name):
-    program = Path(__file__).parents[1] / "attack" / f"{name.split(',')[0]}.py"
+    program = Path(__file__).parents[1] / "attack" / f"{name}.py"
     done = subprocess.run(
         [sys.executable, str(program), *ATTACKS[name]],
-        env=environment(),
+        env=environment() | {"ATTACK_FORKS": "1"},
         capture_output=True,
         text=True,
         timeout=590,

@@ -40,7 +40,14 @@ def run_doctor(*arguments: str, processes: int = 1) -> subprocess.CompletedProce
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_healthy_recipe(made: Path, tmp_path: Path, processes: int) -> None:
-    arguments = ["quickstart", *MINI, f"output={tmp_path / 'runs'}", f"made.folder={made}", "--questions=2"]
+    arguments = [
+        "quickstart",
+        *MINI,
+        "runtime.check_memory=true",
+        f"output={tmp_path / 'runs'}",
+        f"made.folder={made}",
+        "--questions=2",
+    ]
     done = run_doctor(*arguments, *(["--json"] if processes == 1 else []), processes=processes)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert not (tmp_path / "runs").exists()

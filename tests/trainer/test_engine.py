@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -399,27 +398,17 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory):
-    """Run the program on one process (without torchrun) and on two (with torchrun), side by side."""
+    """Run the program on one process (without the variables of torchrun) and on two."""
+    from train_runs import environment
+    from warm_process import run_program
+
     folder = tmp_path_factory.mktemp("engines")
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
-    root = Path(__file__).resolve().parents[2]
-    path = os.pathsep.join([str(root), str(root / "kernels"), env.get("PYTHONPATH", "")])
-    env |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
-    two = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
-    two += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    running = [
-        subprocess.Popen(
-            [sys.executable, *prefix, __file__, str(folder)],
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for prefix in ([], two)
+    ended = [
+        run_program(__file__, [str(folder)], environment(), processes=processes, timeout_s=400) for processes in (1, 2)
     ]
-    outputs = [p.communicate(timeout=400)[0] for p in running]
-    for process, output in zip(running, outputs, strict=True):
-        assert process.returncode == 0, output[-6000:]
+    outputs = [done.stdout + done.stderr for done in ended]
+    for done, output in zip(ended, outputs, strict=True):
+        assert done.returncode == 0, output[-6000:]
     read = {n: json.loads((folder / f"results_{n}.json").read_text()) for n in (1, 2)}
     return folder, read, outputs
 

@@ -8,7 +8,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import pytest
 import torch
 from material import WORLD, tiny_settings
 from train_runs import SIX_TASKS, environment
+from warm_process import run_program
 
 from rmsd_fast.config import RunConfig, SettingsError
 from rmsd_fast.data.media import MediaReader
@@ -314,7 +314,8 @@ def test_the_plan_is_that_of_the_questions(folder: Path, material: Material) -> 
     assert len(set(sizes)) == 1
 
 
-def test_a_dry_run_of_the_program(folder: Path, material: Material, tmp_path: Path) -> None:
+def test_a_dry_run_of_the_program(folder: Path, material: Material, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
     made = tmp_path / "made"
     shutil.copytree(folder, made)
     tasks = [setting for setting in SIX_TASKS if setting.startswith("made.")]
@@ -322,10 +323,7 @@ def test_a_dry_run_of_the_program(folder: Path, material: Material, tmp_path: Pa
     arguments = ["quickstart", f"made.folder={made}", *settings, "evaluate.rollouts=0", "evaluate.max_new_tokens=4"]
 
     def rehearse(*overrides: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "rmsd_fast.evaluate", *arguments, *overrides, "--dry-run"]
-        return subprocess.run(
-            command, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
-        )
+        return run_program("rmsd_fast.evaluate", [*arguments, *overrides, "--dry-run"], environment(), timeout_s=300)
 
     before = sorted(tmp_path.rglob("*"))
     done = rehearse()

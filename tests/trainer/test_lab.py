@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -140,7 +141,9 @@ def test_runs_are_queued_by_seed_and_start_from_their_stage_1(tmp_path):
 
 def test_the_plans_of_the_package_are_valid(tmp_path):
     for path in PLANS.glob("*.yaml"):
-        assert plan_jobs(read_plan(path.stem), tmp_path)
+        plan = read_plan(path.stem)
+        # The settings of another seed differ only by the seed.
+        assert plan_jobs(replace(plan, seeds=plan.seeds[:1]), tmp_path)
 
 
 def test_the_plan_of_the_manual_is_valid(tmp_path):
@@ -392,15 +395,16 @@ def test_a_setting_after_a_list_of_names_is_a_setting():
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_whole_lab_of_two_arms_and_two_seeds(tmp_path, monkeypatch, capsys):
+def test_a_whole_lab_of_an_arm_and_two_seeds(tmp_path, monkeypatch, capsys):
     for name, value in environment().items():
         monkeypatch.setenv(name, value)
     sizes = [*MINI, "evaluate.rollouts=2", "rollout.temperature=1", "distill.steps=2"]
-    path = write_plan(tmp_path, settings=sizes)
+    # Other arms are runs of the same program, which a small script replaces in the tests above.
+    path = write_plan(tmp_path, settings=sizes, arms={"D": {"from": "best"}}, comparisons=[["D", "best"]])
     out = tmp_path / "out"
     assert lab.main([str(path), "--out", str(out), "--jobs", "2"]) == 0, capsys.readouterr().out
     result = json.loads((out / "lab.json").read_text())
-    assert result["finished"] == 6 and result["metric"] == "closed" and result["teacher_simulated"]
+    assert result["finished"] == 4 and result["metric"] == "closed" and result["teacher_simulated"]
     for by_seed in result["runs"].values():
         assert set(by_seed) == {"0", "1"} and all({"greedy", "sampled"} <= set(run) for run in by_seed.values())
     for arm in out.glob("runs/*/D/*"):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from report_files import EVIL, Page, assert_nothing_is_fetched, read
+from train_runs import environment
+from warm_process import run_program
 
 from rmsd_fast.data.records import Question, write_questions
 from rmsd_fast.report import main, write_pool_report
@@ -277,13 +277,6 @@ def test_damaged_pools(files, capsys, damage, words) -> None:
 
 
 def test_the_program_starts(files) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "rmsd_fast.report",
-        *map(str, files),
-        "--output",
-        str(files[0].with_suffix(".html")),
-    ]
-    done = subprocess.run([*command, "data.media_root=/"], capture_output=True, text=True)
+    arguments = [*map(str, files), "--output", str(files[0].with_suffix(".html")), "data.media_root=/"]
+    done = run_program("rmsd_fast.report", arguments, environment(), timeout_s=120)
     assert done.returncode == 0 and done.stdout == f"{files[0].with_suffix('.html')}\n" and not done.stderr

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import warm_process
 from train_runs import environment
 
 from rmsd_fast import program, train_run
@@ -115,10 +116,14 @@ exit_process(run_program("rmsd_fast.x", RunConfig(), work, trains=True))
 """
 
 
-def ends(tmp_path, kind):
+def ends(tmp_path, kind, *, torchrun=False):
     """Return what two processes print, without torchrun's own lines."""
     script = tmp_path / "ends.py"
     script.write_text(ENDS)
+    if not torchrun:
+        done = warm_process.run_program(str(script), [kind], environment(), processes=2, timeout_s=200)
+        assert done.returncode == 1
+        return [line for line in done.stderr.splitlines() if line]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run(
@@ -139,7 +144,7 @@ def ends(tmp_path, kind):
 def test_several_processes_end_with_one_line(tmp_path, kind):
     """The fault may affect one process while the others wait for it or work."""
     told = "rmsd_fast.x: a.b: expected 1" + ("" if kind == "all" else kind)
-    lines = ends(tmp_path, kind)
+    lines = ends(tmp_path, kind, torchrun=kind == "one")
     # For a process that waits for the end of a step, torchrun's SIGTERM adds this line.
     assert [line for line in lines if not line.startswith("SIGTERM: the run ends")] == [told]
 
@@ -249,12 +254,7 @@ def test_an_interrupt_during_imports_is_one_line():
 def test_no_program_asks_for_settings():
     for name in ("train", "doctor", "evaluate", "collect", "lab", "report", "pool"):
         arguments = ["check"] if name == "pool" else ["--no-such-option"]
-        done = subprocess.run(
-            [sys.executable, "-m", f"rmsd_fast.{name}", *arguments],
-            capture_output=True,
-            text=True,
-            env=environment(),
-        )
+        done = warm_process.run_program(f"rmsd_fast.{name}", arguments, environment(), timeout_s=100)
         *_, last = done.stderr.splitlines()
         assert done.returncode == 2 and "error" in last and "section.field=value" not in last, last
 

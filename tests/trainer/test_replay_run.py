@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from train_runs import command, environment, metrics, mini_arguments, only_run, run_train
+from train_runs import command, environment, metrics, mini_arguments, only_run, run_train, start_train
+from warm_process import Fork
 
 from rmsd_fast.rollout.dump import dumped_steps, read_info, read_step
 
@@ -61,14 +62,17 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "export" / "model.safetensors")
 
 
-def start_and_wait(arguments: list[str], folder: Path, lines: int, *, processes: int = 1) -> subprocess.Popen:
+def start_and_wait(arguments: list[str], folder: Path, lines: int, *, processes: int = 1) -> subprocess.Popen | Fork:
     """Start a run, and wait until it has logged this number of steps."""
-    process = subprocess.Popen(
-        command(arguments, processes=processes),
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    if processes == 1:
+        process = start_train(arguments)
+    else:
+        process = subprocess.Popen(
+            command(arguments, processes=processes),
+            env=environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
     for _ in range(6000):
         found = list(folder.glob("*/metrics.jsonl"))
         if found and len(found[0].read_bytes().splitlines()) >= lines:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 from report_files import EVIL, assert_nothing_is_fetched, made_evaluation, made_run, read
+from train_runs import environment
+from warm_process import run_program
 
 from rmsd_fast.made.clips import make_clips
 from rmsd_fast.method.answers import TASK_TYPES
@@ -346,8 +347,7 @@ def test_folders_that_are_not_runs(tmp_path: Path, capsys) -> None:
 
 def test_program(run: Path, tmp_path: Path) -> None:
     def call(*arguments: object) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "rmsd_fast.report", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+        return run_program("rmsd_fast.report", [*map(str, arguments)], environment(), timeout_s=120)
 
     output = tmp_path / "page.html"
     done = call(run, "--output", output)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -88,23 +86,13 @@ if __name__ == "__main__":
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory):
     """Run all links of the chain, and return their folder."""
+    from train_runs import environment
+    from warm_process import run_program
+
     folder = tmp_path_factory.mktemp("chain")
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
-    root = Path(__file__).resolve().parents[2]
-    path = os.pathsep.join([str(root), str(root / "kernels"), env.get("PYTHONPATH", "")])
-    env |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
     for link, ranks in enumerate(RANKS):
-        launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", "0"]
-        launch += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-        run = subprocess.run(
-            [sys.executable, *launch, __file__, str(folder), str(link)],
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=400,
-        )
-        assert run.returncode == 0, run.stdout[-6000:]
+        run = run_program(__file__, [str(folder), str(link)], environment(), processes=ranks, timeout_s=400)
+        assert run.returncode == 0, run.stderr[-6000:]
     return folder
 
 

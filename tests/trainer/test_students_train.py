@@ -108,6 +108,7 @@ def _run(folder: Path, output: Path, family: str, *overrides: str, processes: in
         f"data.heldout={folder / 'heldout.jsonl'}",
         f"data.media_root={folder}",
         f"teacher.pool={folder / 'pool.jsonl'}",
+        "runtime.check_memory=false",
         *SIZES,
         *overrides,
     ]

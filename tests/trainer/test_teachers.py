@@ -776,6 +776,7 @@ def test_a_run_continues_after_its_judge_was_down(folder, material):
         sizes = ["data.heldout=", "data.max_prompt_tokens=500", "data.cache_mib=16", "video.num_frames=8"]
         sizes += ["rollout.n=2", "rollout.max_new_tokens=8", "distill.batch_size=4", "distill.steps=2"]
         sizes += ["checkpoint.every_steps=1", "runtime.trackers=[]", "runtime.zero_stage=0"]
+        sizes += ["runtime.check_memory=false"]
         paths = [f"data.train={train}", f"data.media_root={folder}", f"model.path={material.model_path}"]
         judge = ["self_teacher.judge.model=m", f"self_teacher.judge.endpoint={server.url}"]
         failing = True
@@ -822,6 +823,7 @@ def test_two_processes_under_zero3_equal_one(folder, material, larger):
         sizes = ["data.heldout=", "data.max_prompt_tokens=500", "data.cache_mib=16", "video.num_frames=8"]
         sizes += ["rollout.n=2", "rollout.max_new_tokens=8", "distill.batch_size=4", "distill.steps=1", "kd.kind=k1"]
         sizes += ["runtime.trackers=[]", "model.dtype=float32", "micro_tokens=2000", "credit.magnitude=none"]
+        sizes += ["runtime.check_memory=false"]
         teacher = ["self_teacher.views=[answer,media,feedback]", "self_teacher.judge.model=m"]
         teacher += ["self_teacher.ema_rate=0.01", f"self_teacher.judge.endpoint={server.url}"]
         other = ["self_teacher.kind=path", f"self_teacher.path={larger}", *teacher[:2], teacher[3]]
