@@ -115,7 +115,6 @@ class VllmSampler:
         device: device of this process.
         processes: number of processes, which start their engines together.
         tensor_parallel: number of processes with consecutive ranks that hold one copy of the model.
-        lockstep: whether they also call `sample` together, and wait for each other in each decoding step.
         sleeps: whether the engine frees the GPU's memory except during rollouts.
         section: section of the settings `engine` and `max_new_tokens`, for messages.
     Raises:
@@ -138,7 +137,6 @@ class VllmSampler:
         device: torch.device,
         processes: int = 1,
         tensor_parallel: int = 1,
-        lockstep: bool = True,
         sleeps: bool = False,
         section: str = "rollout",
     ) -> None:
@@ -171,8 +169,7 @@ class VllmSampler:
             enforce_eager=device.type == "cpu",
             enable_sleep_mode=self._sleeps,
             **({"distributed_executor_backend": "external_launcher"} if processes > 1 else {}),
-            # Engines that are not parts of one data-parallel engine have no collectives after their start.
-            data_parallel_size=processes // tensor_parallel if lockstep else 1,
+            # Groups are not parts of one data-parallel engine, in which all would wait for the slowest in each step.
             tensor_parallel_size=tensor_parallel,
             # vLLM's own sum over GPUs maps memory of other processes, which nobody has tried while the engine sleeps.
             disable_custom_all_reduce=True,
@@ -256,7 +253,6 @@ class VllmSampler:
         finished: dict[int, list[Completion]] = {}
         try:
             numbers = [self.add(request, sampling) for request in every]
-            # With several processes, this waits for all of them in each step.
             while self._engine.has_unfinished_requests():
                 finished |= self.step()
         except BaseException:

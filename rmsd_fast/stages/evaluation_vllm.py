@@ -79,7 +79,6 @@ class VllmAnswers:
             kv_cache_gib=settings.rollout.vllm_kv_cache_gib,
             device=world.device,
             processes=world.size,
-            lockstep=False,
             section=SECTION,
         )
         CopyRollout(self.sampler, self._builder, section=SECTION).update(_Source(student.model, world.device), 0)
