@@ -13,6 +13,7 @@ import yaml
 from rmsd_fast.config import RunConfig, SettingsError
 from rmsd_fast.models.families import family_of
 from rmsd_fast.models.pass_memory import complete_config
+from rmsd_fast.rollout.vllm import check_length
 from rmsd_fast.rollout.vllm_group import check_groups, check_split
 from rmsd_fast.setting_rules.training import check_together
 from rmsd_fast.setting_rules.uses import uses_discriminator, uses_vllm
@@ -41,7 +42,7 @@ def fit_lines(settings: RunConfig, config: dict[str, Any], plan: MemoryPlan, roo
     if plan.total <= room:
         return [f"memory: {planned} are planned; less than a tenth is left for fragments and longer peaks"]
     lines = [f"memory: expected at most {room / GIB:.1f} GiB per process, got a plan of {plan.total / GIB:.1f} GiB"]
-    changes = [*_changes(settings), *_splits(settings, config, processes)]
+    changes = [*_of_vllm(settings, config, processes), *_changes(settings)]
     alone = []
     for change in changes:
         total = _total(settings, config, plan.device, processes, change)
@@ -94,11 +95,26 @@ def _changes(settings: RunConfig) -> Iterator[tuple[str, ...]]:
         yield ("model.adapter=lora", *mode, f"runtime.zero_stage={stage}", *frozen)
 
 
-def _splits(settings: RunConfig, config: dict[str, Any], processes: int) -> Iterator[tuple[str, ...]]:
-    """Yield larger numbers of processes that can hold one copy of the model in vLLM, if the run uses it."""
+def _of_vllm(settings: RunConfig, config: dict[str, Any], processes: int) -> Iterator[tuple[str, ...]]:
+    """Yield smaller caches of vLLM, and larger numbers of processes that can hold its copy of the model together."""
     if not uses_vllm(settings):
         return
-    model = family_of(config).config_class(**complete_config(config))
+    model, rollout = family_of(config).config_class(**complete_config(config)), settings.rollout
+    max_tokens = settings.data.max_prompt_tokens + rollout.max_new_tokens
+    cache = rollout.vllm_kv_cache_gib / 2
+    while cache >= 0.25:
+        try:
+            check_length(
+                model.text_config,
+                dtype=settings.model.dtype,
+                max_tokens=max_tokens,
+                kv_cache_gib=cache,
+                tensor_parallel=rollout.tensor_parallel,
+            )
+        except SettingsError:
+            break
+        yield (f"rollout.vllm_kv_cache_gib={cache:g}",)
+        cache /= 2
     for size in range(settings.rollout.tensor_parallel + 1, processes + 1):
         try:
             check_groups(size, processes)

@@ -11,13 +11,16 @@ import torch
 from rmsd_fast.config import ModelError, NotInstalled, RunConfig, SettingsError, UserError, first_line
 from rmsd_fast.data.errors import DataError, counted
 from rmsd_fast.files import file_digest
+from rmsd_fast.models.families import family_of
 from rmsd_fast.models.folders import find_folder, open_folder
+from rmsd_fast.models.pass_memory import complete_config
 from rmsd_fast.models.teacher_folder import check_teacher
-from rmsd_fast.rollout.vllm_group import check_groups
+from rmsd_fast.rollout.vllm_group import check_groups, check_split
 from rmsd_fast.runtime.trackers import missing_trackers
 from rmsd_fast.setting_rules.evaluation import refuse_evaluation_only
 from rmsd_fast.setting_rules.uses import (
     aligns_imitation,
+    asks_judge,
     has_pool,
     imitates_in_stage2,
     loss_terms,
@@ -93,6 +96,9 @@ def describe_plan(settings: RunConfig, gpu_gib: float | None = None, resume: Pat
             present += describe_servers(settings, folder)
         except UserError as error:
             missing.append(str(error))
+    if fault and folder is not None and uses_vllm(settings):
+        # Without weights, the model was not checked, but its shape is known.
+        missing += [text for text in [_fault_of_vllm(settings, folder)] if text and text != fault]
     if gpu_gib is not None and folder is None:
         missing.append("--gpu-gib: a model.path whose config.json is here; without one, the memory is not planned")
     lines += [f"  {line}" for line in present]
@@ -143,6 +149,12 @@ def _stage_lines(settings: RunConfig) -> list[str]:
             told = told if teacher.views else "told nothing"
             until = f", for {teacher.until_step} steps" if teacher.until_step else ""
             lines.append(f"  self-teacher: {teacher.kind}{until}, {told}")
+            if asks_judge(settings):
+                requests = settings.distill.batch_size * settings.rollout.n
+                lines.append(
+                    f"  judge: {teacher.judge.model} at {teacher.judge.endpoint} (not asked yet), up to {requests:,} "
+                    "requests in each step"
+                )
         changed = [
             f"{section}.{name}={value}"
             for section, chosen in (("kd", kd), ("credit", credit))
@@ -228,6 +240,16 @@ def _model(settings: RunConfig) -> tuple[Path | None, str, str]:
     return folder, f"model.path: {path}{opened}", ""
 
 
+def _fault_of_vllm(settings: RunConfig, folder: Path) -> str:
+    """Return why vLLM cannot split a model whose config.json is in this folder, or ""."""
+    try:
+        config = complete_config(json.loads((folder / "config.json").read_text()))
+        check_split(family_of(config).config_class(**config), settings.rollout.tensor_parallel)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
 def _other_teacher(settings: RunConfig, student: Path | None) -> tuple[list[str], list[str]]:
     """Return a line that describes the model of `self_teacher.path`, and its problem; both lists may be empty.
 
@@ -261,8 +283,8 @@ def _memory_lines(
         if not path:
             return ["memory: planned when the run starts, after it has generated the student"], []
         return [
-            f"memory: cannot be planned before {path} is downloaded; for the plan alone, download config.json and set "
-            "model.path to its folder"
+            f"memory: cannot be planned before {path} is downloaded; for the plan alone, run "
+            f'hf download {path} --exclude "*.safetensors"'
         ], []
     if uses_other_teacher(settings) and not teacher_config(settings):
         path = settings.self_teacher.path
