@@ -29,7 +29,7 @@ from rmsd_fast.runtime import stop_signal
 from rmsd_fast.runtime.stop_signal import Stopped, StopSignal
 from rmsd_fast.setting_rules.evaluation import refuse_evaluation_only
 from rmsd_fast.settings import load_settings
-from rmsd_fast.stages import build
+from rmsd_fast.stages import evaluation_vllm
 from rmsd_fast.stages.answer_records import answer_record
 from rmsd_fast.stages.evaluation_checks import check_predictions
 from rmsd_fast.stages.evaluation_compare import Evaluation, compare_evaluations, format_comparison
@@ -738,7 +738,7 @@ def test_the_program_keeps_answers_if_the_judge_fails_and_continues(tmp_path, mo
         raise AssertionError("the student is not needed")
 
     def evaluate_here(server, model: str) -> dict:
-        monkeypatch.setattr(build, "load", no_student)
+        monkeypatch.setattr(evaluation_vllm, "load_answering", no_student)
         stop = StopSignal()
         try:
             ours = [*settings, f"evaluate.judge.endpoint={server.url}", f"evaluate.judge.model={model}"]
