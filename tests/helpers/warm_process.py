@@ -71,6 +71,8 @@ def serve() -> None:
             if not child:
                 _become(request, variables)
                 return
+            # The system gives the ids of ended processes to new ones.
+            codes.pop(child, None)
             children.append(child)
         print(json.dumps(children), flush=True)
 
