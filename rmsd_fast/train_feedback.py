@@ -73,13 +73,16 @@ class Feedback:
         folder: the run folder, in which the replies are kept.
         world: this process in the run.
         stop: stop signal of the run.
+        trial: whether this is the request that tries the server before any step, for messages.
     Raises:
         CheckpointError, JudgeError: on all processes, if the file of replies is damaged.
         SettingsError: on all processes, as `feedback_client`.
     """
 
-    def __init__(self, judge: JudgeConfig, folder: Path, world: World, stop: StopSignal) -> None:
-        self._world, self._stop = world, stop
+    def __init__(
+        self, judge: JudgeConfig, folder: Path, world: World, stop: StopSignal, *, trial: bool = False
+    ) -> None:
+        self._world, self._stop, self._folder, self._trial = world, stop, folder, trial
         self._settings = self._replies = None
         # Whether this process has had an answer, and whether the run has had advice from this model.
         self._answered = self._usable = False
@@ -177,8 +180,7 @@ class Feedback:
         if fault is None and failures and not client.counts["answered"]:
             fault = self._no_answer(failures)
         if fault is not None:
-            kept = f"the replies in {self._replies.path} are kept; continue from the last checkpoint with --resume"
-            raise JudgeError(f"{fault}; {kept}") if isinstance(fault, Fatal | JudgeError) else fault
+            raise JudgeError(f"{fault}; {self._todo()}") if isinstance(fault, Fatal | JudgeError) else fault
         # The step uses these outcomes, so a run that repeats it must not ask again.
         for key, failure in failures.items():
             self._advice(failure, requests[key][0])
@@ -213,10 +215,22 @@ class Feedback:
 
     def _no_answer(self, failures: dict[str, StoredReply]) -> JudgeError:
         example = next(iter(failures.values()))
+        expected = "a reply to a first request" if self._trial else "feedback on the rollouts of a step"
+        got = "none" if self._trial else f"no reply to {counted(len(failures), 'request')}"
+        todo = "check the server, then start again" if self._trial else "check the server"
         return JudgeError(
-            f"{SECTION}.endpoint {self._settings[1].endpoints[0]}: expected feedback on the rollouts of a step, got no "
-            f"reply to {counted(len(failures), 'request')} ({example.failure}: {example.text}); check the server"
+            f"{SECTION}.endpoint {self._settings[1].endpoints[0]}: expected {expected}, got {got} "
+            f"({example.failure}: {example.text}); {todo}"
         )
+
+    def _todo(self) -> str:
+        """Return how the run can go on after a fault."""
+        if self._trial:
+            return (
+                f"to continue in the same folder, use --resume {self._folder}, with --allow-changes if a setting "
+                f"changes, such as {SECTION}.endpoint=…"
+            )
+        return f"the replies in {self._replies.path} are kept; continue from the last checkpoint with --resume"
 
     def _advice(self, reply: StoredReply, name: str) -> str | None:
         """Return the advice in a reply about a rollout, and count the rollouts without any."""

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rmsd_fast.config import (
     STAGES,
@@ -52,6 +53,9 @@ from rmsd_fast.stages.run_facts import write_facts
 from rmsd_fast.stages.run_folder import run_folder
 from rmsd_fast.stages.state import StageState
 from rmsd_fast.stages.training_loop import Step, next_prompts, open_loader, rate_of, run_steps
+
+if TYPE_CHECKING:
+    from rmsd_fast.train_feedback import Feedback
 
 log = logging.getLogger("rmsd_fast")
 # Below this share of groups whose rollouts differ in content, the forecast warns.
@@ -244,10 +248,8 @@ def try_judge(run: TrainingRun) -> None:
     Raises:
         JudgeError: the judge does not answer.
     """
-    from rmsd_fast.train_feedback import Feedback
-
     question = run.material.train[0]
-    with closing(Feedback(run.settings.self_teacher.judge, run.folder, run.world, run.stop)) as feedback:
+    with _feedback(run, trial=True) as feedback:
         # A continued run has the reply in its file.
         feedback([(question, f"<answer>{question.answer or ''}</answer>")] if run.world.is_main else [])
 
@@ -258,11 +260,19 @@ def ask_judge(run: TrainingRun, state: StageState) -> Iterator[None]:
     if not asks_judge(run.settings):
         yield
         return
+    with _feedback(run) as feedback:
+        state.judge = feedback
+        yield
+
+
+@contextmanager
+def _feedback(run: TrainingRun, *, trial: bool = False) -> Iterator[Feedback]:
+    """Open the judge's replies of a run inside the context."""
     from rmsd_fast.train_feedback import Feedback
 
-    state.judge = feedback = Feedback(run.settings.self_teacher.judge, run.folder, run.world, run.stop)
+    feedback = Feedback(run.settings.self_teacher.judge, run.folder, run.world, run.stop, trial=trial)
     try:
-        yield
+        yield feedback
     except BaseException:
         # Report the original error, not an error of closing the file.
         with suppress(OSError):

@@ -6,8 +6,9 @@ import subprocess
 
 import pytest
 import warm_process
+from processes import wait_until_gone
 from train_runs import environment
-from warm_process import run_program
+from warm_process import run_program, start_programs
 
 
 def run(*arguments: str, module: str = "rmsd_fast.train", timeout_s: float = 200, **options):
@@ -45,6 +46,10 @@ def test_one_process_has_the_imports_until_the_environment_changes(monkeypatch):
     first = warm_process._server
     run("--print-config")
     assert warm_process._server is first
+    (running,) = start_programs("http.server", ["0"], environment(), [{}])
     monkeypatch.setenv("RMSD_TEST_ONLY", "1")
+    with pytest.raises(RuntimeError, match="expected the programs .* to have ended, got .*http.server"):
+        run("--print-config")
+    wait_until_gone(running.pid)
     run("--print-config")
     assert warm_process._server is not first and first._process.poll() is not None

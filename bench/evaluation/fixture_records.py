@@ -15,6 +15,8 @@ from rmsd_fast.data.benchmarks.videommmu import TRACKS
 from rmsd_fast.made.clips import COLORS, FRAMES, SIZE, Content, encode_clip, render_clip, sample_content
 
 COLOR, SHAPE, LIGHT = "Which colour is the shape?", "Where is the shape?", "When is the light on?"
+# As many as LongVideoBench has groups of durations.
+CLIPS = 4
 
 
 @dataclass(frozen=True)
@@ -34,13 +36,13 @@ class Clip:
         return [f"{letter}. {color}" for letter, color in zip("ABCD", self.colors, strict=True)]
 
 
-def write_clips(folder: Path, count: int, seed: int = 0) -> list[Clip]:
-    """Write `videos/<name>.mp4` and `images/<name>.png`, which is a frame of the clip."""
+def write_clips(folder: Path, seed: int = 0) -> list[Clip]:
+    """Write CLIPS clips as `videos/<name>.mp4`, and `images/<name>.png`, which is a frame of the clip."""
     rng = random.Random(f"fixtures {seed}")
     for name in ("videos", "images"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     clips = []
-    for number in range(count):
+    for number in range(CLIPS):
         content, name = sample_content(rng, heldout=True), f"dev_Art_{number}"
         others = rng.sample([color for color in COLORS if color != content.color], 3)
         colors = tuple(rng.sample([content.color, *others], 4))
@@ -51,22 +53,12 @@ def write_clips(folder: Path, count: int, seed: int = 0) -> list[Clip]:
     return clips
 
 
-def write_annotation(benchmark: str, folder: Path, clips: list[Clip]) -> Path:
-    """Write the annotation of a benchmark, with at least three questions, and return its path."""
-    write = globals()[f"_{benchmark}"]
-    place = folder / benchmark
-    place.mkdir(parents=True, exist_ok=True)
-    for name, records in write(clips).items():
-        (place / name).write_text(json.dumps(records, indent=1), encoding="utf-8")
-    return place
-
-
 def _videomme(clips: list[Clip]) -> dict[str, list | dict]:
     rows = [
         {"video_id": f"{number:03}", "videoID": clip.name, "question_id": f"{number:03}-1", "url": ""}
         | {"duration": duration, "domain": "Art", "sub_category": "Shapes", "task_type": "Attribute Perception"}
         | {"question": COLOR, "options": clip.options, "answer": clip.letter}
-        for number, (clip, duration) in enumerate(zip(clips, ("short", "medium", "long", "short"), strict=False))
+        for number, (clip, duration) in enumerate(zip(clips, ("short", "medium", "long", "short"), strict=True))
     ]
     return {"videomme.json": rows}
 
@@ -75,7 +67,7 @@ def _videommmu(clips: list[Clip]) -> dict[str, list | dict]:
     rows = [
         {"id": clip.name, "question": COLOR, "options": list(clip.colors), "answer": clip.letter}
         | {"question_type": "multiple-choice", "category": track.title()}
-        for clip, track in zip(clips, TRACKS, strict=False)
+        for clip, track in zip(clips[: len(TRACKS)], TRACKS, strict=True)
     ]
     rows[-1]["image"] = f"images/{rows[-1]['id']}.png"
     return {"videommmu.json": rows}
@@ -100,7 +92,7 @@ def _longvideobench(clips: list[Clip]) -> dict[str, list | dict]:
         | {"option4": "N/A", "correct_choice": clip.colors.index(clip.content.color), "duration": float(FRAMES)}
         | {"duration_group": group, "question_category": "S2A", "topic_category": "AR-Art"}
         | {"subtitle_path": f"{clip.name}_en.json", "starting_timestamp_for_subtitles": 0}
-        for clip, group in zip(clips, (15, 60, 600, 3600), strict=False)
+        for clip, group in zip(clips, (15, 60, 600, 3600), strict=True)
     ]
     return {"lvb_val.json": rows}
 
@@ -111,7 +103,7 @@ def _mlvu(clips: list[Clip]) -> dict[str, list | dict]:
             {"video": f"{clip.name}.mp4", "duration": FRAMES, "question": COLOR, "candidates": list(clip.colors)}
             | {"answer": clip.content.color, "question_type": task}
         ]
-        for number, (task, clip) in enumerate(zip(TASKS, 2 * clips, strict=False), start=1)
+        for number, (task, clip) in enumerate(zip(TASKS, (2 * clips)[: len(TASKS)], strict=True), start=1)
     }
 
 
@@ -119,7 +111,7 @@ def _mathvista(clips: list[Clip]) -> dict[str, list | dict]:
     metadata = {"split": "testmini", "language": "english", "img_width": SIZE, "img_height": SIZE, "source": "made"}
     metadata |= {"category": "math-targeted-vqa", "task": "figure question answering", "context": "synthetic scene"}
     metadata |= {"grade": "elementary school", "skills": ["geometry reasoning"]}
-    first, second, third, *_ = clips
+    first, second, third = clips[:3]
     base = {"unit": None, "precision": None, "choices": None, "metadata": metadata}
     asked = [
         (first, COLOR, "multi_choice", "text", {"choices": list(first.colors), "answer": first.content.color}),
@@ -180,3 +172,24 @@ def _vstar(clips: list[Clip]) -> dict[str, list | dict]:
             }
         )
     return {"V_STaR_test.json": records}
+
+
+def write_annotation(benchmark: str, folder: Path, clips: list[Clip]) -> Path:
+    """Write the annotation of a benchmark about the clips of `write_clips`, and return its path."""
+    target = folder / benchmark
+    target.mkdir(parents=True, exist_ok=True)
+    for name, records in _WRITERS[benchmark](clips).items():
+        (target / name).write_text(json.dumps(records, indent=1), encoding="utf-8")
+    return target
+
+
+_WRITERS = {
+    "videomme": _videomme,
+    "videommmu": _videommmu,
+    "worldsense": _worldsense,
+    "longvideobench": _longvideobench,
+    "mlvu": _mlvu,
+    "mathvista": _mathvista,
+    "mathverse": _mathverse,
+    "vstar": _vstar,
+}

@@ -1,9 +1,9 @@
 """Evaluate a student on invented records in the formats of all eight benchmarks, and write the printed tables.
 
-python -m bench.evaluation.fixtures [--model runs/x/export --about TEXT] [--prompt rmsd] [--clips 4]
+python -m bench.evaluation.fixtures [--model runs/x/export --about TEXT] [--prompt rmsd]
 
-The records (fixture_records.py) ask about generated clips. Without --model, the student has the random weights with
-which the quickstart starts. The page is bench/results/fixtures.md.
+The records (fixture_records.py) ask about generated clips. Without --model, a tiny student with random weights answers.
+The page is bench/results/fixtures.md.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from rmsd_fast.stages.evaluation_table import format_table
 from rmsd_fast.stages.material import prepare_material
 
 UNTRAINED = "A student with random weights"
+PROMPT = "benchmark"
 
 
 def fixture_settings(benchmark: str, folder: Path, model: str, prompt: str, *overrides: str) -> RunConfig:
@@ -66,12 +67,13 @@ def evaluate_all(folder: Path, clips: list[Clip], model: str, prompt: str, world
 
 def page(results: dict[str, dict], about: str, prompt: str) -> str:
     facts = surroundings()
+    options = " --model FOLDER --about TEXT" * (about != UNTRAINED) + f" --prompt {prompt}" * (prompt != PROMPT)
     asked = (
         f"{about} answers a few invented questions in the format of each benchmark. They are about generated clips of "
         f"8 seconds, or about a frame of them, and are asked with `evaluate.prompt={prompt}`. The tables are those "
         "that `python -m rmsd_fast.evaluate` prints. So few questions say nothing about a student."
     )
-    lines = ["# Tables of invented records", "", "Written by `python -m bench.evaluation.fixtures`.", ""]
+    lines = ["# Tables of invented records", "", f"Written by `python -m bench.evaluation.fixtures{options}`.", ""]
     lines += [*textwrap.wrap(asked, 120), ""]
     for benchmark, result in results.items():
         lines += [f"## {benchmark}", "", "```", format_table(result), "```", ""]
@@ -79,24 +81,26 @@ def page(results: dict[str, dict], about: str, prompt: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="", help="the student, in place of an untrained one")
-    parser.add_argument("--about", default=UNTRAINED, help="what the page says about the student")
-    parser.add_argument("--prompt", choices=("benchmark", "rmsd"), default="benchmark")
-    parser.add_argument("--clips", type=int, default=4, help="number of clips (default: 4)")
+    parser.add_argument("--about", default="", help="what the page says about this student")
+    parser.add_argument("--prompt", choices=("benchmark", "rmsd"), default=PROMPT)
     parser.add_argument("--out", type=Path, default=RESULTS / "fixtures.md")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
+    if bool(arguments.model) != bool(arguments.about):
+        given = "--model" if arguments.model else "--about"
+        parser.error(f"--model and --about: expected both or neither, got only {given}; the page describes its student")
     world = start()
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
-        clips = write_clips(folder, arguments.clips)
+        clips = write_clips(folder)
         model = arguments.model or str(folder / "student")
         if not arguments.model:
             build_tiny_student(folder / "student", texts=["Which colour is the shape?", "When is the light on?"])
         results = evaluate_all(folder, clips, model, arguments.prompt, world)
     stop()
-    write_text_atomic(arguments.out, page(results, arguments.about, arguments.prompt))
+    write_text_atomic(arguments.out, page(results, arguments.about or UNTRAINED, arguments.prompt))
 
 
 if __name__ == "__main__":

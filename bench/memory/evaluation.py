@@ -36,9 +36,10 @@ from rmsd_fast.models.students import load_student
 from rmsd_fast.runtime.process_group import World, start, stop
 from rmsd_fast.settings import load_settings
 from rmsd_fast.stages.answer_records import clusters_of
-from rmsd_fast.stages.evaluation import Answering
+from rmsd_fast.stages.evaluation import Answering, HfAnswers
 from rmsd_fast.stages.evaluation_batches import largest_batches, plan_batches
 from rmsd_fast.stages.memory import StagePlan, plan_evaluation
+from rmsd_fast.stages.protocol import video_of
 from rmsd_fast.stages.reranker import Reranker, load_reranker
 
 
@@ -156,14 +157,16 @@ def run(case: EvaluationCase, folder: Path, world: World) -> tuple[RunConfig, li
         reranker = load_reranker(student, settings, world)
         copy_weights(reranker)
     media = MadeMedia(case, settings.data.cache_mib)
-    answering = Answering(student, settings, world, media, clusters_of(questions), reranker)
+    builder = PromptBuilder(student, video_of(settings), media, prompt=settings.evaluate.prompt)
+    engine = HfAnswers(student, builder, settings, world)
     timer = PeakTimer(world.device)
-    for engine, phase in ((answering._greedy, "answers"), (answering._sampler, "samples")):
-        engine.banned_ids = torch.cat([engine.banned_ids, torch.tensor([answering._builder.eos_id])])
-        engine.generate = watched(engine.generate, timer, phase)
-    answering._greedy.encode = watched(answering._greedy.encode, timer, "vision")
+    for rollout, phase in ((engine._greedy, "answers"), (engine._sampler, "samples")):
+        rollout.banned_ids = torch.cat([rollout.banned_ids, torch.tensor([builder.eos_id])])
+        rollout.generate = watched(rollout.generate, timer, phase)
+    engine._greedy.encode = watched(engine._greedy.encode, timer, "vision")
     if reranker is not None:
         reranker.score = watched(reranker.score, timer, "reranker")
+    answering = Answering(student, settings, world, media, clusters_of(questions), engine=engine, reranker=reranker)
     gc.collect()
     for batch in answering.prompts_ahead(plan_batches(questions, case.prompts, 1)):
         records = answering.answer(batch)

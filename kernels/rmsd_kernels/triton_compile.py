@@ -4,6 +4,7 @@
 of shared memory, warps per program, and the vector and asynchronous loads from global memory.
 """
 
+import functools
 import re
 import subprocess
 import sys
@@ -256,10 +257,16 @@ def table(reports: list[Report]) -> str:
     return "\n".join(lines)
 
 
+@functools.cache
+def reports(dtype: str) -> tuple[Report, ...]:
+    """Compile all kernels for tensors of dtype, once in this process."""
+    return tuple(compile_variant(variant) for variant in variants(dtype))
+
+
 def main(arguments: list[str]) -> None:
     """Print the table for the dtypes in `arguments`, or for all."""
     dtypes = arguments or list(_FLOATS)
-    print(table([compile_variant(variant) for dtype in dtypes for variant in variants(dtype)]))
+    print(table([report for dtype in dtypes for report in reports(dtype)]))
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ _FIELDS = (
 
 
 def check_fields(raw: dict[str, Any], fail) -> None:
+    """Raise DataError if a field is unknown."""
     for key in raw:
         if key not in _FIELDS:
             close = difflib.get_close_matches(str(key), _FIELDS, n=1, cutoff=0.8)
@@ -38,6 +39,7 @@ def check_fields(raw: dict[str, Any], fail) -> None:
 
 
 def read_task_type(task: object, fail) -> str:
+    """Return the task type of a question. Raise DataError if it is none, or one that only benchmarks have."""
     todo = "name the type of the answer"
     if task in BENCHMARK_TASKS:
         todo = "only the readers of evaluate.benchmark make such questions; choose another task_type"
@@ -55,6 +57,7 @@ def check_shown(task: str, videos: Sequence[str], images: Sequence[str], fail) -
 
 
 def read_options(value: object, task: str, fail, *, fewest: int) -> tuple[str, ...] | None:
+    """Return the options, or None without any. Raise DataError unless they are `fewest` to 26 texts, for mcq."""
     if value is None or value == [] or value == {}:
         return None
     if task != "mcq":
@@ -75,6 +78,7 @@ def read_options(value: object, task: str, fail, *, fewest: int) -> tuple[str, .
 
 
 def read_answer(value: object, task: str, options: Sequence[str] | None, required: bool, fail) -> str | None:
+    """Return the ground truth, or None without one. Raise DataError if it is malformed, or missing but required."""
     if value is None or (isinstance(value, str) and not value.strip()):
         if required and task in CLOSED_TASKS:
             todo = (
@@ -103,7 +107,7 @@ def read_answer(value: object, task: str, options: Sequence[str] | None, require
 
 
 def check_interval(interval: tuple[float, float], duration: float | None, spans: Sequence[Span]) -> None:
-    """Reject an interval that none of the videos can contain. If there are several, it may refer to any of them."""
+    """Raise GroundTruthError if none of the videos can contain the interval. It may refer to any of several."""
     faults = []
     for span in spans:
         try:
@@ -115,7 +119,7 @@ def check_interval(interval: tuple[float, float], duration: float | None, spans:
 
 
 def check_hint_times(hints: dict[str, Any], duration: float | None, spans: Sequence[Span], fail) -> None:
-    """Reject times of hints that none of the videos can contain."""
+    """Raise DataError if none of the videos can contain the times of hints."""
     intervals = [("window", *hints["window"])] if "window" in hints else []
     intervals += [("keyframes", time, time) for time in hints.get("keyframes", ())]
     for name, start, end in intervals:
@@ -134,6 +138,8 @@ def read_texts(marked: list[str], where: str, names: dict[str, str], fail, *, di
         marked: question and options, with marks for the media.
         where, names, fail: as in parse_question.
         distinct: whether the options must differ.
+    Raises:
+        DataError: a text is malformed, or the options do not fit the question.
     """
     question, *options = marked
     checked = "options"
@@ -153,6 +159,7 @@ def read_texts(marked: list[str], where: str, names: dict[str, str], fail, *, di
 
 
 def read_system(system: object, fail) -> str | None:
+    """Return the system prompt, or None without one. Raise DataError if it is empty or has special tokens."""
     if system is None:
         return None
     if not isinstance(system, str) or not system.strip() or SPECIAL_TOKEN.search(system):
@@ -162,6 +169,7 @@ def read_system(system: object, fail) -> str | None:
 
 
 def read_duration(value: object, fail) -> float | None:
+    """Return the duration in seconds, or None without one. Raise DataError if it is not a number above 0."""
     if value is None:
         return None
     if not is_number(value) or value <= 0:
@@ -170,6 +178,6 @@ def read_duration(value: object, fail) -> float | None:
 
 
 def check_text(name: str, text: str, fail) -> None:
-    """Reject text that cannot be tokenized or written as UTF-8."""
+    """Raise DataError if text cannot be tokenized or written as UTF-8."""
     if not is_unicode(text):
         raise fail(name, "Unicode text", text, "it contains a lone surrogate; fix the escape")

@@ -307,6 +307,7 @@ def parse_question(
     except MarkError as error:
         raise DataError(f"{where}: field '{names.get('question', 'question')}': {error}") from None
     question, options = read_texts(marked, where, names, fail, distinct=not held_out)
+    system = read_system(raw.get("system"), fail)
     if MEDIA_VIEW in hints:
         check_hint_media(hints[MEDIA_VIEW], options, videos=len(videos), images=len(images), fail=fail)
     return Question(
@@ -318,7 +319,7 @@ def parse_question(
         spans=spans,
         options=tuple(options) or None,
         answer=answer,
-        system=read_system(raw.get("system"), fail),
+        system=system,
         duration=duration,
         hints=hints,
         meta=meta or {},

@@ -112,12 +112,11 @@ def _prepare_deepspeed(cuda: bool) -> None:
 
 def stop() -> None:
     """Leave the process group. `start` may then be called again. Idempotent."""
-    if dist.is_initialized():
-        import deepspeed
-
-        if deepspeed.comm.is_initialized():
-            # DeepSpeed caches its own groups, and the next engine would use them although they are destroyed.
-            deepspeed.comm.destroy_process_group()
+    # A signal may have interrupted the import of DeepSpeed, which cannot be repeated. Without it, there are no groups.
+    comm = sys.modules.get("deepspeed.comm")
+    if dist.is_initialized() and comm is not None and comm.is_initialized():
+        # DeepSpeed caches its own groups, and the next engine would use them although they are destroyed.
+        comm.destroy_process_group()
     if dist.is_initialized():
         dist.destroy_process_group()
     # Otherwise, processes started later would treat these variables as set by a launcher.

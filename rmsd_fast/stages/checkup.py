@@ -38,7 +38,7 @@ from rmsd_fast.stages.plan import describe_plan
 from rmsd_fast.stages.protocol import version_of
 from rmsd_fast.stages.rollout_checks import after_update, examine_rollouts
 from rmsd_fast.stages.rollout_servers import check_servers
-from rmsd_fast.stages.run_facts import PACKAGES
+from rmsd_fast.stages.run_facts import RUN_PACKAGES
 from rmsd_fast.stages.state import StageState
 from rmsd_fast.stages.step_times import time_distillation, time_evaluation, time_imitation
 
@@ -101,7 +101,7 @@ def _servers(settings: RunConfig, world: World, material: Material) -> Finding:
 
 
 def _packages() -> Finding:
-    versions = {name: version_of(name) for name in (*PACKAGES, "flash-attn")}
+    versions = {name: version_of(name) for name in (*RUN_PACKAGES, "flash-attn")}
     # vLLM's builds for GPUs and CPUs are different packages.
     vllm = [version_of(name) for name in VLLM_PACKAGES if version_of(name) != "not installed"]
     versions["vllm"] = vllm[0] if vllm else "not installed"

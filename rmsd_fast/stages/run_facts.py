@@ -22,7 +22,7 @@ from rmsd_kernels import native
 
 log = logging.getLogger("rmsd_fast")
 
-PACKAGES = (
+RUN_PACKAGES = (
     *("rmsd-fast", "torch", "triton", "transformers", "peft", "bitsandbytes", "liger-kernel", "deepspeed"),
     "torchcodec",
 )
@@ -38,7 +38,7 @@ def write_facts(run: TrainingRun, *, finished: bool) -> None:
         "world_size": run.world.size,
         "hardware": _hardware(run.world),
         "versions": {
-            **{name: version_of(name) for name in PACKAGES},
+            **{name: version_of(name) for name in RUN_PACKAGES},
             **({"vllm": check_vllm()} if uses_vllm(run.settings) else {}),
         },
         "decoder": run.media.decoder + (f" ({run.media.decoder_reason})" if run.media.decoder_reason else ""),

@@ -22,8 +22,8 @@ from warm_process import Fork, start_programs
 
 HOOK = Path(__file__).parent / "hook"
 LONGEST_S = 600
-# Whether runs of one process are forks of a process that has the imports done. They save half of the time, but all have
-# the same hash seed, so `make attack` starts interpreters.
+# Whether runs of one process are forks of a process that has the imports done. They are faster, but all have the same
+# hash seed, so `make attack` starts interpreters.
 FORKS = os.environ.get("ATTACK_FORKS") == "1"
 
 

@@ -41,6 +41,13 @@ class Inputs:
         self.ids = torch.stack([torch.randperm(V, generator=g)[:7] for _ in range(T)]).to(device)
         self.leaves = [self.hidden, self.weight, self.bias]
 
+    def keep_rows(self, count):
+        """Drop all rows but the first ones, for cases without sequences."""
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor) and len(value) == T:
+                setattr(self, name, value[:count].clone())
+        self.leaves = [self.hidden, self.weight, self.bias]
+
 
 def _policy(**settings):
     def call(x, **kw):

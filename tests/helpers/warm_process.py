@@ -1,9 +1,9 @@
 """Run programs of the package in forks of a process that has already imported it.
 
-Most of the time of a short training run is spent on imports, its own and those of the processes that decode its media.
-A fork runs `python -m MODULE` with the imports done: its arguments, folder and output are its own, and it ends like any
-other process. Forks have the hash seed of their parent, so code that depends on the order of a set shows it only in
-runs with interpreters of their own.
+A short training run is mostly imports, its own and those of the processes that decode its media. A fork runs
+`python -m MODULE` with the imports done: its arguments, folder and output are its own, and it ends like any other
+process. Forks have the hash seed of their parent, so code that depends on the order of a set shows it only in runs with
+interpreters of their own.
 """
 
 from __future__ import annotations
@@ -71,6 +71,8 @@ def serve() -> None:
             if not child:
                 _become(request, variables)
                 return
+            # The system gives the ids of ended processes to new ones.
+            codes.pop(child, None)
             children.append(child)
         print(json.dumps(children), flush=True)
 
@@ -178,6 +180,7 @@ class _Server:
 
     def __init__(self, environment: dict[str, str]) -> None:
         self.environment = environment
+        self.forks: list[Fork] = []
         self._process = subprocess.Popen(
             [sys.executable, __file__],
             stdin=subprocess.PIPE,
@@ -282,6 +285,8 @@ def start_programs(
         stdout, stderr: files that the forks append to; they are created if they do not exist.
         before: Python files to run before the program.
         new_session: whether each fork has a session of its own, as subprocess.Popen's `start_new_session`.
+    Raises:
+        RuntimeError: a program with another environment was running. It is killed.
     """
     global _server
     environment = {name: value for name, value in environment.items() if not name.startswith(_OF_PYTEST)}
@@ -290,10 +295,17 @@ def start_programs(
     request = {"module": module, "arguments": arguments, "folder": os.getcwd(), "outputs": [str(stdout), str(stderr)]}
     request |= {"variables": variables, "before": before, "new_session": new_session}
     if _server is not None and _server.environment != environment:
+        running = [fork.args for fork in _server.forks if fork.poll() is None]
         _server.end()
         _server = None
+        if running:
+            raise RuntimeError(
+                f"expected the programs with another environment to have ended, got {running}; wait first"
+            )
     _server = _server or _Server(environment)
-    return [Fork(_server, pid, [module, *arguments], stderr) for pid in _server.ask(request)]
+    forks = [Fork(_server, pid, [module, *arguments], stderr) for pid in _server.ask(request)]
+    _server.forks = [fork for fork in _server.forks if fork.returncode is None] + forks
+    return forks
 
 
 def run_program(

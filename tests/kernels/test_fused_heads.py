@@ -90,9 +90,13 @@ def test_error_is_at_most_twice_that_of_eager(case, impl, dtype, budget):
 
 @pytest.mark.parametrize("impl", implementations())
 def test_two_runs_are_bit_identical(impl):
-    # The interpreter runs one program after the other, so only memory that a kernel leaves unwritten could differ.
-    for case in ("policy_full", *(() if INTERPRETED else ("cross_entropy", "logprob_shaped", "jsd"))):
+    for case in ("policy_full", "cross_entropy", "logprob_shaped", "jsd"):
         inputs = [Inputs(torch.bfloat16, device=device_of(impl)) for _ in range(2)]
+        if INTERPRETED and case != "policy_full":
+            # The interpreter is slow and runs one program after the other, so only memory that a kernel leaves
+            # unwritten could differ.
+            for x in inputs:
+                x.keep_rows(8)
         runs = [run(case, x, impl=impl, memory_budget_bytes=4000) for x in inputs]
         assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
@@ -273,7 +277,7 @@ def test_triton_through_the_interpreter():
 
 
 @pytest.mark.parametrize("impl", implementations())
-@pytest.mark.parametrize("live", [14] if INTERPRETED else [0, 1, 14])
+@pytest.mark.parametrize("live", [0, 14] if INTERPRETED else [0, 1, 14])
 def test_rows_without_advantage_cost_no_backward(impl, live, monkeypatch):
     """Rows of groups with equal rewards are scored for the metrics but skipped in the backward GEMMs."""
     x = Inputs(torch.float32, device=device_of(impl))

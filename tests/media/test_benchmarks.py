@@ -357,7 +357,10 @@ def test_mathvista(tmp_path):
     assert "number with one decimal place and provide the final value, e.g., 1.2, 1.3, 1.4, at" in built[1].prompt
     assert "a Python list as an answer and provide the final list, e.g., [1, 2, 3], [1.2, " in built[2].prompt
     whole["2"]["precision"] = 3
-    with pytest.raises(DataError, match="'answer_type': expected a field 'query', or one of .* got 'float 3'"):
+    with pytest.raises(DataError, match="'precision': expected a field 'query', or 1 or 2 decimals, got 3"):
+        load("mathvista", write_json(tmp_path / "testmini.json", whole))
+    whole["2"]["answer_type"] = "complex"
+    with pytest.raises(DataError, match="'answer_type': expected .* 'integer', 'float', 'list', got 'complex'"):
         load("mathvista", write_json(tmp_path / "testmini.json", whole))
 
 

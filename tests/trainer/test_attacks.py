@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from train_runs import environment
 
-# The outputs of a run are lost in three ways, and SIGTERM is sent in test_train_run.py.
+# The outputs of a run are lost in three ways. test_train_run.py sends SIGTERM and waits for the decoders.
 ATTACKS = {
     "kills": ["--random", "0", "--operations", "1", "--full", "1", "--writers", "1"],
     "damage": ["--every", "60"],

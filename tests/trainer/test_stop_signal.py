@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
+from train_runs import environment
 
 from rmsd_fast.runtime.stop_signal import Stopped, StopSignal
 
@@ -68,3 +71,27 @@ def test_handlers_are_restored():
     former = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     StopSignal().restore()
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == former
+
+
+# A program that gets SIGTERM when DeepSpeed imports the module of its engine.
+DURING_AN_IMPORT = """
+import os, signal, sys
+from rmsd_fast.program import run_program
+from rmsd_fast.settings import load_settings
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "deepspeed.runtime.engine":
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+sys.meta_path.insert(0, Finder())
+settings = load_settings("quickstart", [])
+sys.exit(run_program("it", settings, lambda world, stop: print("not stopped"), trains=True))
+"""
+
+
+def test_sigterm_while_deepspeed_is_imported_ends_with_a_line():
+    done = subprocess.run([sys.executable, "-c", DURING_AN_IMPORT], env=environment(), capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    assert "stopped by SIGTERM: nothing was written" in done.stderr and "Traceback" not in done.stderr

@@ -781,13 +781,16 @@ def test_a_run_continues_after_its_judge_was_down(folder, material):
         judge = ["self_teacher.judge.model=m", f"self_teacher.judge.endpoint={server.url}"]
         failing = True
         wrong = [*judge[:1], "self_teacher.judge.endpoint=http://127.0.0.1:9", "self_teacher.judge.attempts=1"]
-        done = run_train(["visd", *paths, *sizes, *wrong, f"output={folder / 'wrong'}"])
+        done = run_train(["visd", *paths, *sizes, *wrong, f"output={folder / 'judged'}"])
         assert done.returncode == 2 and "self_teacher.judge.endpoint http://127.0.0.1:9" in done.stderr
-        assert not (only_run(folder / "wrong") / "metrics.jsonl").exists() and not server.requests
-        done = run_train(["visd", *paths, *sizes, *judge, f"output={folder / 'judged'}"])
+        assert "expected a reply to a first request, got none" in done.stderr
+        run = only_run(folder / "judged")
+        assert f"use --resume {run}, with --allow-changes" in done.stderr and "checkpoint" not in done.stderr
+        assert not (run / "metrics.jsonl").exists() and not server.requests
+        # As the message says.
+        done = run_train(["--resume", str(run), "--allow-changes", *judge[1:], "self_teacher.judge.attempts=4"])
         assert done.returncode == 2, done.stderr[-3000:]
         assert "self_teacher.judge" in done.stderr and "continue from the last checkpoint" in done.stderr
-        run = only_run(folder / "judged")
         file = run / "feedback.jsonl"
         replies = file.read_bytes()
         assert len(replies.splitlines()) == answered.total() == 9

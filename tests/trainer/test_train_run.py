@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import wait_until_gone
+from processes import descendants, wait_until_gone
 from safetensors.torch import load_file
 from train_runs import (
     MACHINE,
@@ -270,8 +270,13 @@ def test_sigterm_saves_and_ends_with_0(whole, made, tmp_path):
     errors = tmp_path / "errors"
     process = start_train(mini_arguments(tmp_path, made, "checkpoint.every_steps=0"), stderr=errors)
     _wait_for_lines(process, tmp_path, 1)
+    decoders = descendants(process.pid)
+    # A fork server has a worker.
+    assert any(map(descendants, decoders))
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=300) == 0
+    for pid in decoders:
+        wait_until_gone(pid)
     assert "--resume" in errors.read_text()
     assert list((only_run(tmp_path) / "checkpoints").glob("step_*/manifest.json"))
 

@@ -81,11 +81,15 @@ def _query(record: Record, question: str, options: Sequence[str] | None) -> str:
         return question
     hint = _LETTER_HINT
     if options is None:
-        kind = record.label("answer_type") or ""
-        kind += f" {record.number('precision'):g}" if kind == "float" else ""
-        if kind not in _HINTS:
-            todo = "add the field 'query', or download the annotation again"
-            raise record.fail("answer_type", f"a field 'query', or one of {', '.join(map(repr, _HINTS))}", kind, todo)
+        kind, kinds = record.label("answer_type") or "", ("integer", "float", "list")
+        todo = "add the field 'query', or download the annotation again"
+        if kind not in kinds:
+            raise record.fail("answer_type", f"a field 'query', or one of {', '.join(map(repr, kinds))}", kind, todo)
+        if kind == "float":
+            precision = record.number("precision")
+            kind = f"float {precision:g}"
+            if kind not in _HINTS:
+                raise record.fail("precision", "a field 'query', or 1 or 2 decimals", precision, todo)
         hint = _HINTS[kind]
     shown = [f"({letter}) {option}" for letter, option in zip(ascii_uppercase, options or (), strict=False)]
     return "\n".join([f"Hint: {hint}", f"Question: {question}", *(["Choices:", *shown] if shown else [])]).strip()
