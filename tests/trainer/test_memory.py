@@ -682,7 +682,7 @@ def test_a_run_is_refused_before_its_models_are_loaded(simple_counts, monkeypatc
 
 def test_dry_run_for_a_gpu_that_is_not_here(simple_counts, monkeypatch, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    monkeypatch.setattr(stage_plan, "_model", lambda _: (tmp_path, f"model.path: {tmp_path}", ""))
+    monkeypatch.setattr(stage_plan, "_model", lambda *_: (tmp_path, f"model.path: {tmp_path}", ""))
     settings = load_settings("quickstart")
     text, ready = stage_plan.describe_plan(settings, 1000)
     assert ready and "fits in 1000.0 GiB" in text and re.search(r"\n    total +\d", text)
