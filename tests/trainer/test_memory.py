@@ -38,7 +38,7 @@ from rmsd_fast.settings import load_settings
 from rmsd_fast.stages import memory, memory_advice
 from rmsd_fast.stages import plan as stage_plan
 from rmsd_fast.stages.memory import GIB, Parameters, count_parameters, needs, plan_memory
-from rmsd_fast.stages.memory.stages import TAIL_TOKENS, StagePlanner
+from rmsd_fast.stages.memory.planner import TAIL_TOKENS, StagePlanner
 from rmsd_fast.stages.memory_advice import check_memory, fit_lines
 from rmsd_fast.train import main
 from rmsd_kernels.heads.chunks import workspace_bytes
