@@ -263,7 +263,7 @@ class Answering:
         self._builder = PromptBuilder(student, video_of(settings), media, prompt=evaluate.prompt)
         self._engine = engine or HfAnswers(student, self._builder, settings, world)
         self._greedy = Sampling(n=1, temperature=0.0, max_new_tokens=evaluate.max_new_tokens)
-        self._sampled = None
+        self._sampled: Sampling | None = None
         if evaluate.rollouts:
             # A response depends on the seed, the question's id and the response's index, and not on the batch.
             self._sampled = Sampling(
