@@ -116,7 +116,7 @@ def rehearse(settings: RunConfig, world: World) -> bool:
         if usable:
             student, engine = load_answering(material.model_path, settings, world)
             reranker = load_reranker(student, settings, world) if settings.evaluate.reranker else None
-            line = time_questions(student, usable, settings, world, media, engine, reranker)
+            line = time_questions(student, usable, settings, world, media, engine=engine, reranker=reranker)
             if world.is_main:
                 print(line)
     if world.is_main:

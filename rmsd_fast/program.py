@@ -106,8 +106,8 @@ def _out_of_memory(settings: RunConfig, error: Exception, run_folder: Path | Non
         lines = [head, f"  evaluate.prompts_per_batch={evaluate.prompts_per_batch}", f"  {frames}{pixels.strip()}"]
         if evaluate.engine == "vllm":
             lines.append(f"  rollout.vllm_kv_cache_gib={settings.rollout.vllm_kv_cache_gib:g} (vLLM's cache)")
-        if evaluate.reranker:
-            lines.append(f"  micro_tokens={settings.micro_tokens} (tokens of one forward pass of evaluate.reranker)")
+        passes = "tokens of one pass of the tower, the prefill and evaluate.reranker"
+        lines.append(f"  micro_tokens={settings.micro_tokens} ({passes})")
         captured = settings.rollout.cuda_graphs and evaluate.engine == "hf"
         return "\n".join([*lines, no_graphs] if captured else lines)
     lines = [
@@ -120,7 +120,11 @@ def _out_of_memory(settings: RunConfig, error: Exception, run_folder: Path | Non
     if uses_vllm(settings):
         lines.append(f"  rollout.vllm_kv_cache_gib={settings.rollout.vllm_kv_cache_gib:g} (vLLM's cache)")
         parallel = settings.rollout.tensor_parallel
-        lines.append(f"  or split vLLM's weights: rollout.tensor_parallel={parallel} -> {2 * parallel}")
+        processes = os.environ.get("WORLD_SIZE", "1")
+        numbers = (processes, os.environ.get("LOCAL_WORLD_SIZE", processes))
+        # Other numbers of processes cannot form groups of this size.
+        if not any(int(number) % (2 * parallel) for number in numbers):
+            lines.append(f"  or split vLLM's weights: rollout.tensor_parallel={parallel} -> {2 * parallel}")
     if settings.rollout.cuda_graphs:
         lines.append(no_graphs)
     if not settings.model.gradient_checkpointing:

@@ -7,7 +7,7 @@ all weights of each layer with that of the policy. The copy may be in this proce
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -26,19 +26,29 @@ class CopyRollout:
     Args:
         sampler: the copy.
         builder: builder of the prompts, which also decodes responses.
-        section: the section whose setting `engine` has chosen the copy, for messages: "rollout" or "evaluate".
     """
 
     runs_policy = False
 
-    def __init__(self, sampler: Sampler, builder: PromptBuilder, *, section: str = "rollout") -> None:
-        self.sampler, self.builder, self._section = sampler, builder, section
+    def __init__(self, sampler: Sampler, builder: PromptBuilder) -> None:
+        self.sampler, self.builder = sampler, builder
         self._frozen_sums: dict[str, int] | None = None
-        # A prefix is shared only within one call of `generate`, and therefore only with the same weights.
+        # A prefix is shared only within one call of `draw`, and therefore only with the same weights.
         self._name, self._calls = uuid.uuid4().hex, 0
 
     def update(self, policy: PolicyEngine, version: int) -> None:
         """Send weights, and check that all weights of the copy are those of the policy; see `RolloutEngine`."""
+        self.send(policy, f"rollout step {version}: expected the policy's weights", advice())
+
+    def send(self, policy: PolicyEngine, expects: str, remedy: str) -> None:
+        """Send weights, and check that all weights of the copy are those of `policy`.
+
+        Args:
+            policy: the source of the weights.
+            expects, remedy: what was expected and what to do if others have arrived; see `check_sums`.
+        Raises:
+            RolloutError: the copy has other weights.
+        """
         weights = source_weights(policy)
         trained = {weight.name for weight in weights if weight.trained}
         sent = [weight for weight in weights if weight.trained or self._frozen_sums is None]
@@ -57,10 +67,7 @@ class CopyRollout:
         held = self.sampler.commit()
         # Only a complete first update has sent the frozen weights.
         frozen = to_host(frozen_sums) if self._frozen_sums is None else self._frozen_sums
-        expects = f"rollout step {version}: expected the policy's weights"
-        if self._section != "rollout":
-            expects = f"{self._section}.engine: expected the student's weights"
-        check_sums([to_host(trained_sums), frozen], held, expects, advice(self._section))
+        check_sums([to_host(trained_sums), frozen], held, expects, remedy)
         self._frozen_sums = frozen
 
     def close(self) -> None:
@@ -92,19 +99,34 @@ class CopyRollout:
             RolloutError: the copy read another prompt than the trainer, or a rollout is empty or incomplete.
         """
         features = encode_media(model, prompts) if features is None else features
+        (groups,) = self.draw(prompts, [sampling], features, policy_version=policy_version)
+        return groups
+
+    @torch.no_grad()
+    def draw(
+        self, prompts: list[Prompt], samplings: Sequence[Sampling], features: MediaFeatures, *, policy_version: int = 0
+    ) -> list[list[list[Rollout]]]:
+        """Return the rollouts of each prompt for each of `samplings`, all of which are decoded together.
+
+        The requests are in the order of the prompts. The other arguments and the errors are those of `generate`.
+        """
         self._calls += 1
         salt = f"{self._name}-{self._calls}"
-        requests = [
-            make_request(prompt, index, features, sampling, salt=salt, key=salt) for index, prompt in enumerate(prompts)
+        pairs = [(index, sampling) for index in range(len(prompts)) for sampling in samplings]
+        drawn = self.sampler.sample(
+            [
+                (make_request(prompts[index], index, features, sampling, salt=salt, key=salt), sampling)
+                for index, sampling in pairs
+            ]
+        )
+        groups = [
+            rollouts_of(prompts[index], completions, self.builder, policy_version)
+            for (index, _), completions in zip(pairs, drawn, strict=True)
         ]
-        drawn = self.sampler.sample(requests, sampling)
-        pairs = zip(prompts, drawn, strict=True)
-        return [rollouts_of(prompt, completions, self.builder, policy_version) for prompt, completions in pairs]
+        return [groups[number :: len(samplings)] for number in range(len(samplings))]
 
 
-def check_sums(
-    expected: list[dict[str, int]], held: dict[str, int], expects: str, remedy: str = "set rollout.engine=hf"
-) -> None:
+def check_sums(expected: list[dict[str, int]], held: dict[str, int], expects: str, remedy: str) -> None:
     """Raise RolloutError if the copy's weights are not those of the policy.
 
     Args:

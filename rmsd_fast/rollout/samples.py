@@ -19,10 +19,13 @@ from rmsd_fast.models.students import MediaFeatures
 from rmsd_fast.rollout.base import Rollout, Sampling
 
 
-def advice(section: str = "rollout") -> str:
-    """Return what to do about a fault of an engine that `<section>.engine` has chosen."""
+def advice(section: str = "rollout", *, remedy: str = "") -> str:
+    """Return what to do about a fault of an engine that `<section>.engine` has chosen.
+
+    `remedy` is a setting that avoids the fault; "" = `<section>.engine=hf`.
+    """
     versions = "the versions in run.json" if section == "rollout" else "the installed versions"
-    return f"set {section}.engine=hf, and report this with {versions}"
+    return f"set {remedy or f'{section}.engine=hf'}, and report this with {versions}"
 
 
 @dataclass(frozen=True)
@@ -116,8 +119,8 @@ class Sampler(Protocol):
     def commit(self) -> dict[str, int]:
         """Forget what was computed with earlier weights, and return the sums of `bit_sum` of each group of weights."""
 
-    def sample(self, requests: list[Request], sampling: Sampling) -> list[list[Completion]]:
-        """Return `sampling.n` completions of each request, in order.
+    def sample(self, requests: list[tuple[Request, Sampling]]) -> list[list[Completion]]:
+        """Return the completions of each request, `n` of its sampling, in order.
 
         Raises:
             RolloutError: a request is too long or was read differently, or a completion is empty or incomplete.

@@ -167,10 +167,10 @@ class ServerSampler:
         ]
         return [future.result() for future in futures]
 
-    def sample(self, requests: list[Request], sampling: Sampling) -> list[list[Completion]]:
+    def sample(self, requests: list[tuple[Request, Sampling]]) -> list[list[Completion]]:
         """Return the completions of all requests; see `Sampler`."""
         until, futures = time.monotonic() + ANSWER_S, []
-        for i, request in enumerate(requests):
+        for i, (request, sampling) in enumerate(requests):
             # Processes with one request each do not all use the first server.
             server = (self._world.rank + i) % len(self._urls)
             futures.append(self._pools[server].submit(self._sample, server, request, sampling, until))

@@ -246,13 +246,13 @@ class VllmSampler:
             self._engine.wake_up()
             self._asleep = False
 
-    def sample(self, requests: list[Request], sampling: Sampling) -> list[list[Completion]]:
+    def sample(self, requests: list[tuple[Request, Sampling]]) -> list[list[Completion]]:
         """Return the completions of all requests; see `Sampler`."""
         self._wake()
         every, own = self._group.gather(requests, self.dtype, self.device)
         finished: dict[int, list[Completion]] = {}
         try:
-            numbers = [self.add(request, sampling) for request in every]
+            numbers = [self.add(request, sampling) for request, sampling in every]
             while self._engine.has_unfinished_requests():
                 finished |= self.step()
         except BaseException:
@@ -287,9 +287,25 @@ class VllmSampler:
             outputs = [output for output in self._engine.step() if output.finished]
         except Exception as error:
             raise self._failed(error) from error
-        if outputs:
-            self._corrections |= self._mask.take()
-        return {int(output.request_id): self._completions(output) for output in outputs}
+        if not outputs:
+            return {}
+        self._corrections |= self._mask.take()
+        drawn = {int(output.request_id): self._completions(output) for output in outputs}
+        if not self._running:
+            self._drop_media()
+        return drawn
+
+    def _drop_media(self) -> None:
+        """Drop the features of all requests, which have ended.
+
+        vLLM would keep them for requests with the same media, which do not come: keys differ between calls.
+        """
+        try:
+            # An empty step removes the last requests, with their features, from vLLM's batch.
+            self._engine.step()
+        except Exception as error:
+            raise self._failed(error) from error
+        self._engine.reset_encoder_cache()
 
     def abort(self) -> None:
         """End all requests in progress."""
@@ -301,7 +317,7 @@ class VllmSampler:
         if isinstance(error, torch.OutOfMemoryError):
             return error
         return RolloutError(
-            f"vLLM failed while it sampled rollouts ({type(error).__name__}: {first_line(error)}); {self._advice}"
+            f"vLLM failed while it generated responses ({type(error).__name__}: {first_line(error)}); {self._advice}"
         )
 
     def _inputs(self, request: Request) -> Any:
@@ -390,14 +406,14 @@ class VllmSampler:
         if output.prompt_token_ids != request.input_ids.tolist():
             raise RolloutError(f"{name}: expected the trainer's prompt ids in vLLM, got others; {self._advice}")
         if len(output.outputs) != n:
-            raise RolloutError(f"{name}: expected {n} rollouts, got {len(output.outputs)}; {self._advice}")
+            raise RolloutError(f"{name}: expected {n} responses, got {len(output.outputs)}; {self._advice}")
         completions = []
         for index, completion in enumerate(sorted(output.outputs, key=lambda completion: completion.index)):
             ids, seed = list(completion.token_ids), request.seed + index
             steps = [self._corrections.pop((number, seed, position), None) for position in range(len(ids))]
             if not ids or completion.logprobs is None or len(completion.logprobs) != len(ids) or None in steps:
                 raise RolloutError(
-                    f"{name}: expected tokens with log-probs in rollout {index}, got {len(ids)} tokens and "
+                    f"{name}: expected tokens with log-probs in response {index}, got {len(ids)} tokens and "
                     f"{len(completion.logprobs or ())} log-probs; {self._advice}"
                 )
             logp = [chosen[i].logprob + step for i, chosen, step in zip(ids, completion.logprobs, steps, strict=True)]

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from rmsd_fast.config import SettingsError
-from rmsd_fast.rollout.base import RolloutError
+from rmsd_fast.rollout.base import RolloutError, Sampling
 from rmsd_fast.rollout.samples import Completion, Request, advice
 from rmsd_fast.rollout.weights import group_sums, to_host, weight_group
 
@@ -25,12 +25,13 @@ from rmsd_fast.rollout.weights import group_sums, to_host, weight_group
 VOCABULARY_MULTIPLE = 64
 
 
-def check_split(config: Any, tensor_parallel: int) -> None:
-    """Raise SettingsError if vLLM cannot split a model among so many processes.
+def check_split(config: Any, tensor_parallel: int, processes: int | None) -> None:
+    """Raise SettingsError if vLLM cannot split a model among so many processes. The message has the possible numbers.
 
     Args:
         config: configuration of the model.
         tensor_parallel: `rollout.tensor_parallel`.
+        processes: number of processes of the run; None = unknown.
     """
     text, vision = config.text_config, config.vision_config
     padded = -(-text.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
@@ -52,7 +53,9 @@ def check_split(config: Any, tensor_parallel: int) -> None:
         return ""
 
     if expected := fault(tensor_parallel):
-        possible = [number for number in range(1, tensor_parallel) if not fault(number)]
+        sizes = [size for size, _ in _group_sizes(processes)] if processes else []
+        smaller = (number for number in range(1, tensor_parallel) if not any(size % number for size in sizes))
+        possible = [number for number in smaller if not fault(number)]
         raise SettingsError(
             f"rollout.tensor_parallel: expected {expected}, got {tensor_parallel}; set rollout.tensor_parallel="
             f"{' or '.join(map(str, possible))}"
@@ -66,13 +69,18 @@ def check_groups(tensor_parallel: int, processes: int) -> None:
         tensor_parallel: `rollout.tensor_parallel`.
         processes: number of processes. torchrun gives that of each node to its processes.
     """
-    of_node = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
-    for number, what in ((processes, "processes"), (of_node, "processes of a node")):
+    for number, what in _group_sizes(processes):
         if number % tensor_parallel:
             raise SettingsError(
                 f"rollout.tensor_parallel: expected a divisor of {number} ({what}), got {tensor_parallel}; set "
                 f"rollout.tensor_parallel={gcd(number, tensor_parallel)}, or start a different number of processes"
             )
+
+
+def _group_sizes(processes: int) -> list[tuple[int, str]]:
+    """Return the numbers that groups must divide, and what they count."""
+    of_node = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    return [(processes, "processes"), (of_node, "processes of a node")]
 
 
 class TensorGroup:
@@ -102,24 +110,26 @@ class TensorGroup:
         dist.all_gather_object(values, value, group=self._objects)
         return values
 
-    def gather(self, requests: list[Request], dtype: torch.dtype, device: torch.device) -> tuple[list[Request], slice]:
+    def gather(
+        self, requests: list[tuple[Request, Sampling]], dtype: torch.dtype, device: torch.device
+    ) -> tuple[list[tuple[Request, Sampling]], slice]:
         """Return the requests of all processes, in the order of the ranks, and the places of those of this process.
 
         The features of each medium are sent once, in `dtype`.
         """
         if self.size == 1:
             return requests, slice(0, len(requests))
-        media = {medium.key: medium for request in requests for medium in request.media}
+        media = {medium.key: medium for request, _ in requests for medium in request.media}
         shapes = {
             key: (len(medium.layers[0]), sum(layer.shape[1] for layer in medium.layers))
             for key, medium in media.items()
         }
         described = [
-            replace(request, media=tuple(replace(medium, layers=()) for medium in request.media))
-            for request in requests
+            (replace(request, media=tuple(replace(medium, layers=()) for medium in request.media)), sampling)
+            for request, sampling in requests
         ]
         every = self._gathered((described, shapes))
-        gathered: list[Request] = []
+        gathered: list[tuple[Request, Sampling]] = []
         for rank, (of_rank, shapes_of_rank) in enumerate(every):
             sizes = [prod(shape) for shape in shapes_of_rank.values()]
             flat = torch.empty(sum(sizes), dtype=dtype, device=device)
@@ -131,8 +141,8 @@ class TensorGroup:
             parts = zip(shapes_of_rank.items(), flat.split(sizes), strict=True)
             features = {key: part.view(shape) for (key, shape), part in parts}
             gathered += [
-                replace(request, media=tuple(replace(m, layers=(features[m.key],)) for m in request.media))
-                for request in of_rank
+                (replace(request, media=tuple(replace(m, layers=(features[m.key],)) for m in request.media)), sampling)
+                for request, sampling in of_rank
             ]
         start = sum(len(of_rank) for of_rank, _ in every[: self._rank])
         return gathered, slice(start, start + len(requests))
@@ -147,7 +157,7 @@ class TensorGroup:
         if len(set(self._gathered(digest.digest()))) > 1:
             raise RolloutError(
                 f"rollout.tensor_parallel={self.size}: expected the same tokens in all processes of a group, got "
-                "different ones; set rollout.tensor_parallel=1, and report this with the versions in run.json"
+                f"different ones; {advice(remedy='rollout.tensor_parallel=1')}"
             )
 
     def weight_sums(self, model: torch.nn.Module) -> dict[str, int]:

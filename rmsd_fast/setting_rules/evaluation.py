@@ -34,7 +34,7 @@ def check_evaluated(settings: RunConfig) -> None:
     _check_subtitles(settings)
     evaluate = settings.evaluate
     if evaluate.engine == "vllm" and evaluate.rollouts:
-        check_temperature(settings.rollout.temperature, "evaluate.engine=vllm")
+        check_temperature(settings.rollout.temperature, "evaluate.engine", evaluate.engine)
     if evaluate.engine != "hf" and settings.model.quantize != "none":
         raise SettingsError(
             "evaluate.engine: expected hf with model.quantize, since vLLM would answer with weights that are not "
@@ -63,12 +63,12 @@ def check_evaluated(settings: RunConfig) -> None:
     _check_made(settings.made)
 
 
-def check_temperature(temperature: float, engine: str) -> None:
-    """Raise SettingsError for a temperature that vLLM would raise. `engine` names the setting that has chosen vLLM."""
+def check_temperature(temperature: float, setting: str, engine: str) -> None:
+    """Raise SettingsError for a temperature that vLLM would replace. `engine`, a value of `setting`, uses vLLM."""
     if temperature < LEAST_TEMPERATURE:
         raise SettingsError(
-            f"rollout.temperature: expected {LEAST_TEMPERATURE:g} or more with {engine}, since vLLM samples at no "
-            f"lower one, got {temperature:g}; raise it, or set {engine.partition('=')[0]}=hf"
+            f"rollout.temperature: expected {LEAST_TEMPERATURE:g} or more with {setting}={engine}, since vLLM "
+            f"samples at no lower one, got {temperature:g}; raise it, or set {setting}=hf"
         )
 
 

@@ -57,7 +57,7 @@ def _check_training(settings: RunConfig) -> None:
         _check_replay(settings)
         _check_servers(settings.rollout)
     if uses_vllm(settings) or uses_servers(settings):
-        check_temperature(settings.rollout.temperature, f"rollout.engine={settings.rollout.engine}")
+        check_temperature(settings.rollout.temperature, "rollout.engine", settings.rollout.engine)
     if (uses_vllm(settings) or uses_servers(settings)) and settings.model.quantize != "none":
         raise SettingsError(
             "rollout.engine: expected hf with model.quantize, since vLLM would sample with weights that are not "

@@ -83,7 +83,7 @@ def answer_questions(
     Raises:
         Stopped: the program was asked to end.
     """
-    answering = Answering(student, settings, world, media, clusters_of(questions), engine, reranker)
+    answering = Answering(student, settings, world, media, clusters_of(questions), engine=engine, reranker=reranker)
     # Batches do not depend on what is answered already, so that rounding gives the same answers after a kill.
     done = store.done if store is not None else {}
     batches = plan_batches(questions, settings.evaluate.prompts_per_batch, world.size)
@@ -127,6 +127,7 @@ def time_questions(
     settings: RunConfig,
     world: World,
     media: MediaReader,
+    *,
     engine: AnswerEngine | None = None,
     reranker: Reranker | None = None,
 ) -> str:
@@ -136,7 +137,7 @@ def time_questions(
     is answered before, so that kernels are compiled and no frame of the batch is cached. The arguments are those of
     `answer_questions`.
     """
-    answering = Answering(student, settings, world, media, clusters_of(questions), engine, reranker)
+    answering = Answering(student, settings, world, media, clusters_of(questions), engine=engine, reranker=reranker)
     batches = plan_batches(questions, settings.evaluate.prompts_per_batch, world.size)
     timed = spread(batches, world.size)
     # There may be fewer batches than processes, all of which take part.
@@ -181,11 +182,21 @@ class _Clock:
         return forecast_line(each / size, left * size, measured * size) if left else ""
 
 
+# The greedy response to each prompt, in a list of its own, and the sampled ones; None if none were asked for.
+Answers = tuple[list[list[Rollout]], list[list[Rollout]] | None]
+
+
 class AnswerEngine(Protocol):
     """Generate the answers of an evaluation."""
 
-    def answer(self, prompts: list[Prompt], samplings: Sequence[Sampling]) -> list[list[list[Rollout]]]:
-        """Return for each of `samplings` the responses to each prompt."""
+    def answer(self, prompts: list[Prompt], greedy: Sampling, sampled: Sampling | None = None) -> Answers:
+        """Return the responses to each prompt.
+
+        Args:
+            prompts: the prompts of a batch.
+            greedy: parameters of greedy decoding, with n = 1.
+            sampled: parameters of the sampled responses, which are drawn besides; None = only greedy ones.
+        """
 
 
 class HfAnswers:
@@ -214,14 +225,13 @@ class HfAnswers:
             for batch in (evaluate.prompts_per_batch, rows)
         )
 
-    def answer(self, prompts: list[Prompt], samplings: Sequence[Sampling]) -> list[list[list[Rollout]]]:
-        """Return the responses of greedy decoding and, if there are two samplings, of sampling; see `AnswerEngine`."""
+    def answer(self, prompts: list[Prompt], greedy: Sampling, sampled: Sampling | None = None) -> Answers:
+        """Return the responses to each prompt; see `AnswerEngine`."""
         features = self._greedy.encode(self._model, prompts)
-        engines = (self._greedy, self._sampler)[: len(samplings)]
-        return [
-            engine.generate(self._model, prompts, sampling, features=features)
-            for engine, sampling in zip(engines, samplings, strict=True)
-        ]
+        first = self._greedy.generate(self._model, prompts, greedy, features=features)
+        if sampled is None:
+            return first, None
+        return first, self._sampler.generate(self._model, prompts, sampled, features=features)
 
 
 class Answering:
@@ -233,7 +243,8 @@ class Answering:
         world: this process in the run.
         media: reader of the videos and images.
         clusters: the cluster of each question by its id.
-        engine, reranker: see `answer_questions`.
+        engine: see `answer_questions`.
+        reranker: see `answer_questions`.
     """
 
     def __init__(
@@ -243,6 +254,7 @@ class Answering:
         world: World,
         media: MediaReader | None,
         clusters: dict[str, str],
+        *,
         engine: AnswerEngine | None = None,
         reranker: Reranker | None = None,
     ) -> None:
@@ -250,16 +262,16 @@ class Answering:
         self._settings, self._clusters, self._reranker = settings, clusters, reranker
         self._builder = PromptBuilder(student, video_of(settings), media, prompt=evaluate.prompt)
         self._engine = engine or HfAnswers(student, self._builder, settings, world)
-        self._samplings = [Sampling(n=1, temperature=0.0, max_new_tokens=evaluate.max_new_tokens)]
+        self._greedy = Sampling(n=1, temperature=0.0, max_new_tokens=evaluate.max_new_tokens)
+        self._sampled: Sampling | None = None
         if evaluate.rollouts:
             # A response depends on the seed, the question's id and the response's index, and not on the batch.
-            sampled = Sampling(
+            self._sampled = Sampling(
                 n=evaluate.rollouts,
                 temperature=settings.rollout.temperature,
                 max_new_tokens=evaluate.max_new_tokens,
                 seed=settings.seed,
             )
-            self._samplings.append(sampled)
 
     def prompts_ahead(self, batches: Sequence[list[Question]]) -> Iterator[list[tuple[Question, Prompt | Exception]]]:
         """Yield the batches, each question with its prompt or an error. The next batch is built in the background."""
@@ -292,7 +304,7 @@ class Answering:
         return records
 
     def _answer_prompts(self, prompts: list[Prompt]) -> list[dict]:
-        greedy, *sampled = self._engine.answer(prompts, self._samplings)
+        greedy, sampled = self._engine.answer(prompts, self._greedy, self._sampled)
         records = [
             self._record(
                 prompt.question,
@@ -302,13 +314,12 @@ class Answering:
             )
             for prompt, (rollout,) in zip(prompts, greedy, strict=True)
         ]
-        if not sampled:
+        if sampled is None:
             return records
-        (drawn,) = sampled
-        ranks = self._rank(prompts, drawn)
+        ranks = self._rank(prompts, sampled)
         return [
             with_samples(record, prompt.question, list(map(_ended, rollouts)), self._settings, ranks.get(number))
-            for number, (record, prompt, rollouts) in enumerate(zip(records, prompts, drawn, strict=True))
+            for number, (record, prompt, rollouts) in enumerate(zip(records, prompts, sampled, strict=True))
         ]
 
     def _rank(self, prompts: list[Prompt], sampled: list[list[Rollout]]) -> dict[int, list[float | None]]:

@@ -7,8 +7,7 @@ prompt, and those about one video, which are adjacent, share the prefix that vLL
 
 from __future__ import annotations
 
-import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -18,14 +17,14 @@ from rmsd_fast.data.prompts import Prompt, PromptBuilder
 from rmsd_fast.models.folders import resolve_folder
 from rmsd_fast.models.policy import Policy
 from rmsd_fast.models.students import MediaFeatures, Student
-from rmsd_fast.rollout.base import Rollout, Sampling
+from rmsd_fast.rollout.base import Sampling
 from rmsd_fast.rollout.copied import CopyRollout
 from rmsd_fast.rollout.hf import encode_shown
-from rmsd_fast.rollout.samples import Completion, make_request, rollouts_of
+from rmsd_fast.rollout.samples import advice
 from rmsd_fast.rollout.vllm import VllmSampler, answered_together
 from rmsd_fast.runtime.process_group import World
 from rmsd_fast.stages.build import load
-from rmsd_fast.stages.evaluation import AnswerEngine
+from rmsd_fast.stages.evaluation import AnswerEngine, Answers
 from rmsd_fast.stages.protocol import video_of
 
 SECTION = "evaluate"
@@ -66,13 +65,13 @@ class VllmAnswers:
 
     def __init__(self, path: str, student: Student, settings: RunConfig, world: World) -> None:
         evaluate, self._model = settings.evaluate, student.model
-        self._builder = PromptBuilder(student, video_of(settings))
+        builder = PromptBuilder(student, video_of(settings))
         self._tokens_per_call = settings.micro_tokens
-        self.sampler = VllmSampler(
+        sampler = VllmSampler(
             resolve_folder(path),
             student.model.config,
-            banned_ids=self._builder.banned_ids,
-            eos_id=self._builder.eos_id,
+            banned_ids=builder.banned_ids,
+            eos_id=builder.eos_id,
             dtype=settings.model.dtype,
             max_tokens=settings.data.max_prompt_tokens + evaluate.max_new_tokens,
             sequences=answered_together(evaluate.prompts_per_batch, evaluate.rollouts),
@@ -81,47 +80,23 @@ class VllmAnswers:
             processes=world.size,
             section=SECTION,
         )
-        CopyRollout(self.sampler, self._builder, section=SECTION).update(_Source(student.model, world.device), 0)
+        self.copy = CopyRollout(sampler, builder)
+        expects = f"{SECTION}.engine: expected the student's weights"
+        self.copy.send(_Source(student.model, world.device), expects, advice(SECTION))
         # A later use of these weights is an error instead of wrong.
         for part in (student.model.model.language_model, student.model.lm_head):
             part.to("meta")
-        # A prefix is shared only within one batch, so that answers do not depend on earlier batches.
-        self._name, self._batches = uuid.uuid4().hex, 0
 
     @torch.no_grad()
-    def answer(self, prompts: list[Prompt], samplings: Sequence[Sampling]) -> list[list[list[Rollout]]]:
-        """Return for each of `samplings` the responses to each prompt; see `AnswerEngine`.
+    def answer(self, prompts: list[Prompt], greedy: Sampling, sampled: Sampling | None = None) -> Answers:
+        """Return the responses to each prompt; see `AnswerEngine`. They do not depend on earlier batches.
 
         Raises:
             RolloutError: vLLM failed, read another prompt than the student, or a response is incomplete.
         """
         features = _side_by_side(encode_shown(self._model, prompts, tokens_per_call=self._tokens_per_call))
-        self._batches += 1
-        salt = f"{self._name}-{self._batches}"
-        pairs = [(index, sampling) for index in range(len(prompts)) for sampling in samplings]
-        finished = self._run(
-            [
-                (make_request(prompts[index], index, features, sampling, salt=salt, key=salt), sampling)
-                for index, sampling in pairs
-            ]
-        )
-        drawn = [
-            rollouts_of(prompts[index], completions, self._builder, 0)
-            for (index, _), completions in zip(pairs, finished, strict=True)
-        ]
-        return [drawn[number :: len(samplings)] for number in range(len(samplings))]
-
-    def _run(self, requests: list) -> list[list[Completion]]:
-        """Return the completions of pairs of a request and its sampling."""
-        finished: dict[int, list[Completion]] = {}
-        try:
-            numbers = [self.sampler.add(request, sampling) for request, sampling in requests]
-            while len(finished) < len(numbers):
-                finished |= self.sampler.step()
-        except BaseException:
-            self.sampler.abort()
-            raise
-        return [finished[number] for number in numbers]
+        first, *others = self.copy.draw(prompts, [greedy, sampled] if sampled else [greedy], features)
+        return first, others[0] if others else None
 
 
 class _Source:

@@ -125,7 +125,7 @@ def prepare_material(
     teacher_path = settings.self_teacher.path if training and uses_other_teacher(settings) else ""
 
     def check_models() -> None:
-        model = check_model(resolve_folder(model_path), settings, training=training)
+        model = check_model(resolve_folder(model_path), settings, training=training, processes=world.size)
         if teacher_path:
             teacher = open_folder(resolve_folder(teacher_path, setting="self_teacher.path"))
             check_teacher(teacher, model, settings)
@@ -151,8 +151,8 @@ def model_path_of(settings: RunConfig) -> str:
     return _make_locked(settings)["student"]
 
 
-def check_model(folder: Path, settings: RunConfig, *, training: bool) -> ModelFolder:
-    """Return the contents of a model folder.
+def check_model(folder: Path, settings: RunConfig, *, training: bool, processes: int | None = None) -> ModelFolder:
+    """Return the contents of a model folder. `processes` are those of the run; None = unknown.
 
     Raises:
         ModelError: the folder cannot be used, or not with `rollout.engine` or, in an evaluation, `evaluate.engine`.
@@ -168,7 +168,7 @@ def check_model(folder: Path, settings: RunConfig, *, training: bool) -> ModelFo
     if training and (uses_vllm(settings) or uses_servers(settings)):
         check_family(family_of(model.config).title, str(folder), settings.rollout.engine)
         if uses_vllm(settings):
-            check_split(model.config, settings.rollout.tensor_parallel)
+            check_split(model.config, settings.rollout.tensor_parallel, processes)
         check_length(
             model.config.text_config,
             dtype=settings.model.dtype,

@@ -118,7 +118,7 @@ def _of_vllm(settings: RunConfig, config: dict[str, Any], processes: int) -> Ite
     for size in range(settings.rollout.tensor_parallel + 1, processes + 1):
         try:
             check_groups(size, processes)
-            check_split(model, size)
+            check_split(model, size, processes)
         except SettingsError:
             continue
         yield (f"rollout.tensor_parallel={size}",)

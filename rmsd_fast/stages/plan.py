@@ -57,11 +57,13 @@ def describe_plan(settings: RunConfig, gpu_gib: float | None = None, resume: Pat
             or the groups of `rollout.tensor_parallel` formed among the processes that torchrun has started.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
+    # Without torchrun, a dry run does not know the number of processes.
+    launched = processes if "WORLD_SIZE" in os.environ else None
     refuse_evaluation_only(settings)
     check_batches(settings, processes)
-    if uses_vllm(settings) and "WORLD_SIZE" in os.environ:
-        check_groups(settings.rollout.tensor_parallel, processes)
-    launch = "" if "WORLD_SIZE" in os.environ else " (start the dry run with torchrun to count processes)"
+    if uses_vllm(settings) and launched:
+        check_groups(settings.rollout.tensor_parallel, launched)
+    launch = "" if launched else " (start the dry run with torchrun to count processes)"
     lines = [
         f"run {settings.name}: settings are consistent; {counted(processes, 'process', 'processes')}{launch}, "
         f"ZeRO-{settings.runtime.zero_stage}"
@@ -81,7 +83,7 @@ def describe_plan(settings: RunConfig, gpu_gib: float | None = None, resume: Pat
     lines.append(f"  videos: {frames}" + (f", {later} frames in evaluation" if later else ""))
     lines.append(f"  prompts {settings.packing}, at most {settings.micro_tokens} tokens in a forward pass")
     present, missing = _inputs(settings)
-    folder, about_model, fault = _model(settings)
+    folder, about_model, fault = _model(settings, launched)
     present += [about_model] if about_model else []
     missing += [fault] if fault else []
     about_teacher, no_teacher = _other_teacher(settings, folder if not fault else None)
@@ -98,7 +100,7 @@ def describe_plan(settings: RunConfig, gpu_gib: float | None = None, resume: Pat
             missing.append(str(error))
     if fault and folder is not None and uses_vllm(settings):
         # Without weights, the model was not checked, but its shape is known.
-        missing += [text for text in [_fault_of_vllm(settings, folder)] if text and text != fault]
+        missing += [text for text in [_fault_of_vllm(settings, folder, launched)] if text and text != fault]
     if gpu_gib is not None and folder is None:
         missing.append("--gpu-gib: a model.path whose config.json is here; without one, the memory is not planned")
     lines += [f"  {line}" for line in present]
@@ -213,7 +215,7 @@ def _inputs(settings: RunConfig) -> tuple[list[str], list[str]]:
     return present, missing
 
 
-def _model(settings: RunConfig) -> tuple[Path | None, str, str]:
+def _model(settings: RunConfig, processes: int | None) -> tuple[Path | None, str, str]:
     """Return the model's folder, a line that describes it, and a problem; both texts may be empty.
 
     The folder is None if it is not local. If there is a problem, it is None unless config.json is there.
@@ -232,7 +234,7 @@ def _model(settings: RunConfig) -> tuple[Path | None, str, str]:
         if folder is None:
             where = "not a local folder; if it is a Hub name, the run downloads it from the Hub"
             return None, f"model.path: {path}, {where}", ""
-        opening = check_model(folder, settings, training=True).response_opening
+        opening = check_model(folder, settings, training=True, processes=processes).response_opening
     except (ModelError, SettingsError) as error:
         # The plan of the memory needs no weights.
         return folder if folder and (folder / "config.json").is_file() else None, "", str(error)
@@ -240,11 +242,11 @@ def _model(settings: RunConfig) -> tuple[Path | None, str, str]:
     return folder, f"model.path: {path}{opened}", ""
 
 
-def _fault_of_vllm(settings: RunConfig, folder: Path) -> str:
+def _fault_of_vllm(settings: RunConfig, folder: Path, processes: int | None) -> str:
     """Return why vLLM cannot split a model whose config.json is in this folder, or ""."""
     try:
         config = complete_config(json.loads((folder / "config.json").read_text()))
-        check_split(family_of(config).config_class(**config), settings.rollout.tensor_parallel)
+        check_split(family_of(config).config_class(**config), settings.rollout.tensor_parallel, processes)
     except UserError as error:
         return str(error)
     return ""

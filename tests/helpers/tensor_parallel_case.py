@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from material import tiny_settings
+from vllm_media import WatchedMedia
 
 from rmsd_fast.models.export import export_student
 from rmsd_fast.models.students import load_student
@@ -149,7 +150,7 @@ def fault_of_element(case, rank, end):
         if rank:
             case.weight(end).view(torch.int32).view(-1)[-1] += 1
         held, expected = case.sums()
-        check_sums([expected], held, "expected the policy's weights")
+        check_sums([expected], held, "expected the policy's weights", "set rollout.engine=hf")
 
     return case.fault(compare)
 
@@ -210,7 +211,10 @@ def main(folder):
     world = start()
     results = {}
     case = Case(folder, world, 2)
-    results["sampled"] = case.sample(SAMPLING)
+    with pytest.MonkeyPatch.context() as patch:
+        watched = WatchedMedia(case.sampler, patch)
+        results["sampled"] = case.sample(SAMPLING)
+        results["kept"] = watched.kept()
     results["few media"] = case.sample(SAMPLING, case.prompts if world.rank else case.prompts[1:])
     results["training"] = train(case)
     results["greedy"] = compare_with_hf(case)

@@ -318,10 +318,27 @@ def test_models_that_cannot_be_split_are_refused(processes, changes, expected):
         vision_config=SimpleNamespace(num_heads=16, intermediate_size=4096),
     )
     if expected is None:
-        vllm_group.check_split(config, processes)
+        vllm_group.check_split(config, processes, None)
         return
     with pytest.raises(SettingsError, match=f"^rollout.tensor_parallel: expected {expected}"):
-        vllm_group.check_split(config, processes)
+        vllm_group.check_split(config, processes, None)
+
+
+def test_only_numbers_that_a_run_can_use_are_suggested(monkeypatch):
+    """12 processes on 2 nodes, and a model that 12 processes cannot hold together."""
+    sizes = {"num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 9728, "vocab_size": 151936}
+    vision = SimpleNamespace(num_heads=16, intermediate_size=4096)
+    config = SimpleNamespace(text_config=SimpleNamespace(**sizes), vision_config=vision)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    for processes, of_node, expected in (
+        (None, None, "1 or 2 or 4 or 8"),
+        (12, None, "1 or 2 or 4"),
+        (12, "6", "1 or 2"),
+    ):
+        if of_node:
+            monkeypatch.setenv("LOCAL_WORLD_SIZE", of_node)
+        with pytest.raises(SettingsError, match=f"got 12; set rollout.tensor_parallel={expected}$"):
+            vllm_group.check_split(config, 12, processes)
 
 
 def test_groups_that_cannot_be_formed_are_refused(folder, monkeypatch):

@@ -720,7 +720,7 @@ def test_a_server_that_is_killed_ends_the_run(tmp_path):
         while not run.done() and not list(tmp_path.glob("runs/*/checkpoints/step_*2")):
             time.sleep(0.05)
         found.kill()
-        ended = run.result()
+        ended = run.result(timeout=120)
     errors = ended.stderr
     assert ended.returncode, errors[-3000:]
     assert errors.count("rmsd_fast.train: rollout server") == 1 and "rmsd_fast/rollout" not in errors, errors[-3000:]

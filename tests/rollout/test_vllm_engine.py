@@ -19,6 +19,7 @@ import torch
 from material import tiny_material, tiny_settings
 from media_files import write_images
 from train_runs import forget_steps, metrics, mini_arguments, only_run, run_train
+from vllm_media import WatchedMedia
 
 from rmsd_fast.config import NotInstalled, SettingsError
 from rmsd_fast.data.packing import media_places
@@ -47,6 +48,7 @@ SMALL = ("rollout.n=3", "rollout.max_new_tokens=10", "data.max_prompt_tokens=500
 LORA = ("model.adapter=lora", "model.lora_rank=4", "sft.train_vision=false", "distill.train_vision=false")
 GREEDY = Sampling(n=1, temperature=0.0, max_new_tokens=10)
 SAMPLING = Sampling(n=3, temperature=0.8, max_new_tokens=10, seed=3, step=4)
+REMEDY = "set rollout.engine=hf"
 # Equal models differ by rounding only; a fault changes log-probs by far more.
 ROUNDING, FAULT = 1e-4, 1e-3
 
@@ -62,8 +64,8 @@ def _has_vllm():
 @pytest.fixture(scope="module")
 def world():
     # vLLM compiles parts of its sampler, which takes half a minute on a CPU.
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch._dynamo.config, "disable", True)
+    # Undoing a monkeypatch would delete the setting, which the next module needs.
+    with torch._dynamo.config.patch(disable=True):
         yield start()
         stop()
 
@@ -292,10 +294,10 @@ def test_swapped_layers_are_caught(state, monkeypatch):
 @torch.no_grad()
 def test_changed_weights_in_vllm_are_caught(state):
     sums = [to_host(group_sums(stream(state.policy, source_weights(state.policy))))]
-    check_sums(sums, state.rollouts.sampler.weight_sums(), "expected them")
+    check_sums(sums, state.rollouts.sampler.weight_sums(), "expected them", REMEDY)
     dict(state.rollouts.sampler._model.named_parameters())["language_model.model.norm.weight"][0] += 1
     with pytest.raises(RolloutError, match=r"got others in norm \(1 of 4"):
-        check_sums(sums, state.rollouts.sampler.weight_sums(), "expected them")
+        check_sums(sums, state.rollouts.sampler.weight_sums(), "expected them", REMEDY)
 
 
 def with_ids(prompt, ids):
@@ -322,6 +324,13 @@ def test_stale_prefixes_are_not_used(state, prompts, monkeypatch):
     monkeypatch.setattr(state.rollouts.sampler, "_inputs", lambda *args: {**inputs(*args), "cache_salt": "same"})
     state.rollouts.sampler._forget()
     assert difference(state, long, sample(state, long)) < ROUNDING
+
+
+def test_features_do_not_outlive_a_call(state, prompts, monkeypatch):
+    """On a GPU, they would take memory of the training while vLLM sleeps."""
+    watched = WatchedMedia(state.rollouts.sampler, monkeypatch)
+    sample(state, prompts)
+    assert watched.kept() == {"given": 6, "alive": 0, "encoded": 0, "requests": 0}
 
 
 def test_another_prompt_is_caught(state, prompts, monkeypatch):
@@ -422,7 +431,9 @@ def test_an_engine_that_fails_can_be_used_again(state, prompts, monkeypatch):
         return step()
 
     monkeypatch.setattr(state.rollouts.sampler._engine, "step", failing)
-    expected = r"vLLM failed while it sampled rollouts \(RuntimeError: the device has failed\); set rollout.engine=hf"
+    expected = (
+        r"vLLM failed while it generated responses \(RuntimeError: the device has failed\); set rollout.engine=hf"
+    )
     with pytest.raises(RolloutError, match=expected):
         sample(state, prompts)
     monkeypatch.undo()
@@ -457,7 +468,9 @@ def test_incomplete_outputs_are_caught(state, prompts, monkeypatch):
         return outputs
 
     monkeypatch.setattr(state.rollouts.sampler._engine, "step", without_logprobs)
-    with pytest.raises(RolloutError, match="expected tokens with log-probs in rollout 1, got 10 tokens and 0 log-prob"):
+    with pytest.raises(
+        RolloutError, match="expected tokens with log-probs in response 1, got 10 tokens and 0 log-prob"
+    ):
         sample(state, prompts[:1])
 
 
@@ -554,7 +567,7 @@ def test_untied_head_with_a_padded_vocabulary_in_bfloat16(material, world, tmp_p
         names["language_model.lm_head.weight"][589, 0] += 1
     sums = to_host(group_sums(stream(state.policy, source_weights(state.policy))))
     with pytest.raises(RolloutError, match=r"got others in head \(1 of 5"):
-        check_sums([sums], state.rollouts.sampler.weight_sums(), "expected them")
+        check_sums([sums], state.rollouts.sampler.weight_sums(), "expected them", REMEDY)
 
 
 def test_an_engine_that_is_no_longer_used_is_released(state, material, world, prompts):
@@ -574,9 +587,10 @@ def test_an_engine_that_is_no_longer_used_is_released(state, material, world, pr
     [
         (1, ("runtime.zero_stage=1", "checkpoint.every_steps=2", "checkpoint.keep=9")),
         (2, ("runtime.zero_stage=3",)),
+        (2, LORA),
         (2, (*LORA, "rollout.tensor_parallel=2")),
     ],
-    ids=["full", "two processes with ZeRO-3", "two processes with adapters and one copy of the model"],
+    ids=["full", "two processes with ZeRO-3", "two processes with adapters", "adapters and one copy of the model"],
 )
 def test_runs(tmp_path, processes, overrides, monkeypatch):
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")

@@ -20,6 +20,7 @@ from material import tiny_material, tiny_settings
 from media_files import write_images
 from test_vllm_engine import trainer_logp
 from train_runs import SIX_TASKS, environment
+from vllm_media import WatchedMedia
 
 from rmsd_fast import evaluate
 from rmsd_fast.config import SettingsError
@@ -52,8 +53,8 @@ def _has_vllm():
 @pytest.fixture(scope="module")
 def world():
     # vLLM compiles parts of its sampler, which takes half a minute on a CPU.
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch._dynamo.config, "disable", True)
+    # Undoing a monkeypatch would delete the setting, which the next module needs.
+    with torch._dynamo.config.patch(disable=True):
         yield start()
         stop()
 
@@ -161,12 +162,13 @@ def test_log_probs_are_those_of_hf_at_both_temperatures(material, world, media, 
     student, engine = loaded
     model = load(material.path, settings, world)
     clusters = {question.id: "" for question in material.asked}
-    answering = evaluation.Answering(student, settings, world, media, clusters, engine)
+    answering = evaluation.Answering(student, settings, world, media, clusters, engine=engine)
     (built,) = answering.prompts_ahead([[q for q in material.asked if q.id in ("two", "image", "text")]])
     prompts = [prompt for _, prompt in built]
-    groups = engine.answer(prompts, answering._samplings)
+    asked = answering._greedy, answering._sampled
+    groups = engine.answer(prompts, *asked)
     hf = evaluation.HfAnswers(model, answering._builder, settings, world)
-    (greedy,) = hf.answer(prompts, answering._samplings[:1])
+    greedy, _ = hf.answer(prompts, asked[0])
     for (got,), (expected,) in zip(groups[0], greedy, strict=True):
         assert torch.equal(got.token_ids, expected.token_ids)
         assert torch.allclose(got.logp, expected.logp, atol=1e-4)
@@ -182,7 +184,7 @@ def test_log_probs_are_those_of_hf_at_both_temperatures(material, world, media, 
 def test_a_prompt_is_prefilled_once(material, world, media, loaded, monkeypatch):
     """Greedy and sampled requests share all full blocks of their prompt, and questions those up to their difference."""
     _, engine = loaded
-    core = engine.sampler._engine.engine_core.engine_core
+    core = engine.copy.sampler._engine.engine_core.engine_core
     schedule, tokens = core.scheduler.schedule, []
 
     def counted(*args, **kwargs):
@@ -194,7 +196,7 @@ def test_a_prompt_is_prefilled_once(material, world, media, loaded, monkeypatch)
     settings = settings_of(material, "evaluate.rollouts=4", "evaluate.max_new_tokens=1", "evaluate.num_frames=24")
     first = next(question for question in material.asked if question.id == "two")
     asked = [first, replace(first, id="again", question=f"{first.question} Why?")]
-    answering = evaluation.Answering(loaded[0], settings, world, media, {q.id: "" for q in asked}, engine)
+    answering = evaluation.Answering(loaded[0], settings, world, media, {q.id: "" for q in asked}, engine=engine)
     (built,) = answering.prompts_ahead([asked])
     answering.answer(built)
     ids = [prompt.input_ids for _, prompt in built]
@@ -204,6 +206,15 @@ def test_a_prompt_is_prefilled_once(material, world, media, loaded, monkeypatch)
     own = [len(row) - (len(row) - 1) // block * block for row in ids]
     assert min(map(len, ids)) > 2 * block and common > block
     assert sum(tokens) == len(ids[0]) + 4 * own[0] + len(ids[1]) - common // block * block + 4 * own[1]
+
+
+def test_features_do_not_outlive_their_batch(material, loaded, answers, monkeypatch):
+    """`answers` has several batches, after which no weights are sent."""
+    watched = WatchedMedia(loaded[1].copy.sampler, monkeypatch)
+    answers("evaluate.prompts_per_batch=8")
+    kept = watched.kept()
+    assert kept.pop("given") >= len(material.asked) - 2
+    assert kept == {"alive": 0, "encoded": 0, "requests": 0}
 
 
 def test_only_the_tower_of_the_student_is_kept(loaded):
@@ -244,7 +255,7 @@ def test_a_cache_without_room_for_one_response(material, world):
 def test_logits_that_are_not_finite(material, world, media, loaded, answers):
     """They are recorded as with hf, for greedy and sampled answers."""
     overrides = ("evaluate.rollouts=2", "rollout.temperature=1")
-    norm = dict(loaded[1].sampler._model.named_parameters())[NORM]
+    norm = dict(loaded[1].copy.sampler._model.named_parameters())[NORM]
     before = norm.clone()
     norm.fill_(torch.nan)
     try:
@@ -259,7 +270,7 @@ def test_logits_that_are_not_finite(material, world, media, loaded, answers):
 
 
 def test_an_engine_that_fails_can_be_used_again(loaded, answers, monkeypatch):
-    vllm = loaded[1].sampler._engine
+    vllm = loaded[1].copy.sampler._engine
     step, steps = vllm.step, iter(range(3))
 
     def failing():
@@ -295,15 +306,14 @@ def test_a_killed_evaluation_continues_with_the_same_result(tmp_path, material, 
     answered += ["evaluate.rollouts=2", "rollout.temperature=1", "data.max_prompt_tokens=500", "model.dtype=float32"]
     shared = [*tasks, *sizes, *answered, f"made.folder={tmp_path / 'made'}", f"model.path={material.path}"]
 
-    def begin(output, processes=1):
+    def begin(output, log, processes=1):
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         program = [*(launcher if processes > 1 else []), "-m", "rmsd_fast.evaluate"]
         return subprocess.Popen(
             [sys.executable, *program, "quickstart", *shared, "--output", str(output)],
             env={**environment(), "TORCHDYNAMO_DISABLE": "1"},
-            stdout=subprocess.PIPE,
+            stdout=log,
             stderr=subprocess.STDOUT,
-            text=True,
         )
 
     whole, killed = tmp_path / "whole.json", tmp_path / "killed.json"
@@ -313,15 +323,17 @@ def test_a_killed_evaluation_continues_with_the_same_result(tmp_path, material, 
     finally:
         signals.restore()
     part = tmp_path / "killed.predictions.jsonl.part0"
-    first = begin(killed)
+    with (tmp_path / "first.log").open("w") as log:
+        first = begin(killed, log)
     while first.poll() is None and not (part.exists() and len(part.read_bytes().splitlines()) > 9):
         time.sleep(0.01)
     first.send_signal(signal.SIGKILL)
-    first.communicate()
+    first.wait()
     assert not killed.exists() and 9 < len(part.read_bytes().splitlines()) < 34
-    second = begin(killed, processes=2)
-    said, _ = second.communicate(timeout=300)
-    assert second.returncode == 0 and "continuing an interrupted evaluation" in said, said
+    with (tmp_path / "second.log").open("w") as log:
+        second = begin(killed, log, processes=2)
+    code, said = second.wait(timeout=300), (tmp_path / "second.log").read_text()
+    assert code == 0 and "continuing an interrupted evaluation" in said, said
     results = [path.with_suffix(".predictions.jsonl").read_bytes() for path in (whole, killed)]
     assert results[0] == results[1] and len(results[0].splitlines()) == 36
     assert whole.read_bytes() == killed.read_bytes()

@@ -54,8 +54,8 @@ def _has_vllm():
 @pytest.fixture(scope="module")
 def world():
     # vLLM compiles parts of its sampler, which takes half a minute on a CPU.
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch._dynamo.config, "disable", True)
+    # Undoing a monkeypatch would delete the setting, which the next module needs.
+    with torch._dynamo.config.patch(disable=True):
         yield start()
         stop()
 

@@ -77,6 +77,12 @@ def test_rollouts_are_those_of_a_whole_copy(outcome):
     check_equal(outcome[1]["few media"], outcome[1]["sampled"])
 
 
+def test_features_do_not_outlive_a_call(outcome):
+    """Both processes get the features of both, each of which is a part of one tensor."""
+    for results in outcome:
+        assert results["kept"] == {"given": 5, "alive": 0, "encoded": 0, "requests": 0}
+
+
 @pytest.mark.parametrize("student", ["greedy", "few heads"])
 def test_sums_of_the_parts_are_those_of_the_whole(outcome, student):
     """With few heads, both processes have the only head of keys and values, and 320 and 270 rows of the vocabulary."""

@@ -38,7 +38,7 @@ from rmsd_fast.settings import load_settings
 from rmsd_fast.stages import memory, memory_advice
 from rmsd_fast.stages import plan as stage_plan
 from rmsd_fast.stages.memory import GIB, Parameters, count_parameters, needs, plan_memory
-from rmsd_fast.stages.memory.stages import TAIL_TOKENS, StagePlanner
+from rmsd_fast.stages.memory.planner import TAIL_TOKENS, StagePlanner
 from rmsd_fast.stages.memory_advice import check_memory, fit_lines
 from rmsd_fast.train import main
 from rmsd_kernels.heads.chunks import workspace_bytes
@@ -682,7 +682,7 @@ def test_a_run_is_refused_before_its_models_are_loaded(simple_counts, monkeypatc
 
 def test_dry_run_for_a_gpu_that_is_not_here(simple_counts, monkeypatch, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    monkeypatch.setattr(stage_plan, "_model", lambda _: (tmp_path, f"model.path: {tmp_path}", ""))
+    monkeypatch.setattr(stage_plan, "_model", lambda *_: (tmp_path, f"model.path: {tmp_path}", ""))
     settings = load_settings("quickstart")
     text, ready = stage_plan.describe_plan(settings, 1000)
     assert ready and "fits in 1000.0 GiB" in text and re.search(r"\n    total +\d", text)

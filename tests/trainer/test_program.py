@@ -271,9 +271,33 @@ def test_vllms_cache_can_be_lowered(group, capsys):
     for engine in ("hf", "vllm"):
         settings.rollout.engine = engine
         assert end(torch.OutOfMemoryError("full"), settings=settings) == 2
-        told = capsys.readouterr().err
-        for line in ("rollout.vllm_kv_cache_gib=8 (vLLM's cache)", "vLLM's weights: rollout.tensor_parallel=1 -> 2\n"):
-            assert (line in told) == (engine == "vllm")
+        assert ("rollout.vllm_kv_cache_gib=8 (vLLM's cache)" in capsys.readouterr().err) == (engine == "vllm")
+
+
+@pytest.mark.parametrize(
+    ("engine", "processes", "of_node", "parallel", "doubled"),
+    [
+        ("vllm", "8", "8", 1, True),
+        ("vllm", "8", "4", 2, True),
+        ("hf", "8", "8", 1, False),
+        ("vllm", None, None, 1, False),
+        ("vllm", "3", "3", 1, False),
+        ("vllm", "6", "3", 1, False),
+        ("vllm", "8", "4", 4, False),
+    ],
+)
+def test_vllms_weights_can_be_split(capsys, monkeypatch, engine, processes, of_node, parallel, doubled):
+    """Only if the processes, and those of each node, can form groups of twice the size."""
+    settings = RunConfig()
+    settings.rollout.engine, settings.rollout.tensor_parallel = engine, parallel
+    for name, number in (("WORLD_SIZE", processes), ("LOCAL_WORLD_SIZE", of_node)):
+        if number is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, number)
+    told = program._out_of_memory(settings, torch.OutOfMemoryError("full"), None, trains=True)
+    assert told.count(f"vLLM's weights: rollout.tensor_parallel={parallel} -> {2 * parallel}\n") == doubled
+    assert told.count("tensor_parallel") == doubled
 
 
 @pytest.mark.parametrize("trains", [True, False])
@@ -290,7 +314,8 @@ def test_an_evaluation_has_nothing_to_continue(capsys):
     assert capsys.readouterr().err == "interrupted: nothing was written\n"
     assert end(torch.OutOfMemoryError("full"), trains=False) == 2
     told = capsys.readouterr().err
-    assert "evaluate.prompts_per_batch=" in told and "micro_tokens" not in told and "--resume" not in told
+    assert "evaluate.prompts_per_batch=" in told and "--resume" not in told
+    assert f"  micro_tokens={RunConfig().micro_tokens} (tokens of one pass of the tower, the prefill and eval" in told
 
 
 def test_program_errors_are_not_swallowed(group):

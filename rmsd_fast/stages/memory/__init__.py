@@ -7,15 +7,14 @@ responses that the settings allow, and full micro-batches.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from rmsd_fast.config import RunConfig
 from rmsd_fast.models.pass_memory import complete_config
-from rmsd_fast.stages.memory.needs import StageNeeds, teacher_config
+from rmsd_fast.stages.memory.needs import EvaluatedBatches, StageNeeds, teacher_config
 from rmsd_fast.stages.memory.parameters import Parameters, count_parameters
 from rmsd_fast.stages.memory.parts import CONTEXT_BYTES, GIB, OPTIMIZER, WEIGHTS, MemoryPlan, StagePlan
-from rmsd_fast.stages.memory.stages import StagePlanner
+from rmsd_fast.stages.memory.planner import StagePlanner
 
 __all__ = [
     "CONTEXT_BYTES",
@@ -31,21 +30,6 @@ __all__ = [
     "plan_memory",
     "teacher_config",
 ]
-
-
-@dataclass(frozen=True)
-class EvaluatedBatches:
-    """The largest batches of an evaluation.
-
-    Attributes:
-        questions: most questions of a batch.
-        media: most questions of a batch that are about different media; 0 = all are about text.
-        images: whether any question has images.
-    """
-
-    questions: int
-    media: int
-    images: bool = False
 
 
 def plan_memory(settings: RunConfig, config: dict[str, Any], *, processes: int, device: str) -> MemoryPlan:
@@ -89,8 +73,6 @@ def plan_evaluation(
         ModelError: the family is not supported.
     """
     config = complete_config(config)
-    needs = StageNeeds(settings, config, count_parameters(config, settings.model), 1, device, "evaluate")
-    if batches is not None:
-        needs.questions, needs.media, needs.images = batches.questions, batches.media, batches.images
-    needs.limit = limit or needs.limit
+    count = count_parameters(config, settings.model)
+    needs = StageNeeds(settings, config, count, 1, device, "evaluate", batches=batches, limit=limit)
     return StagePlanner(needs).evaluation()

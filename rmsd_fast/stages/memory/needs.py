@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from rmsd_fast.config import ModelConfig, RunConfig
@@ -42,6 +42,21 @@ from rmsd_fast.stages.memory.parts import GIB, ROLLOUT
 _PIXEL_BYTES = 3
 
 
+@dataclass(frozen=True)
+class EvaluatedBatches:
+    """The largest batches of an evaluation.
+
+    Attributes:
+        questions: most questions of a batch.
+        media: most questions of a batch that are about different media; 0 = all are about text.
+        images: whether any question has images.
+    """
+
+    questions: int
+    media: int
+    images: bool = False
+
+
 class StageNeeds:
     """What the parts of one stage take on one process, in bytes.
 
@@ -52,28 +67,42 @@ class StageNeeds:
         processes: number of processes.
         device: "cuda" or "cpu".
         stage: a stage of the run, or "evaluate".
+        of_teacher: whether the model is that of `self_teacher.path`, whose tower is not trained and which has no
+            adapter of stage 1.
+        batches: the batches of an evaluation; None = full batches of questions about different videos.
+        limit: most tokens of a prompt that vLLM is started for; None = `data.max_prompt_tokens`.
     """
 
     def __init__(
-        self, settings: RunConfig, config: dict, count: Parameters, processes: int, device: str, stage: str
+        self,
+        settings: RunConfig,
+        config: dict,
+        count: Parameters,
+        processes: int,
+        device: str,
+        stage: str,
+        *,
+        of_teacher: bool = False,
+        batches: EvaluatedBatches | None = None,
+        limit: int | None = None,
     ) -> None:
         self.settings, self.config, self.count = settings, config, count
         self.processes, self.device, self.stage = processes, device, stage
         training = settings.sft if stage == "sft" else settings.distill
-        self.train_vision = training.train_vision and stage != "evaluate"
+        self.train_vision = training.train_vision and stage != "evaluate" and not of_teacher
         batch = settings.evaluate.prompts_per_batch if stage == "evaluate" else training.batch_size
-        self.questions = max(1, batch // processes)
+        questions = max(1, batch // processes)
+        batches = batches or EvaluatedBatches(questions, media=questions)
         # Prompts for the student, and for a self-teacher with other media.
         self.prompts_each = 2 if shows_media(settings) and stage in ("warm_up", "distill") else 1
         # Questions of an evaluation may be about the same media, which are then encoded and prefilled once.
-        self.media, self.images = self.questions, False
-        # Most tokens of a prompt that vLLM is started for.
-        self.limit = settings.data.max_prompt_tokens
+        self.questions, self.media, self.images = batches.questions, batches.media, batches.images
+        self.limit = limit or settings.data.max_prompt_tokens
         self.width = 2 if settings.model.dtype == "bfloat16" else 4
         self.lora = settings.model.adapter == "lora"
         self.quantized = settings.model.quantize == "nf4"
         # The frozen adapter of stage 1, on which a quantized run trains new ones.
-        self.starts = self.quantized and "sft" in settings.stages and stage != "sft"
+        self.starts = self.quantized and "sft" in settings.stages and stage != "sft" and not of_teacher
         self.text = config["text_config"]
         family, vision = family_of(config), config["vision_config"]
         # Of the pooled and of each deepstack layer.

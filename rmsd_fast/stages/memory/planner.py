@@ -179,7 +179,7 @@ class StagePlanner:
         """Return the phases of an evaluation with vLLM, which is awake all the time.
 
         When it starts, the weights of the student's language model are in host memory, and on a GPU one after the
-        other. The features of a batch are joined, layer by layer, and vLLM reads the joined ones.
+        other. The features of a batch are joined, medium by medium, and vLLM reads the joined ones.
         """
         needs, state = self.needs, self.needs.vllm_state()
         sent = self.count.largest if needs.device == "cuda" else self.count.total - self.count.vision
@@ -211,10 +211,9 @@ class StagePlanner:
             return None
         config = complete_config(config)
         count = count_parameters(config, self.settings.model)
-        other = StageNeeds(self.settings, config, count, self.needs.processes, self.needs.device, self.stage)
-        # Its tower is not trained, and it has no adapter of stage 1.
-        other.train_vision = other.starts = False
-        return other
+        return StageNeeds(
+            self.settings, config, count, self.needs.processes, self.needs.device, self.stage, of_teacher=True
+        )
 
     def _other_teacher(self, other: StageNeeds, held: dict[str, int], gradients: int) -> dict[str, dict[str, int]]:
         """Return the phases of a teacher with weights of its own. The student's vision features are kept meanwhile.
