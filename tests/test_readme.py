@@ -187,7 +187,7 @@ def test_documented_modules_and_functions_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=label)
 def test_documented_commands_are_valid(page: Path) -> None:
-    """Settings in the documented commands take effect in `my.yaml`.
+    """Settings in the documented commands take effect in their recipe, or in `my.yaml`.
 
     The pages introduce that file as a copy of the 4B recipe.
     """
@@ -195,7 +195,9 @@ def test_documented_commands_are_valid(page: Path) -> None:
         for arguments in commands(page, program):
             if "--help" not in arguments:
                 settings = [a for a in arguments if re.match(r"[a-z_.]+=", a)]
-                load_settings("rmsd_qwen3vl_4b", settings, trains=program == "rmsd_fast.train")
+                named = [a for a in arguments if (RECIPES / f"{a}.yaml").is_file()]
+                recipe = named[0] if named else "rmsd_qwen3vl_4b"
+                load_settings(recipe, settings, trains=program == "rmsd_fast.train")
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     assert set(re.findall(r"`make ([a-z]+)", page.read_text())) <= targets
 

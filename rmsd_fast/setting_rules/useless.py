@@ -48,6 +48,11 @@ def refuse_training_settings(settings: RunConfig, written_keys: list[str]) -> No
     """Raise SettingsError if an override of rmsd_fast.evaluate has no effect on an evaluation."""
     of_video = ("video.num_frames", "video.fps", "video.min_frames", "video.max_frames")
     for key in written_keys:
+        if key == "rollout.tensor_parallel":
+            raise SettingsError(
+                f"override: {key} has no effect: with evaluate.engine=vllm, each process of an evaluation holds the "
+                f"whole model; leave {key} out"
+            )
         if not is_evaluated(key):
             instead = f"set {_IN_PLACE[key]}" if key in _IN_PLACE else f"leave {key} out"
             raise SettingsError(

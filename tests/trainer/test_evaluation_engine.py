@@ -47,6 +47,7 @@ def vllm_is_installed(monkeypatch):
     ("overrides", "says"),
     [
         (["rollout.engine=vllm"], "rollout.engine has no effect: .* set evaluate.engine"),
+        (["rollout.tensor_parallel=2"], "rollout.tensor_parallel has no effect: .* each process .* the whole model"),
         (["rollout.vllm_kv_cache_gib=4"], "evaluate.engine=hf has no cache of this size; set evaluate.engine=vllm"),
         ([VLLM, "rollout.cuda_graphs=false"], "no effect: vLLM captures its own graphs; set evaluate.engine=hf"),
         ([VLLM, "model.liger=off"], "model.liger has no effect: vLLM has kernels of its own"),
