@@ -20,6 +20,7 @@ from material import tiny_material, tiny_settings
 from media_files import write_images
 from train_runs import forget_steps, metrics, mini_arguments, only_run, run_train
 from vllm_media import WatchedMedia
+from vllm_world import vllm_world
 
 from rmsd_fast.config import NotInstalled, SettingsError
 from rmsd_fast.data.packing import media_places
@@ -33,7 +34,6 @@ from rmsd_fast.rollout.copied import check_sums
 from rmsd_fast.rollout.hf import HfRollout
 from rmsd_fast.rollout.weights import group_sums, source_weights, stream, to_host
 from rmsd_fast.runtime.metrics import PhaseTimer
-from rmsd_fast.runtime.process_group import start, stop
 from rmsd_fast.stages import distill
 from rmsd_fast.stages.build import build_distillation
 
@@ -63,11 +63,8 @@ def _has_vllm():
 
 @pytest.fixture(scope="module")
 def world():
-    # vLLM compiles parts of its sampler, which takes half a minute on a CPU.
-    # Undoing a monkeypatch would delete the setting, which the next module needs.
-    with torch._dynamo.config.patch(disable=True):
-        yield start()
-        stop()
+    with vllm_world() as world:
+        yield world
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from media_files import write_images
 from test_vllm_engine import trainer_logp
 from train_runs import SIX_TASKS, environment
 from vllm_media import WatchedMedia
+from vllm_world import vllm_world
 
 from rmsd_fast import evaluate
 from rmsd_fast.config import SettingsError
@@ -29,7 +30,6 @@ from rmsd_fast.models.export import export_student
 from rmsd_fast.models.students import load_student
 from rmsd_fast.rollout.base import RolloutError
 from rmsd_fast.rollout.vllm import VllmSampler
-from rmsd_fast.runtime.process_group import start, stop
 from rmsd_fast.runtime.stop_signal import StopSignal
 from rmsd_fast.settings import load_settings
 from rmsd_fast.stages import evaluation
@@ -52,11 +52,8 @@ def _has_vllm():
 
 @pytest.fixture(scope="module")
 def world():
-    # vLLM compiles parts of its sampler, which takes half a minute on a CPU.
-    # Undoing a monkeypatch would delete the setting, which the next module needs.
-    with torch._dynamo.config.patch(disable=True):
-        yield start()
-        stop()
+    with vllm_world() as world:
+        yield world
 
 
 @torch.no_grad()

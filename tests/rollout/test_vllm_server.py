@@ -20,13 +20,13 @@ import torch
 from material import tiny_material, tiny_settings
 from rollout_servers import ServerProcess
 from train_runs import environment, forget_steps, metrics, mini_arguments, only_run, run_train
+from vllm_world import vllm_world
 
 from rmsd_fast.models.adapters import POLICY, adapted_layers
 from rmsd_fast.rollout.base import RolloutError, Sampling
 from rmsd_fast.rollout.hf import HfRollout
 from rmsd_fast.rollout.server_client import server_status
 from rmsd_fast.runtime.metrics import PhaseTimer
-from rmsd_fast.runtime.process_group import start, stop
 from rmsd_fast.stages import distill
 from rmsd_fast.stages.build import build_distillation
 
@@ -53,11 +53,8 @@ def _has_vllm():
 
 @pytest.fixture(scope="module")
 def world():
-    # vLLM compiles parts of its sampler, which takes half a minute on a CPU.
-    # Undoing a monkeypatch would delete the setting, which the next module needs.
-    with torch._dynamo.config.patch(disable=True):
-        yield start()
-        stop()
+    with vllm_world() as world:
+        yield world
 
 
 @pytest.fixture(scope="module")
