@@ -116,8 +116,7 @@ def _check_judge(settings: RunConfig) -> None:
     if evaluate.benchmark not in JUDGED:
         raise SettingsError(
             f"evaluate.judge.endpoint: expected a benchmark with judged answers ({', '.join(JUDGED)}), got "
-            f"evaluate.benchmark={evaluate.benchmark or 'empty'}; leave the judge out, or set self_teacher.judge for "
-            "feedback in training"
+            f"evaluate.benchmark={evaluate.benchmark or 'empty'}; leave the judge out"
         )
     check_judge_model(evaluate.judge, "evaluate.judge", "the evaluation")
     if evaluate.parse != "lenient":
